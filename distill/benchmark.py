@@ -1,0 +1,201 @@
+"""Size, memory, FLOPs, latency and throughput of models, measured side by side."""
+
+import importlib.metadata
+import os
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import transformers
+from pydantic import Field
+from rich.progress import track
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+from distill.errors import InputError
+from distill.models import quiet_loading, size_on_disk
+from distill.quantize import weight_memory
+
+PositiveInt = Annotated[int, Field(ge=1)]
+
+
+@dataclass
+class BenchmarkOptions:
+    """The `benchmark:` block of a recipe, and the options of `distill bench`."""
+
+    sequence_length: PositiveInt = field(default=128, metadata={"help": "Tokens of a row, none of them padding."})
+    latency_batch_size: PositiveInt = field(default=1, metadata={"help": "Rows of a call whose latency is measured."})
+    throughput_batch_size: PositiveInt = field(default=32, metadata={"help": "Rows of a call for the throughput."})
+    rounds: PositiveInt = field(
+        default=5,
+        metadata={"help": "Rounds; in each one every model has its turn: 8 calls for latency, 1 for throughput."},
+    )
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What one model costs; the keys are those of report.json."""
+
+    num_parameters: int
+    size_on_disk_bytes: int | None
+    """Bytes of the weight files; null for a model that was not read from a folder."""
+    memory_bytes: int
+    """Bytes that the loaded weights occupy."""
+    flops_per_sample: int | None
+    """Floating-point operations of one forward (a multiply-add is two); null where the model can't be traced."""
+    latency_ms: dict[str, float]
+    throughput_samples_per_second: float
+    device: str
+
+
+def benchmark_models(locations: Mapping[str, str], options: BenchmarkOptions) -> dict[str, Benchmark]:
+    """Measure models in alternating rounds, so that a busy moment of the machine hits all of them.
+
+    Args:
+        locations: for each name a folder or Hub id.
+
+    Raises:
+        InputError: a model is too short for `sequence_length`.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    models = {name: _load(location).to(device).eval() for name, location in locations.items()}
+    for name, model in models.items():
+        longest = getattr(model.config, "max_position_embeddings", None)
+        if longest is not None and longest < options.sequence_length:
+            raise InputError(
+                f"benchmark.sequence_length: {options.sequence_length}, but {name} takes at most {longest} tokens"
+            )
+    short = {name: _random_ids(m, options.latency_batch_size, options, device) for name, m in models.items()}
+    long = {name: _random_ids(m, options.throughput_batch_size, options, device) for name, m in models.items()}
+    latencies: dict[str, list[float]] = {name: [] for name in models}
+    throughputs: dict[str, list[float]] = {name: [] for name in models}
+    with torch.inference_mode():
+        for round_number in track(range(options.rounds + 1), description="Benchmarking", transient=True):
+            for name, model in models.items():
+                latency = [_seconds(model, short[name], device) for _ in range(8)]
+                throughput = _seconds(model, long[name], device)
+                if round_number > 0:  # the first one warms up
+                    latencies[name] += latency
+                    throughputs[name].append(options.throughput_batch_size / throughput)
+    results = {}
+    for name, model in models.items():
+        skeleton = _skeleton(model.config)
+        folder = Path(locations[name])
+        results[name] = Benchmark(
+            num_parameters=sum(p.numel() for p in skeleton.parameters()),
+            size_on_disk_bytes=size_on_disk(folder) if folder.is_dir() else None,
+            memory_bytes=weight_memory(model),
+            flops_per_sample=_count_flops(skeleton, options.sequence_length),
+            latency_ms={f"p{q}": round(float(np.percentile(latencies[name], q)) * 1000, 3) for q in (50, 95)},
+            throughput_samples_per_second=round(float(np.median(throughputs[name])), 2),
+            device=device.type,
+        )
+    return results
+
+
+def environment() -> dict[str, Any]:
+    """Machine and versions that a measurement depends on."""
+    packages = ("torch", "transformers", "datasets", "accelerate", "bitsandbytes", "peft")
+    return {
+        "python": platform.python_version(),
+        **{package: importlib.metadata.version(package) for package in packages},
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def slower_or_not_smaller(model: Mapping[str, Any], parent: Mapping[str, Any]) -> list[str]:
+    """In words, where a model made from another is no gain; timings within 5 % of each other count as equal.
+
+    Args:
+        model: a `Benchmark` as a mapping, with its `name`.
+        parent: the same of the model it was made from.
+    """
+    said = []
+    size, parent_size = model["size_on_disk_bytes"], parent["size_on_disk_bytes"]
+    if size and parent_size and size >= parent_size:
+        sizes = f"{size / 1e6:.1f} MB against {parent_size / 1e6:.1f} MB"
+        said.append(f"{model['name']} is not smaller than {parent['name']}: {sizes}.")
+    where = f"than {parent['name']} on {model['device']}"
+    slower = model["latency_ms"]["p50"] / parent["latency_ms"]["p50"]
+    if slower > 1.05:
+        latencies = f"{model['latency_ms']['p50']:.1f} ms against {parent['latency_ms']['p50']:.1f} ms"
+        said.append(f"{model['name']} is slower {where}: {latencies} ({slower:.2f}×).")
+    throughput, parent_throughput = (m["throughput_samples_per_second"] for m in (model, parent))
+    if throughput < parent_throughput / 1.05:
+        rates = f"{throughput:.1f} against {parent_throughput:.1f} rows/s ({throughput / parent_throughput:.2f}×)"
+        said.append(f"{model['name']} has less throughput {where}: {rates}.")
+    return said
+
+
+def _load(location: str) -> PreTrainedModel:
+    """The model in the class that it was saved as."""
+    config = AutoConfig.from_pretrained(location)
+    model_class = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
+    with quiet_loading():
+        return model_class.from_pretrained(location, use_safetensors=True)
+
+
+def _skeleton(config: PretrainedConfig) -> PreTrainedModel:
+    """The unquantized model on meta: its parameters and operations without its weights."""
+    plain = config.to_dict()
+    plain.pop("quantization_config", None)
+    plain_config = type(config).from_dict(plain)
+    plain_config._attn_implementation = "eager"  # matrix products that the FLOP counter sees
+    model_class = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
+    with torch.device("meta"):
+        return (
+            model_class._from_config(plain_config)
+            if hasattr(model_class, "_from_config")
+            else model_class.from_config(plain_config)
+        )
+
+
+def _count_flops(skeleton: PreTrainedModel, sequence_length: int) -> int | None:
+    ids = torch.zeros(1, sequence_length, dtype=torch.long, device="meta")
+    counter = FlopCounterMode(display=False)
+    try:
+        with counter, torch.inference_mode():
+            skeleton.eval()(input_ids=ids)
+    except (RuntimeError, NotImplementedError):  # a forward that looks at values can't run on meta
+        return None
+    return counter.get_total_flops()
+
+
+def _random_ids(
+    model: PreTrainedModel, batch_size: int, options: BenchmarkOptions, device: torch.device
+) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (batch_size, options.sequence_length), generator=generator)
+    return {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids, device=device)}
+
+
+def _seconds(model: PreTrainedModel, inputs: dict[str, torch.Tensor], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    model(**inputs)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{line.partition(':')[2].strip()}, {os.cpu_count()} cores"
+    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def as_row(name: str, benchmark: Benchmark) -> dict[str, Any]:
+    """A benchmark as a mapping with its model's name."""
+    return {"name": name, **asdict(benchmark)}

@@ -1,0 +1,148 @@
+"""What a recipe will do, told before it does it: students, labels, layers, bytes and expected time."""
+
+import copy
+import math
+import tempfile
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from rich.console import Console
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, PretrainedConfig, PreTrainedModel
+
+from distill.models import load_tokenizer
+from distill.pipeline import is_finished
+from distill.plan import Plan, PlannedStep
+from distill.quantize import quantized_size
+from distill.steps import DistillOptions, QuantizeOptions
+from distill.trainer import DistillationTrainer, TrainingConfig
+
+_TIMED_BATCHES = 3
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one step will need."""
+
+    num_parameters: int
+    weight_bytes: int
+    """Of the model that the step makes."""
+    training_bytes: int | None
+    """Weights, gradients, AdamW's two moments, and the teacher's weights; activations come on top."""
+    optimizer_steps: int | None
+    seconds: float | None
+    """Of its training, from batches timed on this machine."""
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """Everything that `distill check` tells of a recipe that can run."""
+    data, task = plan.data, plan.data.task
+    rows = ", ".join(f"{split} {len(rows)}" for split, rows in data.splits.items())
+    console.print(f"[bold]{plan.recipe.path}[/] → {plan.recipe.output_dir}")
+    console.print(f"task: {plan.recipe.task or task.kind}, scored by {task.primary_metric}; baseline: {plan.baseline}")
+    console.print(f"labels: {', '.join(task.label_names or ('a score',))}")
+    console.print(f"rows: {rows}; at most {data.max_length} tokens each")
+    for note in data.notes:
+        console.print(f"note: {note}")
+    total = 0.0
+    for name, planned in plan.steps.items():
+        with console.status(f"{name}: timing a few batches"):
+            estimate = estimate_step(plan, planned)
+        console.print(f"\n[bold]{name}[/]: {planned.step.run} of {', '.join(planned.parents)}")
+        console.print(
+            f"  {estimate.num_parameters / 1e6:.1f} M parameters, {estimate.weight_bytes / 1e6:.1f} MB of weights"
+        )
+        if planned.layers is not None:
+            console.print(f"  source layers {', '.join(map(str, planned.layers))} (from 0)")
+        if planned.layer_pairs is not None:
+            pairs = ", ".join(f"{student}→{teacher}" for student, teacher in planned.layer_pairs)
+            console.print(f"  hidden states {pairs} (student→teacher; 0 is the embeddings)")
+        if is_finished(planned):
+            console.print("  finished already")
+        elif estimate.seconds is not None and estimate.training_bytes is not None:
+            total += estimate.seconds
+            console.print(
+                f"  {estimate.optimizer_steps} optimizer steps, about {_duration(estimate.seconds)}; "
+                f"{estimate.training_bytes / 1e6:.0f} MB for weights, gradients and optimizer, activations on top"
+            )
+    console.print(f"\nabout {_duration(total)} of training on this machine; teacher outputs cached: 0 bytes")
+
+
+def estimate_step(plan: Plan, planned: PlannedStep) -> Estimate:
+    """Sizes from the configs alone, time from a few real batches through randomly initialised models."""
+    options = planned.step.options
+    with torch.device("meta"):
+        skeleton = _from_config(planned.config)
+    num_parameters = sum(parameter.numel() for parameter in skeleton.parameters())
+    if isinstance(options, QuantizeOptions):
+        weights = quantized_size(skeleton, format=options.format, double_quant=options.double_quant)
+        return Estimate(num_parameters, weights, None, None, None)
+    training_bytes = 16 * num_parameters
+    teacher_config = _teacher_config(plan, planned)
+    if teacher_config is not None:
+        with torch.device("meta"):
+            training_bytes += 4 * sum(parameter.numel() for parameter in _from_config(teacher_config).parameters())
+    micro_batches, steps = _count_steps(options, len(plan.data.splits["train"]))
+    with tempfile.TemporaryDirectory() as scratch:  # Trainer makes its output folder when it is built
+        seconds = micro_batches * _seconds_per_batch(plan, planned, options, teacher_config, scratch)
+    return Estimate(num_parameters, 4 * num_parameters, training_bytes, steps, seconds)
+
+
+def _count_steps(options: TrainingConfig, num_rows: int) -> tuple[int, int]:
+    """(micro-batches of one process, optimizer steps)."""
+    batches = math.ceil(num_rows / (options.per_device_train_batch_size * options.world_size))
+    steps = math.ceil(math.ceil(batches / options.gradient_accumulation_steps) * options.num_train_epochs)
+    if options.max_steps > 0:
+        return options.max_steps * options.gradient_accumulation_steps, options.max_steps
+    return math.ceil(batches * options.num_train_epochs), steps
+
+
+def _seconds_per_batch(
+    plan: Plan, planned: PlannedStep, options: TrainingConfig, teacher_config: PretrainedConfig | None, scratch: str
+) -> float:
+    """Mean time of a training step over batches of short, middling and long rows."""
+    timed = copy.copy(options)
+    timed.output_dir, timed.disable_tqdm, timed.report_to = scratch, True, []
+    tokenizer = load_tokenizer(planned.tokenizer_location, plan.data.max_length)
+    rows = plan.data.tokenized("train", tokenizer)
+    trainer = DistillationTrainer(
+        model=_from_config(planned.config),
+        teacher=None if teacher_config is None else _from_config(teacher_config),
+        args=timed,
+        train_dataset=rows,
+        processing_class=tokenizer,
+    )
+    trainer.create_optimizer()
+    order, size = np.argsort(rows["length"]), options.per_device_train_batch_size
+    collate = DataCollatorWithPadding(tokenizer)
+    inputs = rows.remove_columns("length")
+    seconds = []
+    for position in [0.5, *((np.arange(_TIMED_BATCHES) + 0.5) / _TIMED_BATCHES)]:  # the first one warms up
+        start = int(position * max(len(rows) - size, 0))
+        batch = collate([inputs[int(index)] for index in order[start : start + size]])
+        began = time.perf_counter()
+        trainer.training_step(trainer.model, batch, trainer._get_num_items_in_batch([batch], options.device))
+        trainer.optimizer.step()
+        seconds.append(time.perf_counter() - began)
+    return float(np.mean(seconds[1:]))
+
+
+def _teacher_config(plan: Plan, planned: PlannedStep) -> PretrainedConfig | None:
+    options = planned.step.options
+    if not isinstance(options, DistillOptions):
+        return None
+    made = plan.steps.get(options.teacher)
+    return made.config if made else plan.sources[options.teacher].config
+
+
+def _from_config(config: PretrainedConfig) -> PreTrainedModel:
+    plain = config.to_dict()
+    plain.pop("quantization_config", None)
+    return AutoModelForSequenceClassification.from_config(type(config).from_dict(plain), dtype=torch.float32)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,258 @@
+"""The command line: `distill check | run | eval | bench | report`."""
+
+import argparse
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import datasets
+import transformers
+from accelerate import PartialState
+from rich.console import Console
+from rich.table import Table
+
+from distill.benchmark import BenchmarkOptions, as_row, benchmark_models, environment, slower_or_not_smaller
+from distill.check import print_plan
+from distill.data import DataOptions, load_data
+from distill.errors import InputError, nearest_name
+from distill.evaluation import evaluate_model
+from distill.models import find_model, load_classifier, load_tokenizer
+from distill.pipeline import run_plan
+from distill.plan import make_plan
+from distill.recipe import load_recipe, parse_options, parse_value
+from distill.report import print_report, write_report
+from distill.steps import VERBS
+
+console = Console(highlight=False, soft_wrap=True)
+errors = Console(highlight=False, stderr=True, soft_wrap=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        0 done; 2 the input is wrong; 1 anything else.
+    """
+    parser = _parser()
+    known, rest = parser.parse_known_args(arguments)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        known.command(known, _pairs(rest))
+    except InputError as error:
+        for problem in error.problems:
+            errors.print(f"[red]error:[/] {_escape(problem)}")
+        return 2
+    except KeyboardInterrupt:
+        errors.print("stopped; the same command goes on from the last checkpoint")
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("distill", description="Distil, quantize and measure Hugging Face encoders.")
+    commands = parser.add_subparsers(required=True, metavar="check | run | eval | bench | report")
+
+    check = commands.add_parser("check", help="tell what a recipe will do, and everything that is wrong with it")
+    check.add_argument("recipe", nargs="?", type=Path)
+    check.add_argument(
+        "--help-options", choices=[*VERBS, "data", "benchmark"], help="list the options of a verb or block"
+    )
+    check.set_defaults(command=_check)
+
+    run = commands.add_parser("run", help="run the steps that are not finished, then report", epilog=_OVERRIDES)
+    run.add_argument("recipe", type=Path)
+    run.add_argument("--only", nargs="+", metavar="STEP", help="run these steps alone, without a report")
+    run.add_argument("--force", action="store_true", help="run finished steps again")
+    run.add_argument("--accelerate_config", metavar="NAME", help="launch with accelerate_configs/NAME.yaml (or a path)")
+    run.set_defaults(command=_run)
+
+    evaluate = commands.add_parser("eval", help="score one model; the last line is one JSON object", epilog=_OVERRIDES)
+    evaluate.add_argument("model")
+    evaluate.add_argument("--task", help="a GLUE task")
+    evaluate.add_argument("--label_map", help="the model's label names → the task's: '{LABEL_0: negative, …}'")
+    evaluate.set_defaults(command=_eval)
+
+    bench = commands.add_parser(
+        "bench", help="size, memory, FLOPs, latency and throughput; the last line is one JSON object"
+    )
+    bench.add_argument("models", nargs="+", metavar="model")
+    for field in fields(BenchmarkOptions):
+        bench.add_argument(f"--{field.name}", default=None, help=f"{field.metadata['help']} (default {field.default})")
+    bench.set_defaults(command=_bench)
+
+    report = commands.add_parser("report", help="rebuild report.json, report.md and the plot of a run")
+    report.add_argument("directory", type=Path)
+    report.set_defaults(command=_report)
+    return parser
+
+
+_OVERRIDES = "Any value of the recipe is overridden by its path: --student.temperature 4 --data.max_length 64."
+
+
+def _check(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
+    if arguments.help_options:
+        _print_options(arguments.help_options)
+    elif arguments.recipe is None:
+        raise InputError("check: name a recipe, or --help-options finetune")
+    else:
+        print_plan(make_plan(load_recipe(arguments.recipe, overrides)), console)
+
+
+def _run(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
+    if arguments.accelerate_config:
+        _launch(arguments, overrides)
+        return
+    run_recipe(arguments.recipe, overrides, only=arguments.only, force=arguments.force)
+
+
+def run_recipe(
+    path: Path, overrides: dict[str, str] | None = None, *, only: list[str] | None = None, force: bool = False
+) -> None:
+    """Run a recipe's unfinished steps, then (unless `only` some were asked for) write and print the report."""
+    plan = make_plan(load_recipe(path, overrides))
+    run_plan(plan, only=only, force=force)
+    state = PartialState()
+    if only is None and state.is_main_process:
+        print_report(write_report(plan), console)
+        console.print(f"→ {plan.recipe.output_dir / 'report.md'}")
+    state.wait_for_everyone()
+
+
+def _eval(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
+    values = {}
+    for path, text in overrides.items():
+        block, _, key = path.partition(".")
+        if block != "data" or not key:
+            raise InputError(f"--{path}: no such option; eval takes --task, --label_map and --data.<option>")
+        values[key] = parse_value(text)
+    problems: list[str] = []
+    options = parse_options(DataOptions, values, "data", problems)
+    if problems:
+        raise InputError(*problems)
+    label_map = parse_value(arguments.label_map) if arguments.label_map else None
+    if label_map is not None and not isinstance(label_map, dict):
+        raise InputError(f"--label_map: should be a mapping like '{{LABEL_0: negative}}', got {arguments.label_map!r}")
+    source = find_model(arguments.model)
+    data = load_data(arguments.task, options)
+    for note in data.notes:
+        console.print(f"note: {note}")
+    model = load_classifier(source.location, data.task, label_map=label_map)
+    evaluation = evaluate_model(model, load_tokenizer(source.location), data, name=arguments.model)
+    table = Table("metric", arguments.model)
+    for name, value in evaluation.metrics.items():
+        table.add_row(name, f"{value:.4f}")
+    console.print(table)
+    print(
+        json.dumps({"model": arguments.model, "task": arguments.task or data.task.kind, "metrics": evaluation.metrics})
+    )
+
+
+def _bench(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
+    if overrides:
+        raise InputError(f"--{next(iter(overrides))}: no such option of bench")
+    given = {field.name: parse_value(getattr(arguments, field.name) or "null") for field in fields(BenchmarkOptions)}
+    problems: list[str] = []
+    options = parse_options(BenchmarkOptions, {k: v for k, v in given.items() if v is not None}, "bench", problems)
+    if problems:
+        raise InputError(*problems)
+    locations = {reference: find_model(reference).location for reference in arguments.models}
+    rows = [as_row(name, result) for name, result in benchmark_models(locations, options).items()]
+    around = environment()
+    console.print(
+        f"{around['cpu']}, {around['threads']} threads, torch {around['torch']}; medians of alternating rounds"
+    )
+    table = Table("", *(row["name"] for row in rows))
+    for key in rows[0]:
+        if key != "name":
+            table.add_row(key, *(_cell(row[key]) for row in rows))
+    console.print(table)
+    for row in rows[1:]:
+        for remark in slower_or_not_smaller(row, rows[0]):
+            console.print(f"[yellow]![/] {remark}")
+    print(json.dumps({"environment": around, "options": asdict(options), "models": rows}))
+
+
+def _report(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
+    recipe = arguments.directory / "recipe.yaml"
+    if not recipe.is_file():
+        raise InputError(f"{arguments.directory}: no run lies there (no recipe.yaml, which `distill run` writes)")
+    plan = make_plan(load_recipe(recipe, {"output_dir": str(arguments.directory), **overrides}))
+    print_report(write_report(plan), console)
+
+
+def _launch(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
+    """`accelerate launch` of scripts/run.py with the same arguments."""
+    given = arguments.accelerate_config
+    config = Path(given) if given.endswith((".yaml", ".yml")) else Path("accelerate_configs") / f"{given}.yaml"
+    script = Path(__file__).parent.parent / "scripts" / "run.py"
+    if not config.is_file():
+        known = [path.stem for path in config.parent.glob("*.yaml")]
+        raise InputError(f"--accelerate_config: {config} is not there; {nearest_name(config.stem, known)}")
+    if not script.is_file():
+        raise InputError(f"--accelerate_config: needs the repository's {script.name}; run in a clone of it")
+    load_recipe(arguments.recipe, overrides)  # what is wrong is told once, here
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), str(script)]
+    command += [str(arguments.recipe), *(["--only", *arguments.only] if arguments.only else [])]
+    command += ["--force"] * arguments.force + [
+        part for key, value in overrides.items() for part in (f"--{key}", value)
+    ]
+    status = subprocess.run(command, env=os.environ, check=False).returncode
+    if status:
+        sys.exit(status)
+
+
+def _print_options(name: str) -> None:
+    options_class = {"data": DataOptions, "benchmark": BenchmarkOptions, **VERBS}[name]
+    table = Table("option", "default", "help")
+    for field in sorted(fields(options_class), key=lambda field: field.name not in _own_fields(options_class)):
+        if field.init:
+            default = "required" if field.default is field.default_factory else str(field.default)
+            table.add_row(field.name, _escape(default), _escape(" ".join(field.metadata.get("help", "").split())))
+    console.print(table)
+    if issubclass(options_class, transformers.TrainingArguments):
+        console.print("Ours first; the rest are transformers.TrainingArguments.")
+
+
+def _own_fields(options_class: type) -> set[str]:
+    inherited = {field.name: field.default for field in fields(transformers.TrainingArguments)}
+    return {field.name for field in fields(options_class) if inherited.get(field.name, field) != field.default}
+
+
+def _pairs(rest: list[str]) -> dict[str, str]:
+    """`--a.b value` and `--a.b=value` → {"a.b": "value"}."""
+    pairs, position = {}, 0
+    while position < len(rest):
+        word = rest[position]
+        name, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or not name:
+            raise InputError(f"{word}: unexpected; options are --path value")
+        if not equals:
+            position += 1
+            if position == len(rest):
+                raise InputError(f"--{name}: needs a value")
+            value = rest[position]
+        pairs[name] = value
+        position += 1
+    return pairs
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {number}" for key, number in value.items())
+    return f"{value:,}" if isinstance(value, int | float) else str(value)
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", "\\[")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

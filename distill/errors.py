@@ -1,0 +1,26 @@
+"""The one exception for input that is wrong: a recipe, data or a model."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """The user's input is wrong.
+
+    Args:
+        problems: every problem found, one sentence each, naming the file or key and what would be right.
+    """
+
+    def __init__(self, *problems: str):
+        self.problems = problems
+        super().__init__("\n".join(problems))
+
+
+def nearest_name(name: str, known: Iterable[str]) -> str:
+    """` Did you mean 'x'?` for the nearest of `known`, or the whole list when nothing is near."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if near:
+        return f"did you mean {near[0]!r}?"
+    shown = sorted(known)
+    return f"known: {', '.join(shown[:12])}{', …' if len(shown) > 12 else ''}"

@@ -1,0 +1,126 @@
+"""GLUE's metrics as `evaluate.Metric` classes that need no network (`evaluate.load` fetches a script from the Hub)."""
+
+from collections.abc import Callable, Sequence
+
+import datasets
+import evaluate
+import numpy as np
+from scipy import stats
+from sklearn import metrics as sk
+
+from distill.tasks import Task
+
+
+def compute_metrics(task: Task, logits: np.ndarray, labels: np.ndarray, suffix: str = "") -> dict[str, float]:
+    """The task's metrics of one split.
+
+    Args:
+        logits: classification B×C; regression B×1 or B.
+        labels: B class ids, or B scores.
+        suffix: appended to every key (`_mm` for MNLI's mismatched split).
+    """
+    predictions = predict(task, logits)
+    results: dict[str, float] = {}
+    for name in task.metrics:
+        if name == "average":  # GLUE's own: the mean of the task's other metrics
+            results[name] = float(np.mean(list(results.values())))
+        elif name == "roc_auc":
+            if task.num_labels == 2 and len(np.unique(labels)) == 2:  # undefined otherwise
+                results |= RocAuc().compute(predictions=logits[:, 1] - logits[:, 0], references=labels)
+        else:
+            results |= METRICS[name]().compute(predictions=predictions, references=labels)
+    return {key + suffix: float(value) for key, value in results.items()}
+
+
+def predict(task: Task, logits: np.ndarray) -> np.ndarray:
+    """Class ids (B) of logits B×C, or the scores (B) of a regression."""
+    return logits.reshape(-1) if task.kind == "regression" else logits.argmax(-1)
+
+
+class _OfflineMetric(evaluate.Metric):
+    """A metric of one function of (references, predictions); what it computes is written in its subclass."""
+
+    dtype = "int64"
+    score: Callable[..., float]
+
+    def __init__(self) -> None:
+        super().__init__(keep_in_memory=True)
+
+    def _info(self) -> evaluate.MetricInfo:
+        features = {"predictions": datasets.Value(self.dtype), "references": datasets.Value(self.dtype)}
+        return evaluate.MetricInfo(
+            description=type(self).__doc__ or "",
+            citation="",
+            inputs_description="predictions and references, one of each a row",
+            features=datasets.Features(features),
+        )
+
+    def _compute(self, predictions: Sequence, references: Sequence) -> dict[str, float]:
+        return {self.key: type(self).score(np.asarray(references), np.asarray(predictions))}
+
+    key: str
+
+
+class Accuracy(_OfflineMetric):
+    """Share of rows predicted right."""
+
+    key = "accuracy"
+    score = staticmethod(sk.accuracy_score)
+
+
+class F1(_OfflineMetric):
+    """F1 of class 1, as GLUE scores mrpc and qqp."""
+
+    key = "f1"
+    score = staticmethod(lambda references, predictions: sk.f1_score(references, predictions, zero_division=0))
+
+
+class MacroF1(_OfflineMetric):
+    """Unweighted mean of the F1 of every class."""
+
+    key = "f1_macro"
+    score = staticmethod(
+        lambda references, predictions: sk.f1_score(references, predictions, average="macro", zero_division=0)
+    )
+
+
+class MatthewsCorrelation(_OfflineMetric):
+    """Matthews correlation coefficient, as GLUE scores cola; 0 where the predictions are all one class."""
+
+    key = "matthews_correlation"
+    score = staticmethod(sk.matthews_corrcoef)
+
+
+class RocAuc(_OfflineMetric):
+    """Area under the ROC curve of a two-class task; the predictions are the margin of class 1 over class 0."""
+
+    key = "roc_auc"
+    dtype = "float64"
+    score = staticmethod(sk.roc_auc_score)
+
+
+class Pearson(_OfflineMetric):
+    """Pearson correlation; 0 where either side is constant (it is undefined there)."""
+
+    key = "pearson"
+    dtype = "float64"
+    score = staticmethod(lambda references, predictions: _correlation(stats.pearsonr, references, predictions))
+
+
+class Spearman(_OfflineMetric):
+    """Spearman rank correlation; 0 where either side is constant (it is undefined there)."""
+
+    key = "spearmanr"
+    dtype = "float64"
+    score = staticmethod(lambda references, predictions: _correlation(stats.spearmanr, references, predictions))
+
+
+METRICS: dict[str, type[_OfflineMetric]] = {
+    metric.key: metric for metric in (Accuracy, F1, MacroF1, MatthewsCorrelation, RocAuc, Pearson, Spearman)
+}
+
+
+def _correlation(correlate: Callable, references: np.ndarray, predictions: np.ndarray) -> float:
+    if np.ptp(references) == 0 or np.ptp(predictions) == 0:
+        return 0.0
+    return float(correlate(references, predictions).statistic)

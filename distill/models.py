@@ -1,0 +1,226 @@
+"""Load what a recipe calls a model: its config, tokenizer and weights, with the label order of the task."""
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from distill.errors import InputError
+from distill.sources import locate, sha256
+from distill.tasks import Task
+
+_DEFAULT_LABEL = re.compile(r"LABEL_\d+")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt", "spiece.model")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model outside the recipe: a folder, a folder in an installed package, or a Hub id."""
+
+    reference: str
+    """As the user wrote it."""
+    location: str
+    """What `from_pretrained` takes."""
+    config: PretrainedConfig
+    fingerprint: str
+    """Changes with the weights, the config and the tokenizer."""
+
+
+def find_model(reference: str) -> ModelSource:
+    """Look a model up without loading its weights.
+
+    Raises:
+        InputError: no such model, no config, no safetensors weights, or a digest that differs.
+    """
+    located = locate(reference)
+    if isinstance(located, Path):
+        _check_folder(located)
+    try:
+        config = AutoConfig.from_pretrained(str(located))
+    except Exception as error:  # the Hub client, the network and each config raise their own kinds
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        if isinstance(located, Path):
+            raise InputError(f"{reference}: its config.json cannot be read ({reason})") from error
+        raise InputError(
+            f"{reference}: no such folder here, and not to be had from the Hub nor from its cache ({reason})"
+        ) from error
+    if isinstance(located, Path):
+        fingerprint = _folder_fingerprint(located)
+    else:
+        fingerprint = f"{located}@{getattr(config, '_commit_hash', None)}"
+    return ModelSource(reference, str(located), config, fingerprint)
+
+
+def load_tokenizer(location: str, max_length: int | None = None) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; `max_length` becomes its `model_max_length`, so `pipeline(truncation=True)` cuts there.
+
+    Raises:
+        InputError: there is none.
+    """
+    if Path(location).is_dir() and not any((Path(location) / name).is_file() for name in _TOKENIZER_FILES):
+        raise InputError(
+            f"{location}: holds no tokenizer ({', '.join(_TOKENIZER_FILES[:3])}); save one beside the model"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(location)
+    except Exception as error:  # as for the config
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise InputError(f"{location}: its tokenizer cannot be loaded ({reason})") from error
+    if max_length is not None:
+        tokenizer.model_max_length = max_length
+    return tokenizer
+
+
+def load_classifier(
+    location: str,
+    task: Task,
+    *,
+    label_map: Mapping[str, str] | None = None,
+    dtype: torch.dtype | str = "auto",
+) -> PreTrainedModel:
+    """A trained classification (or regression) model whose outputs stand in the order of the task's labels.
+
+    Args:
+        location: folder or Hub id.
+        label_map: the model's label names → the task's, where they differ.
+        dtype: of the weights; the stored one by default.
+
+    Raises:
+        InputError: the labels differ, or the head has no trained weights.
+    """
+    config = AutoConfig.from_pretrained(location)
+    order = label_order(config, task, label_map, where=location)
+    with quiet_loading():
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            location, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    if info["missing_keys"]:
+        raise InputError(f"{location}: {no_head_message(sorted(info['missing_keys']))}")
+    if order is not None:
+        _permute_head(model, order)
+    set_labels(model.config, task)
+    return model.eval()
+
+
+def load_for_finetuning(location: str, task: Task) -> PreTrainedModel:
+    """A pretrained model with a head for the task in float32; a head that is missing or of another shape is new.
+
+    The new head is drawn from torch's global generator: seed it first.
+    """
+    config = AutoConfig.from_pretrained(location)
+    set_labels(config, task)
+    with quiet_loading():
+        return AutoModelForSequenceClassification.from_pretrained(
+            location, config=config, dtype=torch.float32, use_safetensors=True, ignore_mismatched_sizes=True
+        )
+
+
+def set_labels(config: PretrainedConfig, task: Task) -> None:
+    """Write the task's label names and problem type into the model's config."""
+    names = task.label_names or ("score",)
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: index for index, name in enumerate(names)}
+    config.problem_type = "regression" if task.kind == "regression" else "single_label_classification"
+
+
+def label_order(
+    config: PretrainedConfig, task: Task, label_map: Mapping[str, str] | None = None, *, where: str
+) -> list[int] | None:
+    """For each label of the task, the model's id of it; None where both agree.
+
+    Names are compared without case, and with spaces and hyphens as underscores.
+
+    Raises:
+        InputError: the label sets differ, or the model only has `LABEL_0`-like names.
+    """
+    if task.kind == "regression":
+        if config.num_labels != 1:
+            raise InputError(f"{where}: has {config.num_labels} outputs, but {task.name} is a regression with one")
+        return None
+    wanted = [_normalise(name) for name in task.label_names or ()]
+    names = [config.id2label[index] for index in range(config.num_labels)]
+    mapped = [_normalise((label_map or {}).get(name, name)) for name in names]
+    if sorted(mapped) == sorted(wanted):
+        order = [mapped.index(name) for name in wanted]
+        return None if order == sorted(order) else order
+    shown = ", ".join(task.label_names or ())
+    if all(_DEFAULT_LABEL.fullmatch(name) for name in names) and len(names) == len(wanted):
+        pairs = ", ".join(f"{name}: {label}" for name, label in zip(names, task.label_names or (), strict=True))
+        raise InputError(
+            f"{where}: its labels have no names (LABEL_0, …), so their order is unknown; if it is the task's, "
+            f"say teacher_label_map (label_map for eval and quantize): {{{pairs}}}"
+        )
+    raise InputError(f"{where}: its labels ({', '.join(names)}) are not those of the task ({shown})")
+
+
+def no_head_message(missing: list[str]) -> str:
+    """What to say of a model without a trained head."""
+    return f"has no trained classification head ({', '.join(missing[:3])} missing); fine-tune it first (run: finetune)"
+
+
+@contextlib.contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Silence transformers' loading report: what it would say of missing weights is checked here."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
+def _normalise(label: str) -> str:
+    return label.strip().lower().replace("-", "_").replace(" ", "_")
+
+
+def _permute_head(model: PreTrainedModel, order: list[int]) -> None:
+    """Reorder the rows of the last linear layer, so that logits and label names follow `order`."""
+    heads = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == len(order)]
+    if not heads:
+        raise InputError(f"{type(model).__name__}: no output layer found whose labels could be reordered")
+    head = heads[-1]
+    with torch.no_grad():
+        head.weight.copy_(head.weight[order].clone())
+        if head.bias is not None:
+            head.bias.copy_(head.bias[order].clone())
+
+
+def _check_folder(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder}: holds no config.json, so it is no model folder")
+    if not _weight_files(folder):
+        pickled = [path.name for path in folder.glob("*.bin")]
+        hint = f"; {pickled[0]} is pickled and not read: save it with save_pretrained" if pickled else ""
+        raise InputError(f"{folder}: a model folder without weights (no model.safetensors){hint}")
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The weight files of a model folder."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    return [path for path in [folder / "model.safetensors"] if path.is_file()]
+
+
+def size_on_disk(folder: Path) -> int:
+    """Bytes of a model folder's weight files."""
+    return sum(path.stat().st_size for path in _weight_files(folder))
+
+
+def _folder_fingerprint(folder: Path) -> str:
+    files = [folder / "config.json", *_weight_files(folder), *(folder / name for name in _TOKENIZER_FILES)]
+    return " ".join(sha256(path) for path in files if path.is_file())

@@ -1,0 +1,200 @@
+"""Run a plan: skip what is finished, resume what was cut off, and leave one model folder per step."""
+
+import json
+import os
+import shutil
+import time
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate import PartialState
+from rich.console import Console
+
+from distill.benchmark import environment
+from distill.card import write_model_card
+from distill.errors import InputError, nearest_name
+from distill.plan import Plan, PlannedStep
+from distill.recipe import Recipe
+from distill.steps import run_step
+
+console = Console(highlight=False, stderr=True)
+
+
+def run_plan(plan: Plan, *, only: list[str] | None = None, force: bool = False) -> list[str]:
+    """Make every model of the plan that is not finished.
+
+    Args:
+        only: run these steps alone; what they start from must be finished.
+        force: run them even if they are finished, from their beginning.
+
+    Returns:
+        Names of the steps that ran.
+
+    Raises:
+        InputError: unknown names in `only`, an unfinished input of theirs, or a folder that no run made.
+    """
+    steps = _chosen(plan, only)
+    _check_folders(steps)
+    state = PartialState()
+    if state.is_main_process:
+        plan.recipe.output_dir.mkdir(parents=True, exist_ok=True)
+        save_recipe(plan.recipe)
+    ran = []
+    for number, planned in enumerate(steps, start=1):
+        name = planned.step.name
+        todo = force or not is_finished(planned)
+        state.wait_for_everyone()  # nobody writes step.json before all have read it
+        if not todo:
+            _say(f"[{number}/{len(steps)}] {name}: finished already")
+            continue
+        _say(f"[{number}/{len(steps)}] {name}: {planned.step.run}{_parameters(planned)}")
+        started, clock = datetime.now(timezone.utc), time.perf_counter()
+        if state.is_main_process:
+            _prepare_folder(planned, discard=force)
+        state.wait_for_everyone()
+        made = run_step(planned.step.options, planned.inputs, plan.data, planned.folder)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            seconds = time.perf_counter() - clock
+            shutil.rmtree(planned.folder / "checkpoints", ignore_errors=True)
+            write_model_card(plan, planned)
+            record = _record(plan, planned) | asdict(made)
+            record |= {"started": started.isoformat(timespec="seconds"), "wall_seconds": round(seconds, 2)}
+            _write_record(planned, {**record, "status": "finished"})
+            _say(f"      {name}: finished in {seconds:.0f} s → {planned.folder}")
+        state.wait_for_everyone()
+        ran.append(name)
+    return ran
+
+
+def is_finished(planned: PlannedStep) -> bool:
+    """Whether the step's folder holds the model that the plan would make."""
+    record = read_record(planned.folder)
+    return record.get("status") == "finished" and record.get("fingerprint") == planned.fingerprint
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """A run folder's step.json; empty where there is none."""
+    try:
+        return json.loads((folder / "step.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+
+
+def save_recipe(recipe: Recipe) -> None:
+    """Write the recipe with its overrides into the output folder, where `distill report` finds it; no tokens."""
+    content: dict[str, Any] = {"task": recipe.task} if recipe.task else {}
+    content |= {"output_dir": str(recipe.output_dir)}
+    for key, options in (("data", recipe.data), ("benchmark", recipe.benchmark)):
+        content[key] = {name: value for name, value in asdict(options).items() if value is not None}
+    if recipe.baseline:
+        content["baseline"] = recipe.baseline
+    content["steps"] = {
+        step.name: {"run": step.run, **{key: value for key, value in step.given.items() if not key.endswith("_token")}}
+        for step in recipe.steps.values()
+    }
+    text = yaml.safe_dump(json.loads(json.dumps(content, default=str)), sort_keys=False, allow_unicode=True)
+    write_atomically(recipe.output_dir / "recipe.yaml", text)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _chosen(plan: Plan, only: list[str] | None) -> list[PlannedStep]:
+    if only is None:
+        return list(plan.steps.values())
+    problems = [
+        f"--only {name}: no such step; {nearest_name(name, plan.steps)}" for name in only if name not in plan.steps
+    ]
+    chosen = [planned for name, planned in plan.steps.items() if name in only]
+    for planned in chosen:
+        for parent in planned.parents:
+            if parent in plan.steps and parent not in only and not is_finished(plan.steps[parent]):
+                problems.append(
+                    f"--only {planned.step.name}: starts from {parent}, which is not finished; add it to --only"
+                )
+    if problems:
+        raise InputError(*problems)
+    return chosen
+
+
+def _check_folders(steps: list[PlannedStep]) -> None:
+    problems = []
+    for planned in steps:
+        folder = planned.folder
+        if folder.exists() and not folder.is_dir():
+            problems.append(f"{folder}: is a file, and step {planned.step.name} would write a folder there")
+        elif folder.is_dir() and any(folder.iterdir()) and not (folder / "step.json").is_file():
+            problems.append(f"{folder}: holds files that no run made (no step.json); move them, or change output_dir")
+    if problems:
+        raise InputError(*problems)
+
+
+def _prepare_folder(planned: PlannedStep, *, discard: bool) -> None:
+    """An empty folder marked as running; checkpoints of the same step stay, for it to resume from."""
+    record = read_record(planned.folder)
+    same = record.get("fingerprint") == planned.fingerprint and record.get("status") == "running"
+    if planned.folder.is_dir():
+        for path in planned.folder.iterdir():
+            if path.name == "checkpoints" and same and not discard:
+                continue
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    planned.folder.mkdir(parents=True, exist_ok=True)
+    _write_record(planned, {"name": planned.step.name, "fingerprint": planned.fingerprint, "status": "running"})
+
+
+def _write_record(planned: PlannedStep, record: dict[str, Any]) -> None:
+    write_atomically(planned.folder / "step.json", json.dumps(record, indent=1, default=str, ensure_ascii=False) + "\n")
+
+
+def _record(plan: Plan, planned: PlannedStep) -> dict[str, Any]:
+    options = planned.step.options
+    resolved = options.to_dict() if hasattr(options, "to_dict") else asdict(options)
+    resolved = {key: value for key, value in resolved.items() if not key.endswith("_token") and key != "output_dir"}
+    return {
+        "schema": 1,
+        "name": planned.step.name,
+        "run": planned.step.run,
+        "fingerprint": planned.fingerprint,
+        "parents": list(planned.parents),
+        "lineage": lineage(plan, planned),
+        "layers": planned.layers,
+        "layer_pairs": planned.layer_pairs,
+        "task": plan.data.task.name,
+        "data": asdict(plan.recipe.data),
+        "options": resolved,
+        "environment": environment(),
+    }
+
+
+def lineage(plan: Plan, planned: PlannedStep) -> list[str]:
+    """Every model this one was made from, nearest first."""
+    found: list[str] = []
+    queue = list(planned.parents)
+    while queue:
+        name = queue.pop(0)
+        if name not in found:
+            found.append(name)
+            queue += plan.steps[name].parents if name in plan.steps else ()
+    return found
+
+
+def _parameters(planned: PlannedStep) -> str:
+    parts = []
+    if planned.layers is not None:
+        parts.append(f"source layers {', '.join(map(str, planned.layers))}")
+    if planned.layer_pairs is not None:
+        parts.append("hidden states " + ", ".join(f"{student}→{teacher}" for student, teacher in planned.layer_pairs))
+    return f" ({'; '.join(parts)})" if parts else ""
+
+
+def _say(text: str) -> None:
+    if PartialState().is_main_process:
+        console.print(text)

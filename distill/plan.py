@@ -1,0 +1,248 @@
+"""Resolve a recipe against its data and models without training: every problem at once, and what steps will make."""
+
+import ast
+import copy
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from distill.data import Data, load_data, tokenizer_fingerprint
+from distill.errors import InputError, nearest_name
+from distill.models import ModelSource, find_model, label_order, load_tokenizer, no_head_message, set_labels
+from distill.recipe import Recipe, Step
+from distill.steps import DistillOptions, FinetuneOptions, QuantizeOptions, chosen_layers
+from distill.student import student_config
+from distill.trainer import resolve_layer_map
+
+# The code that decides what a step makes; a change in it reruns the step.
+_TRAINING_CODE = ("data", "tasks", "models", "student", "losses", "trainer", "steps")
+_CODE = {"finetune": _TRAINING_CODE, "distill": _TRAINING_CODE, "quantize": ("models", "student", "quantize", "steps")}
+
+# Options that change what is shown or kept while a step runs, and not what it makes.
+_NOT_IN_FINGERPRINT = {
+    *("logging_strategy", "logging_steps", "logging_first_step", "report_to", "run_name", "project", "disable_tqdm"),
+    *("log_level", "log_level_replica", "log_on_each_node", "save_strategy", "save_steps", "save_total_limit"),
+    *("save_on_each_node", "per_device_eval_batch_size", "dataloader_num_workers", "dataloader_pin_memory"),
+    *("dataloader_prefetch_factor", "push_to_hub", "hub_token", "hub_model_id", "hub_strategy", "hub_private_repo"),
+}
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """A step whose inputs, student and fingerprint are known."""
+
+    step: Step
+    folder: Path
+    inputs: dict[str, str]
+    """For each option that names a model, where `from_pretrained` will find it."""
+    parents: tuple[str, ...]
+    """The same as the user wrote them: steps' names, or models."""
+    config: PretrainedConfig
+    """Of the model that the step makes."""
+    tokenizer_location: str
+    layers: tuple[int, ...] | None
+    """0-based source layers that seed the student; None for a step that keeps all."""
+    layer_pairs: tuple[tuple[int, int], ...] | None
+    """(student, teacher) hidden states that a distill step matches."""
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe that can run."""
+
+    recipe: Recipe
+    data: Data
+    steps: dict[str, PlannedStep]
+    baseline: str
+    """The step or model that the report compares with."""
+    sources: dict[str, ModelSource]
+    """Models outside the recipe, by the reference that the user wrote."""
+
+
+def make_plan(recipe: Recipe) -> Plan:
+    """Resolve everything.
+
+    Raises:
+        InputError: with every problem of data, models, layers and labels.
+    """
+    problems: list[str] = []
+    where = str(recipe.path)
+    try:
+        data = load_data(recipe.task, recipe.data)
+    except InputError as error:
+        problems += [f"{where}: {problem}" for problem in error.problems]
+        data = None
+    sources: dict[str, ModelSource] = {}
+    planned: dict[str, PlannedStep] = {}
+    failed: set[str] = set()
+    for step in recipe.steps.values():
+        try:
+            planned[step.name] = _plan_step(step, recipe, data, planned, failed, sources)
+        except _Unplannable as error:
+            failed.add(step.name)
+            problems += [f"{where}: {problem}" for problem in error.problems]
+    baseline = recipe.baseline or _default_baseline(recipe)
+    if baseline not in recipe.steps and baseline not in sources:
+        try:
+            sources[baseline] = find_model(baseline)
+        except InputError as error:
+            hint = nearest_name(baseline, recipe.steps)
+            problems += [f"{where}: baseline: {problem}; of the steps: {hint}" for problem in error.problems]
+    if problems or data is None:
+        raise InputError(*problems)
+    return Plan(recipe, data, planned, baseline, sources)
+
+
+class _Unplannable(Exception):
+    def __init__(self, problems: Sequence[str]):
+        self.problems = problems
+
+
+def _plan_step(
+    step: Step,
+    recipe: Recipe,
+    data: Data | None,
+    planned: dict[str, PlannedStep],
+    failed: set[str],
+    sources: dict[str, ModelSource],
+) -> PlannedStep:
+    """One step; raises `_Unplannable` with its problems (none of its own where an input has failed already)."""
+    options, problems = step.options, []
+    references = {
+        name: getattr(options, name) for name in ("teacher", "model") if getattr(options, name, None) is not None
+    }
+    configs: dict[str, PretrainedConfig] = {}
+    locations, tokenizers, fingerprints = {}, {}, {}
+    for option, reference in references.items():
+        if reference in planned:
+            made = planned[reference]
+            configs[option], locations[option] = made.config, str(made.folder)
+            tokenizers[option], fingerprints[option] = made.tokenizer_location, made.fingerprint
+        elif reference in failed:
+            pass  # its problems are told already
+        elif reference in recipe.steps:
+            problems.append(f"{option}: {reference!r} is not an earlier step; a step refers to steps above it")
+        else:
+            try:
+                source = sources.get(reference) or find_model(reference)
+                sources[reference] = source
+                tokenizer = load_tokenizer(source.location)
+            except InputError as error:
+                earlier = f" (earlier steps: {', '.join(planned)})" if planned else ""
+                problems += [f"{option}: {problem}{earlier}" for problem in error.problems]
+                continue
+            configs[option], locations[option] = source.config, source.location
+            tokenizers[option] = source.location
+            fingerprints[option] = f"{source.fingerprint} {tokenizer_fingerprint(tokenizer)}"
+            problems += _source_problems(option, source, options, data)
+    if problems or set(configs) != set(references):
+        raise _Unplannable([f"steps.{step.name}.{problem}" for problem in problems])
+
+    source_option = "model" if "model" in configs else "teacher"
+    config, layers, layer_pairs = copy.deepcopy(configs[source_option]), None, None
+    try:
+        if isinstance(options, FinetuneOptions | DistillOptions):
+            layers = tuple(chosen_layers(options, config.num_hidden_layers))
+            config = student_config(config, options.student_arch, list(layers))
+        if isinstance(options, DistillOptions) and options.hidden_weight:
+            num_teacher_layers = configs["teacher"].num_hidden_layers
+            layer_pairs = tuple(resolve_layer_map(options.layer_map, config.num_hidden_layers, num_teacher_layers))
+    except InputError as error:
+        problems += error.problems
+    if isinstance(options, DistillOptions) and "model" in configs:
+        problems += _tokenizer_problems(tokenizers)
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and recipe.data.max_length > longest:
+        problems.append(f"model: takes at most {longest} tokens, but data.max_length is {recipe.data.max_length}")
+    if isinstance(options, QuantizeOptions) and getattr(config, "quantization_config", None) is not None:
+        problems.append("model: it is quantized already; quantize the model it was made from")
+    if problems:
+        raise _Unplannable([f"steps.{step.name}.{problem}" for problem in problems])
+    if data is not None:
+        set_labels(config, data.task)
+    if isinstance(options, QuantizeOptions):
+        config.quantization_config = {"format": options.format}
+    return PlannedStep(
+        step=step,
+        folder=recipe.output_dir / step.name,
+        inputs=locations,
+        parents=tuple(references.values()),
+        config=config,
+        tokenizer_location=tokenizers[source_option],
+        layers=layers,
+        layer_pairs=layer_pairs,
+        fingerprint=_fingerprint(step, fingerprints, data),
+    )
+
+
+def _source_problems(option: str, source: ModelSource, options: Any, data: Data | None) -> list[str]:
+    """What keeps a model from outside from being this step's input."""
+    quantized = getattr(source.config, "quantization_config", None) is not None
+    if isinstance(options, FinetuneOptions) or (isinstance(options, DistillOptions) and option == "model"):
+        return [f"{option}: {source.reference} is quantized; train the model it was made from"] * quantized
+    architecture = (source.config.architectures or [""])[0]
+    if not architecture.endswith("ForSequenceClassification"):
+        return [f"{option}: {source.reference} {no_head_message([architecture or 'its architecture'])}"]
+    if data is None:
+        return []
+    label_map = options.teacher_label_map if isinstance(options, DistillOptions) else options.label_map
+    try:
+        label_order(source.config, data.task, label_map, where=source.reference)
+    except InputError as error:
+        return [f"{option}: {problem}" for problem in error.problems]
+    return []
+
+
+def _tokenizer_problems(tokenizers: dict[str, str]) -> list[str]:
+    teacher, model = (tokenizer_fingerprint(load_tokenizer(tokenizers[option])) for option in ("teacher", "model"))
+    if teacher == model:
+        return []
+    return [
+        "model: its tokenizer is not the teacher's, so both would read different tokens; start from one that shares it"
+    ]
+
+
+def _default_baseline(recipe: Recipe) -> str:
+    """The first distill step's teacher, else the first step's input."""
+    options = [step.options for step in recipe.steps.values()]
+    teachers = [distill.teacher for distill in options if isinstance(distill, DistillOptions)]
+    return teachers[0] if teachers else str(options[0].model)
+
+
+def _fingerprint(step: Step, inputs: dict[str, str], data: Data | None) -> str:
+    """Of everything that decides what the step makes: options, inputs, rows and code."""
+    defaults = {
+        field.name: field.default_factory() if field.default_factory is not MISSING else field.default
+        for field in fields(type(step.options))
+    }
+    changed = {
+        key: value for key, value in step.given.items() if value != defaults[key] and key not in _NOT_IN_FINGERPRINT
+    }
+    for name in ("teacher", "model"):
+        changed.pop(name, None)  # their fingerprints stand for them
+    if data is None:
+        rows: Any = None
+    elif step.run == "quantize":
+        rows = [data.task.label_names, data.max_length]
+    else:
+        rows = data.fingerprint
+    code = [code_fingerprint(module) for module in _CODE[step.run]]
+    identity = json.dumps([step.run, changed, inputs, rows, code], sort_keys=True, default=str)
+    return hashlib.sha256(identity.encode()).hexdigest()
+
+
+@cache
+def code_fingerprint(module: str) -> str:
+    """Of a module of this package, comments, docstrings and layout aside."""
+    tree = ast.parse((Path(__file__).parent / f"{module}.py").read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()

@@ -1,0 +1,253 @@
+"""A recipe: YAML and overrides → typed steps, with every problem told at once."""
+
+import re
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from distill.benchmark import BenchmarkOptions
+from distill.data import DataOptions
+from distill.errors import InputError, nearest_name
+from distill.steps import VERBS, Options
+from distill.trainer import TrainingConfig
+
+_TOP_LEVEL = ("task", "data", "output_dir", "baseline", "benchmark", "steps")
+_STEP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_SET_BY_THE_RUN = ("output_dir", "resume_from_checkpoint", "do_train", "do_eval", "do_predict", "remove_unused_columns")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One verb with its options; its name is the name of the model it makes."""
+
+    name: str
+    run: str
+    options: Options
+    given: dict[str, Any]
+    """The options that the user gave, as their fields' types."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe."""
+
+    path: Path
+    task: str | None
+    data: DataOptions
+    output_dir: Path
+    baseline: str | None
+    benchmark: BenchmarkOptions
+    steps: dict[str, Step]
+
+
+def load_recipe(path: Path, overrides: Mapping[str, str] | None = None) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        path: the YAML file.
+        overrides: values (as YAML) by path: `student.temperature`, `data.max_length`, `output_dir`.
+
+    Raises:
+        InputError: with every problem of the file and of the overrides.
+    """
+    content = read_yaml(path)
+    problems: list[str] = []
+    where = str(path)
+    steps = content.get("steps")
+    if not isinstance(steps, dict) or not steps:
+        raise InputError(f"{where}: steps: missing; a recipe names at least one step with a `run:`")
+    _apply_overrides(content, overrides or {}, problems)
+
+    for key in content:
+        if key not in _TOP_LEVEL:
+            problems.append(f"{where}: {key}: unknown key; {nearest_name(key, _TOP_LEVEL)}")
+    output_dir = content.get("output_dir")
+    if not isinstance(output_dir, str):
+        problems.append(f"{where}: output_dir: missing; say where the run folders go, like runs/{path.stem}")
+    for key in ("task", "baseline"):
+        if content.get(key) is not None and not isinstance(content[key], str):
+            problems.append(f"{where}: {key}: should be a name, got {content[key]!r}")
+    data = parse_options(DataOptions, content.get("data") or {}, f"{where}: data", problems)
+    benchmark = parse_options(BenchmarkOptions, content.get("benchmark") or {}, f"{where}: benchmark", problems)
+    parsed = {}
+    for name, options in steps.items():
+        step = _parse_step(name, options, where, Path(str(output_dir)), problems)
+        if step is not None:
+            parsed[name] = step
+    if problems or data is None or benchmark is None:
+        raise InputError(*problems)
+    return Recipe(path, content.get("task"), data, Path(str(output_dir)), content.get("baseline"), benchmark, parsed)
+
+
+def parse_options(options_class: type, given: Any, where: str, problems: list[str]) -> Any:
+    """An instance of a dataclass from a mapping, each value checked against its field's annotation.
+
+    Args:
+        where: stands before each problem.
+        problems: what is wrong is appended here, and None returned.
+    """
+    values = _checked_values(options_class, given, where, problems)
+    return None if values is None else options_class(**values)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file as a mapping, scalars by YAML 1.2's core schema (`no` is a word, `2e-5` a number).
+
+    Raises:
+        InputError: no such file, no mapping, a key twice, or not YAML at all.
+    """
+    if not path.is_file():
+        near = [str(other) for other in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        raise InputError(f"{path}: no such recipe" + (f"; {nearest_name(str(path), near)}" if near else ""))
+    try:
+        content = parse_value(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: a recipe is a mapping with task (or data), output_dir and steps")
+    return content
+
+
+# --- steps ----------------------------------------------------------------------------------------------------------
+
+
+def _parse_step(name: str, given: Any, where: str, output_dir: Path, problems: list[str]) -> Step | None:
+    where = f"{where}: steps.{name}"
+    if not _STEP_NAME.fullmatch(name) or name in _TOP_LEVEL:
+        problems.append(f"{where}: a step's name is letters, digits, '.', '_', '-' and no top-level key")
+        return None
+    if not isinstance(given, dict) or "run" not in given:
+        problems.append(f"{where}.run: missing; one of {', '.join(VERBS)}")
+        return None
+    given = dict(given)
+    verb = given.pop("run")
+    if verb not in VERBS:
+        problems.append(f"{where}.run: no verb {verb!r}; {nearest_name(str(verb), VERBS)}")
+        return None
+    values = _checked_values(VERBS[verb], given, where, problems)
+    if values is None:
+        return None
+    trains = issubclass(VERBS[verb], TrainingConfig)
+    fixed = {"output_dir": str(output_dir / name / "checkpoints")} if trains else {}
+    try:
+        return Step(name, verb, VERBS[verb](**values, **fixed), values)
+    except (ValueError, NotImplementedError) as error:  # what TrainingArguments checks across its fields
+        problems.append(f"{where}: {error}")
+        return None
+
+
+def _apply_overrides(content: dict[str, Any], overrides: Mapping[str, str], problems: list[str]) -> None:
+    for path, text in overrides.items():
+        first, _, rest = path.partition(".")
+        try:
+            value = parse_value(text)
+        except yaml.YAMLError:
+            problems.append(f"--{path}: {text!r} is no YAML value; quote it")
+            continue
+        if first in ("data", "benchmark") and rest:
+            block = content.get(first)
+            content[first] = {**(block if isinstance(block, dict) else {}), rest: value}
+        elif path in _TOP_LEVEL and path != "steps":
+            content[path] = value
+        elif _longest_step(path, content["steps"]):
+            step = _longest_step(path, content["steps"])
+            block = content["steps"][step]
+            content["steps"][step] = {**(block if isinstance(block, dict) else {}), path[len(step) + 1 :]: value}
+        else:
+            known = [*content["steps"], "data", "benchmark", "task", "output_dir", "baseline"]
+            problems.append(f"--{path}: no such step or key; {nearest_name(first, known)}")
+
+
+def _longest_step(path: str, steps: Mapping[str, Any]) -> str:
+    """The step that an override's path starts with (step names may hold dots); '' if none."""
+    return max((name for name in steps if path.startswith(f"{name}.")), key=len, default="")
+
+
+# --- values ---------------------------------------------------------------------------------------------------------
+
+
+def _checked_values(options_class: type, given: Any, where: str, problems: list[str]) -> dict[str, Any] | None:
+    """The given options with their values as the fields' types, or None where one is wrong or missing."""
+    if not isinstance(given, dict):
+        problems.append(f"{where}: should be a mapping of options, got {given!r}")
+        return None
+    annotations = _annotations(options_class)
+    known = {field.name: field for field in fields(options_class) if field.init and field.name not in _SET_BY_THE_RUN}
+    found = len(problems)
+    values = {}
+    for key, value in given.items():
+        if key in _SET_BY_THE_RUN:
+            problems.append(f"{where}.{key}: is set by the run itself; leave it out")
+        elif key not in known:
+            problems.append(f"{where}.{key}: unknown option; {nearest_name(key, known)}")
+        else:
+            try:
+                values[key] = _validator(annotations[key])(value)
+            except ValidationError as error:
+                problems.append(f"{where}.{key}: {_explain(error)}; got {value!r}")
+    for name, field in known.items():
+        if field.default is MISSING and field.default_factory is MISSING and name not in given:
+            problems.append(f"{where}.{name}: missing. {field.metadata['help']}")
+    return values if len(problems) == found else None
+
+
+@cache
+def _annotations(options_class: type) -> dict[str, Any]:
+    return typing.get_type_hints(options_class, include_extras=True)
+
+
+def _validator(annotation: Any) -> Callable[[Any], Any]:
+    return TypeAdapter(annotation, config=ConfigDict(coerce_numbers_to_str=True)).validate_python
+
+
+def _explain(error: ValidationError) -> str:
+    """pydantic's messages as one sentence."""
+    messages = []
+    for part in error.errors():
+        place = "".join(f"[{item}] " for item in part["loc"] if isinstance(item, int))
+        messages.append(place + part["msg"].removeprefix("Input ").replace("Field required", "is missing"))
+    return " or ".join(dict.fromkeys(messages))
+
+
+class _CoreSchemaLoader(yaml.SafeLoader):
+    """PyYAML follows YAML 1.1, where `no` is false, `2e-5` a string and `1:30` ninety; this follows YAML 1.2."""
+
+    yaml_implicit_resolvers: dict = {}  # noqa: RUF012  (as PyYAML declares it)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        self.flatten_mapping(node)
+        mapping = {}
+        for key_node, value_node in node.value:
+            key = str(key_node.value)
+            if key in mapping:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} stands there twice", key_node.start_mark
+                )
+            mapping[key] = self.construct_object(value_node, deep=deep)
+        return mapping
+
+
+_INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+_CoreSchemaLoader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"(~|null|Null|NULL|)$"), None)
+_CoreSchemaLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"(true|True|TRUE|false|False|FALSE)$"), None
+)
+_CoreSchemaLoader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(rf"({_INT.pattern})$"), None)
+_CoreSchemaLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(rf"({_FLOAT.pattern})$"), None)
+_CoreSchemaLoader.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile(r"<<$"), None)
+_CoreSchemaLoader.add_constructor(
+    "tag:yaml.org,2002:int",
+    lambda loader, node: int(node.value, {"0o": 8, "0x": 16}.get(node.value[:2], 10)),
+)
+
+
+def parse_value(text: str) -> Any:
+    """One YAML value, as an override on the command line gives it."""
+    return yaml.load(text, Loader=_CoreSchemaLoader)

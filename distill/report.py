@@ -1,0 +1,262 @@
+"""The report: every model of a run scored and measured side by side, as report.json, report.md and a plot."""
+
+import hashlib
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from transformers import set_seed
+
+from distill.benchmark import as_row, benchmark_models, environment, slower_or_not_smaller
+from distill.card import write_model_card
+from distill.evaluation import Evaluation, agreement, evaluate_model
+from distill.models import load_classifier, load_tokenizer
+from distill.pipeline import is_finished, read_record, write_atomically
+from distill.plan import Plan, code_fingerprint
+from distill.steps import DistillOptions
+
+_SCORING_CODE = ("data", "tasks", "metrics", "models", "quantize", "evaluation")
+_LOWER_IS_BETTER = ("perplexity",)
+
+
+def write_report(plan: Plan) -> dict[str, Any]:
+    """Score and measure the run's finished models and its baseline, and write report.json, report.md and the plot.
+
+    What was measured before stays valid while models, rows and code are the same: a second report measures nothing.
+
+    Returns:
+        The content of report.json (schema 1 of the README).
+    """
+    finished = [name for name, planned in plan.steps.items() if is_finished(planned)]
+    names = finished if plan.baseline in plan.steps else [plan.baseline, *finished]
+    locations = {name: _location(plan, name) for name in names}
+    fingerprints = {name: _model_fingerprint(plan, name) for name in names}
+    cache = plan.recipe.output_dir / ".cache"
+    cache.mkdir(parents=True, exist_ok=True)
+
+    evaluations = {name: _evaluation(plan, name, locations[name], fingerprints[name], cache) for name in names}
+    benchmarks = _benchmarks(plan, locations, fingerprints, cache)
+    models = [_entry(plan, name, evaluations, benchmarks[name]) for name in names]
+    report = {
+        "schema": 1,
+        "task": plan.recipe.task or plan.data.task.kind,
+        "metric": plan.data.task.primary_metric,
+        "environment": environment() | {"benchmark": asdict(plan.recipe.benchmark)},
+        "baseline": plan.baseline,
+        "models": models,
+    }
+    write_atomically(plan.recipe.output_dir / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    _draw(report, plan.recipe.output_dir / "report.png")
+    write_atomically(plan.recipe.output_dir / "report.md", _markdown(plan, report))
+    for entry in models:
+        if entry["name"] in plan.steps:
+            write_model_card(plan, plan.steps[entry["name"]], entry)
+    return report
+
+
+def remarks(report: dict[str, Any]) -> list[str]:
+    """What a reader must not overlook: compressed models that are no smaller, or slower, than their parent."""
+    by_name = {model["name"]: model for model in report["models"]}
+    said = []
+    for model in report["models"]:
+        parent = by_name.get(model["parents"][0]) if model["parents"] else None  # a distill step's is its teacher
+        if parent is not None and model["run"] != "finetune":
+            said += slower_or_not_smaller(model, parent)
+    return said
+
+
+def print_report(report: dict[str, Any], console: Console) -> None:
+    """The report's table and remarks."""
+    header, *rows = _rows(report)
+    table = Table(*header)
+    for index in range(1, len(header)):
+        table.columns[index].justify = "right"
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    for remark in remarks(report):
+        console.print(f"[yellow]![/] {remark}")
+
+
+# --- measuring ------------------------------------------------------------------------------------------------------
+
+
+def _location(plan: Plan, name: str) -> str:
+    return str(plan.steps[name].folder) if name in plan.steps else plan.sources[name].location
+
+
+def _model_fingerprint(plan: Plan, name: str) -> str:
+    if name in plan.steps:
+        # The weights of a rerun with --force may differ: its start is part of what it is.
+        return f"{plan.steps[name].fingerprint} {read_record(plan.steps[name].folder).get('started')}"
+    return plan.sources[name].fingerprint
+
+
+def _label_map(plan: Plan, name: str) -> dict[str, str] | None:
+    """For a baseline from outside: the map of the step that has it as its teacher."""
+    for planned in plan.steps.values():
+        options = planned.step.options
+        if isinstance(options, DistillOptions) and options.teacher == name and name not in plan.steps:
+            return options.teacher_label_map
+    return None
+
+
+def _evaluation(plan: Plan, name: str, location: str, fingerprint: str, cache: Path) -> Evaluation:
+    file = cache / f"evaluation-{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
+    key = _key(fingerprint, plan.data.fingerprint, [code_fingerprint(module) for module in _SCORING_CODE])
+    known = _read_cache(file, key)
+    if known is not None:
+        return Evaluation(**known)
+    model = load_classifier(location, plan.data.task, label_map=_label_map(plan, name))
+    evaluation = evaluate_model(model, load_tokenizer(location), plan.data, name=name)
+    _write_cache(file, key, asdict(evaluation))
+    return evaluation
+
+
+def _benchmarks(
+    plan: Plan, locations: dict[str, str], fingerprints: dict[str, str], cache: Path
+) -> dict[str, dict[str, Any]]:
+    """All models together in alternating rounds, or none: timings of different runs don't compare."""
+    options = plan.recipe.benchmark
+    key = _key(fingerprints, asdict(options), environment(), [code_fingerprint("benchmark")])
+    known = _read_cache(cache / "benchmark.json", key)
+    if known is None:
+        set_seed(0)
+        known = {name: as_row(name, result) for name, result in benchmark_models(locations, options).items()}
+        _write_cache(cache / "benchmark.json", key, known)
+    return known
+
+
+def _key(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _read_cache(file: Path, key: str) -> Any:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    return content["value"] if content.get("key") == key else None
+
+
+def _write_cache(file: Path, key: str, value: Any) -> None:
+    write_atomically(file, json.dumps({"key": key, "value": value}))
+
+
+def _entry(plan: Plan, name: str, evaluations: dict[str, Evaluation], benchmark: dict[str, Any]) -> dict[str, Any]:
+    """One model of report.json; every key is there, null where it does not apply."""
+    planned = plan.steps.get(name)
+    record = read_record(planned.folder) if planned else {}
+    evaluation, metric = evaluations[name], plan.data.task.primary_metric
+    baseline = evaluations.get(plan.baseline)
+    return {
+        "name": name,
+        "run": planned.step.run if planned else None,
+        "path": name,
+        "parents": list(planned.parents) if planned else [],
+        "metrics": evaluation.metrics,
+        "retention": retention(metric, evaluation.metrics[metric], baseline.metrics[metric]) if baseline else None,
+        "agreement": agreement(plan.data.task, evaluation.predictions, baseline.predictions) if baseline else None,
+        **{key: value for key, value in benchmark.items() if key != "name"},
+        "train_seconds": record.get("train_seconds"),
+        "samples_per_second": record.get("samples_per_second"),
+    }
+
+
+def retention(metric: str, value: float, baseline: float) -> float | None:
+    """The primary metric over the baseline's (the other way round where lower is better); None for a baseline ≤ 0."""
+    if baseline <= 0:
+        return None
+    if metric in _LOWER_IS_BETTER:
+        return baseline / value
+    return value / baseline
+
+
+# --- showing --------------------------------------------------------------------------------------------------------
+
+
+def _rows(report: dict[str, Any]) -> list[list[str]]:
+    """The table of the report: a header and one row per model."""
+    bench = report["environment"]["benchmark"]
+    header = [
+        "model",
+        report["metric"].replace("_", " "),
+        "retention",
+        "agreement",
+        "parameters",
+        "MB on disk",
+        "MB in memory",
+    ]
+    header += [f"ms p50 ({bench['latency_batch_size']}×{bench['sequence_length']})"]
+    header += [f"rows/s ({bench['throughput_batch_size']}×{bench['sequence_length']})", "GFLOPs", "train s"]
+    rows = [header]
+    for model in report["models"]:
+        row = [
+            model["name"],
+            f"{model['metrics'][report['metric']]:.4f}",
+            _shown(model["retention"], ".3f"),
+            _shown(model["agreement"], ".3f"),
+            f"{model['num_parameters'] / 1e6:.1f} M",
+            _shown(model["size_on_disk_bytes"], ".1f", 1e-6),
+            _shown(model["memory_bytes"], ".1f", 1e-6),
+            _shown(model["latency_ms"]["p50"], ".1f"),
+            _shown(model["throughput_samples_per_second"], ".1f"),
+            _shown(model["flops_per_sample"], ".2f", 1e-9),
+            _shown(model["train_seconds"], ".0f"),
+        ]
+        rows.append(row)
+    return rows
+
+
+def _shown(value: float | None, form: str, factor: float = 1) -> str:
+    return "–" if value is None else format(value * factor, form)
+
+
+def _markdown(plan: Plan, report: dict[str, Any]) -> str:
+    header, *rows = _rows(report)
+    table = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    environment_line = ", ".join(f"{key} {value}" for key, value in report["environment"].items() if key != "benchmark")
+    rows_scored = len(plan.data.splits[plan.data.task.validation_splits[0][0]])
+    lines = [
+        f"# {plan.recipe.path.stem}",
+        f"{report['metric'].replace('_', ' ')} on {rows_scored} validation rows; retention and agreement are against "
+        f"{report['baseline']}.",
+        "\n".join(f"| {' | '.join(row)} |" for row in table),
+        "![accuracy against size and latency](report.png)",
+        "\n".join(f"- {remark}" for remark in remarks(report))
+        or "Every compressed model is smaller and faster than the one it was made from.",
+        *([f"Data: {'; '.join(plan.data.notes)}."] if plan.data.notes else []),
+        f"Measured on {report['models'][0]['device']} in alternating rounds, medians: {environment_line}.",
+    ]
+    return "\n\n".join(lines) + "\n"
+
+
+def _draw(report: dict[str, Any], path: Path) -> None:
+    """The metric against bytes and against latency."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    models = report["models"]
+    panels = [
+        ("weights on disk, MB", [(model["size_on_disk_bytes"] or math.nan) / 1e6 for model in models]),
+        (f"median latency on {models[0]['device']}, ms", [model["latency_ms"]["p50"] for model in models]),
+    ]
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
+    for axis, (label, values) in zip(axes, panels, strict=True):
+        for model, value in zip(models, values, strict=True):
+            score = model["metrics"][report["metric"]]
+            axis.scatter(value, score, s=60, marker="*" if model["name"] == report["baseline"] else "o")
+            axis.annotate(model["name"], (value, score), xytext=(6, 5), textcoords="offset points", fontsize=9)
+        axis.set_xlabel(label)
+        axis.set_xlim(left=0)
+        axis.margins(x=0.25, y=0.15)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel(report["metric"].replace("_", " "))
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

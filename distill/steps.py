@@ -1,0 +1,219 @@
+"""The verbs of a recipe: each one's options, and the plain function that makes its model folder."""
+
+import json
+import logging
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from accelerate import PartialState
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from distill.data import Data
+from distill.metrics import compute_metrics
+from distill.models import load_classifier, load_for_finetuning, load_tokenizer
+from distill.quantize import Format, quantize_model
+from distill.student import StudentArch, build_student, choose_layers
+from distill.trainer import DistillationConfig, DistillationTrainer, TrainingConfig
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class StudentOptions:
+    """How a student is cut from the model it starts from."""
+
+    student_arch: StudentArch = field(
+        default="same", metadata={"help": "Architecture of the student: its source's, or DistilBERT's (from a BERT)."}
+    )
+    num_layers: int | None = field(
+        default=None,
+        metadata={
+            "help": "Layers of the student. By default all; half of the teacher's for a distill step without model."
+        },
+    )
+    layers: Literal["uniform"] | list[int] = field(
+        default="uniform", metadata={"help": "0-based source layers that seed the student's; uniform spreads them."}
+    )
+
+
+@dataclass
+class FinetuneOptions(StudentOptions, TrainingConfig):
+    """Train a model on labels alone: a teacher, or the same student without a teacher."""
+
+    model: str = field(
+        kw_only=True, metadata={"help": "What to train: a Hub id, a folder, package:…, or an earlier step."}
+    )
+
+
+@dataclass
+class DistillOptions(StudentOptions, DistillationConfig):
+    """Train a student against a teacher."""
+
+    teacher: str = field(
+        kw_only=True, metadata={"help": "The fine-tuned teacher: a Hub id, a folder, package:…, or an earlier step."}
+    )
+    model: str | None = field(
+        default=None, metadata={"help": "What the student starts from; by default layers of the teacher."}
+    )
+    teacher_label_map: dict[str, str] | None = field(
+        default=None, metadata={"help": "The teacher's label names → the task's, where they differ."}
+    )
+
+
+@dataclass(kw_only=True)
+class QuantizeOptions:
+    """Quantize a model with bitsandbytes, word embeddings in int8, heads left in bfloat16."""
+
+    model: str = field(metadata={"help": "What to quantize: a Hub id, a folder, package:…, or an earlier step."})
+    format: Format = field(metadata={"help": "Format of the linear layers in the blocks."})
+    double_quant: bool = field(default=True, metadata={"help": "Quantize the scales of 4-bit blocks too."})
+    label_map: dict[str, str] | None = field(
+        default=None, metadata={"help": "The model's label names → the task's, where they differ."}
+    )
+
+
+Options = FinetuneOptions | DistillOptions | QuantizeOptions
+
+VERBS: dict[str, type] = {"finetune": FinetuneOptions, "distill": DistillOptions, "quantize": QuantizeOptions}
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a step tells of its run; it goes into step.json."""
+
+    train_seconds: float | None = None
+    samples_per_second: float | None = None
+    """Training rows per second, all processes together."""
+    world_size: int | None = None
+    log: list[dict[str, float]] = field(default_factory=list)
+    """Trainer's log lines."""
+
+
+def run_step(options: Options, inputs: dict[str, str], data: Data, folder: Path) -> Made:
+    """Make one model folder.
+
+    Args:
+        options: of the verb to run.
+        inputs: for each option that names a model, where `from_pretrained` finds it.
+        folder: the run folder; may hold `checkpoints/` of a run that was cut off.
+    """
+    if isinstance(options, QuantizeOptions):
+        return quantize(options, inputs, data, folder)
+    if isinstance(options, DistillOptions):
+        return distill(options, inputs, data, folder)
+    return finetune(options, inputs, data, folder)
+
+
+def finetune(options: FinetuneOptions, inputs: dict[str, str], data: Data, folder: Path) -> Made:
+    """Train `inputs["model"]`, or a student cut from it, on the labels."""
+    transformers.set_seed(options.seed)  # a new head is drawn here
+    model = load_for_finetuning(inputs["model"], data.task)
+    return _train(_cut_student(model, options), None, options, data, inputs["model"], folder)
+
+
+def distill(options: DistillOptions, inputs: dict[str, str], data: Data, folder: Path) -> Made:
+    """Train a student, cut from `inputs["model"]` or else from the teacher, against `inputs["teacher"]`."""
+    transformers.set_seed(options.seed)
+    teacher = load_classifier(inputs["teacher"], data.task, label_map=options.teacher_label_map, dtype=torch.float32)
+    source = load_for_finetuning(inputs["model"], data.task) if "model" in inputs else teacher
+    student = _cut_student(source, options)
+    return _train(student, teacher, options, data, inputs.get("model", inputs["teacher"]), folder)
+
+
+def quantize(options: QuantizeOptions, inputs: dict[str, str], data: Data, folder: Path) -> Made:
+    """Quantize `inputs["model"]`; on the main process alone."""
+    if PartialState().is_main_process:
+        model = load_classifier(inputs["model"], data.task, label_map=options.label_map, dtype=torch.float32)
+        quantize_model(model, format=options.format, double_quant=options.double_quant).save_pretrained(folder)
+        load_tokenizer(inputs["model"], data.max_length).save_pretrained(folder)
+    return Made()
+
+
+def chosen_layers(options: StudentOptions, num_source_layers: int) -> list[int]:
+    """The 0-based source layers of a step's student.
+
+    Raises:
+        InputError: out of range.
+    """
+    num_layers = options.num_layers
+    if num_layers is None and options.layers == "uniform" and isinstance(options, DistillOptions) and not options.model:
+        num_layers = max(1, num_source_layers // 2)
+    return choose_layers(options.layers, num_layers, num_source_layers)
+
+
+def _cut_student(source: PreTrainedModel, options: FinetuneOptions | DistillOptions) -> PreTrainedModel:
+    layers = chosen_layers(options, source.config.num_hidden_layers)
+    whole = layers == list(range(source.config.num_hidden_layers)) and options.student_arch == "same"
+    source_is_teacher = isinstance(options, DistillOptions) and options.model is None
+    if whole and not source_is_teacher:
+        return source
+    return build_student(source, student_arch=options.student_arch, layers=layers)
+
+
+def _train(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    options: TrainingConfig,
+    data: Data,
+    tokenizer_from: str,
+    folder: Path,
+) -> Made:
+    tokenizer = load_tokenizer(tokenizer_from, data.max_length)
+    validation = data.task.validation_splits[0][0]
+    clock = _Clock()
+    trainer = DistillationTrainer(
+        model=model,
+        teacher=teacher,
+        args=options,
+        train_dataset=data.tokenized("train", tokenizer),
+        eval_dataset=data.tokenized(validation, tokenizer),
+        processing_class=tokenizer,
+        compute_metrics=lambda output: compute_metrics(data.task, output.predictions, output.label_ids),
+        callbacks=[clock],
+    )
+    checkpoint = last_checkpoint(Path(options.output_dir))
+    if checkpoint is not None:
+        logger.info("resuming from %s", checkpoint)
+        clock.resume(checkpoint)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer.save_model(str(folder))
+    seconds = clock.seconds()
+    rows = len(data.splits["train"]) * (trainer.state.epoch or 0)
+    return Made(seconds, rows / seconds, trainer.accelerator.num_processes, trainer.state.log_history)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The last whole checkpoint in a Trainer's output folder; one that a kill cut short lacks its last file."""
+    whole = [path.parent for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")]
+    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+class _Clock(TrainerCallback):
+    """Training time, summed over the sessions of a run that was cut off."""
+
+    _FILE = "seconds.json"
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._before = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._started = time.perf_counter()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        checkpoint = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if state.is_world_process_zero and checkpoint.is_dir():
+            (checkpoint / self._FILE).write_text(json.dumps(self.seconds()))
+
+    def resume(self, checkpoint: Path) -> None:
+        file = checkpoint / self._FILE
+        self._before = json.loads(file.read_text()) if file.is_file() else 0.0
+
+    def seconds(self) -> float:
+        return self._before + time.perf_counter() - self._started

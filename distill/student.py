@@ -1,0 +1,174 @@
+"""Build a student: which layers, which architecture, and the weights copied from the teacher."""
+
+import copy
+import logging
+from typing import Literal
+
+import torch
+import transformers
+from torch import nn
+from transformers import DistilBertConfig, PretrainedConfig, PreTrainedModel
+
+from distill.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+StudentArch = Literal["same", "distilbert"]
+
+# DistilBERT's names for BERT's weights (Sanh et al. 2019, section 3: same blocks, no token types, no pooler).
+_DISTILBERT_NAMES = {
+    "bert.embeddings.": "distilbert.embeddings.",
+    "bert.encoder.layer.": "distilbert.transformer.layer.",
+    "bert.pooler.dense.": "pre_classifier.",
+    "attention.self.query.": "attention.q_lin.",
+    "attention.self.key.": "attention.k_lin.",
+    "attention.self.value.": "attention.v_lin.",
+    "attention.output.dense.": "attention.out_lin.",
+    "attention.output.LayerNorm.": "sa_layer_norm.",
+    "intermediate.dense.": "ffn.lin1.",
+    ".output.dense.": ".ffn.lin2.",
+    ".output.LayerNorm.": ".output_layer_norm.",
+}
+
+
+def build_student(
+    teacher: PreTrainedModel,
+    *,
+    student_arch: StudentArch = "same",
+    num_layers: int | None = None,
+    layers: Literal["uniform"] | list[int] = "uniform",
+) -> PreTrainedModel:
+    """A smaller model of the teacher's kind, its weights (embeddings and head too) copied from the teacher.
+
+    Args:
+        teacher: an encoder whose blocks stand in one `ModuleList`; a BERT for `distilbert`.
+        student_arch: the teacher's architecture, or DistilBERT's (no token types; the first is folded into the
+            position embeddings, so with all layers it gives the teacher's hidden states on one-segment input).
+        num_layers: of the student; by default as many as `layers` names, else all.
+        layers: 0-based teacher layers that seed the student's; `uniform` spreads them from first to last.
+
+    Raises:
+        InputError: layers out of range, or a teacher of another family.
+    """
+    chosen = choose_layers(layers, num_layers, teacher.config.num_hidden_layers)
+    config = student_config(teacher.config, student_arch, chosen)
+    weights = _keep_layers(teacher, chosen)
+    if student_arch == "distilbert":
+        student_class = getattr(transformers, type(teacher).__name__.replace("Bert", "DistilBert", 1))
+        weights = _as_distilbert(weights)
+    else:
+        student_class = type(teacher)
+    student = student_class(config)
+    student.load_state_dict(weights)
+    return student.to(teacher.dtype).train(teacher.training)
+
+
+def choose_layers(layers: Literal["uniform"] | list[int], num_layers: int | None, num_teacher_layers: int) -> list[int]:
+    """The 0-based teacher layers that seed the student.
+
+    `uniform` spreads them evenly from the first to the last, which for 12 → 6 is DistilBERT's choice
+    (0, 2, 4, 7, 9, 11).
+
+    Raises:
+        InputError: more layers than the teacher has, one out of range, or lists that contradict `num_layers`.
+    """
+    last = num_teacher_layers - 1
+    if layers != "uniform":
+        outside = [layer for layer in layers if not 0 <= layer <= last]
+        if outside or not layers:
+            raise InputError(f"layers: {layers} is out of range; the model has layers 0 to {last}")
+        if num_layers is not None and num_layers != len(layers):
+            raise InputError(f"num_layers: {num_layers}, but layers names {len(layers)}; leave one of them out")
+        return list(layers)
+    num_layers = num_teacher_layers if num_layers is None else num_layers
+    if not 1 <= num_layers <= num_teacher_layers:
+        raise InputError(f"num_layers: {num_layers} is out of range; the model has {num_teacher_layers} layers")
+    return [round(index * last / max(num_layers - 1, 1)) for index in range(num_layers)]
+
+
+def student_config(config: PretrainedConfig, student_arch: StudentArch, layers: list[int]) -> PretrainedConfig:
+    """The student's config, for the teacher's config and the 0-based layers kept.
+
+    Raises:
+        InputError: `distilbert` from a teacher that is no BERT with absolute positions.
+    """
+    if student_arch == "distilbert":
+        return _distilbert_config(config, len(layers))
+    student = copy.deepcopy(config)
+    num_teacher_layers = config.num_hidden_layers
+    for name, value in list(vars(student).items()):  # per-layer settings (layer_types and the like)
+        if isinstance(value, list) and len(value) == num_teacher_layers:
+            setattr(student, name, [value[layer] for layer in layers])
+    student.num_hidden_layers = len(layers)
+    return student
+
+
+def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Name and list of the model's transformer blocks.
+
+    Raises:
+        InputError: they don't stand in one `ModuleList`.
+    """
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == model.config.num_hidden_layers
+    ]
+    if not found:
+        raise InputError(
+            f"{type(model).__name__}: its blocks don't stand in one ModuleList, so no layers can be chosen"
+        )
+    return found[0]
+
+
+def _keep_layers(teacher: PreTrainedModel, layers: list[int]) -> dict[str, torch.Tensor]:
+    """The teacher's weights with only `layers`, renumbered from 0."""
+    prefix = find_blocks(teacher)[0] + "."
+    kept = {}
+    for name, weight in teacher.state_dict().items():
+        if not name.startswith(prefix):
+            kept[name] = weight
+            continue
+        index, _, rest = name.removeprefix(prefix).partition(".")
+        for position, layer in enumerate(layers):  # a layer may be named twice
+            if layer == int(index):
+                kept[f"{prefix}{position}.{rest}"] = weight
+    return kept
+
+
+def _distilbert_config(config: PretrainedConfig, num_layers: int) -> DistilBertConfig:
+    if config.model_type != "bert":
+        raise InputError(f"student_arch: distilbert needs a BERT teacher; this one is {config.model_type} (say same)")
+    if config.layer_norm_eps != 1e-12:
+        logger.warning("DistilBERT's layer-norm epsilon is 1e-12, the teacher's %g", config.layer_norm_eps)
+    return DistilBertConfig(
+        vocab_size=config.vocab_size,
+        max_position_embeddings=config.max_position_embeddings,
+        n_layers=num_layers,
+        n_heads=config.num_attention_heads,
+        dim=config.hidden_size,
+        hidden_dim=config.intermediate_size,
+        activation=config.hidden_act,
+        dropout=config.hidden_dropout_prob,
+        attention_dropout=config.attention_probs_dropout_prob,
+        initializer_range=config.initializer_range,
+        pad_token_id=config.pad_token_id,
+        id2label=config.id2label,
+        label2id=config.label2id,
+        problem_type=config.problem_type,
+    )
+
+
+def _as_distilbert(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """BERT's weights under DistilBERT's names."""
+    token_types = weights["bert.embeddings.token_type_embeddings.weight"]
+    renamed = {}
+    for name, weight in weights.items():
+        if "token_type_embeddings" in name or name.endswith(("position_ids", "token_type_ids")):
+            continue
+        if name == "bert.embeddings.position_embeddings.weight":
+            weight = weight + token_types[0]
+        for old, new in _DISTILBERT_NAMES.items():
+            name = name.replace(old, new)
+        renamed[name] = weight
+    return renamed
