@@ -13,10 +13,10 @@ import numpy as np
 import torch
 import transformers
 from pydantic import Field
-from rich.progress import track
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from distill.console import progress
 from distill.errors import InputError
 from distill.models import quiet_loading, size_on_disk
 from distill.quantize import weight_memory
@@ -75,7 +75,7 @@ def benchmark_models(locations: Mapping[str, str], options: BenchmarkOptions) ->
     latencies: dict[str, list[float]] = {name: [] for name in models}
     throughputs: dict[str, list[float]] = {name: [] for name in models}
     with torch.inference_mode():
-        for round_number in track(range(options.rounds + 1), description="Benchmarking", transient=True):
+        for round_number in progress(range(options.rounds + 1), "Benchmarking"):
             for name, model in models.items():
                 latency = [_seconds(model, short[name], device) for _ in range(8)]
                 throughput = _seconds(model, long[name], device)

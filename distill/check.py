@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from rich.console import Console
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, PretrainedConfig, PreTrainedModel
 
+from distill.console import log, results
 from distill.models import load_tokenizer
 from distill.pipeline import is_finished
 from distill.plan import Plan, PlannedStep
@@ -35,38 +35,38 @@ class Estimate:
     """Of its training, from batches timed on this machine."""
 
 
-def print_plan(plan: Plan, console: Console) -> None:
+def print_plan(plan: Plan) -> None:
     """Everything that `distill check` tells of a recipe that can run."""
     data, task = plan.data, plan.data.task
     rows = ", ".join(f"{split} {len(rows)}" for split, rows in data.splits.items())
-    console.print(f"[bold]{plan.recipe.path}[/] → {plan.recipe.output_dir}")
-    console.print(f"task: {plan.recipe.task or task.kind}, scored by {task.primary_metric}; baseline: {plan.baseline}")
-    console.print(f"labels: {', '.join(task.label_names or ('a score',))}")
-    console.print(f"rows: {rows}; at most {data.max_length} tokens each")
+    results.print(f"[bold]{plan.recipe.path}[/] → {plan.recipe.output_dir}")
+    results.print(f"task: {plan.recipe.task or task.kind}, scored by {task.primary_metric}; baseline: {plan.baseline}")
+    results.print(f"labels: {', '.join(task.label_names or ('a score',))}")
+    results.print(f"rows: {rows}; at most {data.max_length} tokens each")
     for note in data.notes:
-        console.print(f"note: {note}")
+        results.print(f"note: {note}")
     total = 0.0
     for name, planned in plan.steps.items():
-        with console.status(f"{name}: timing a few batches"):
+        with log.status(f"{name}: timing a few batches"):
             estimate = estimate_step(plan, planned)
-        console.print(f"\n[bold]{name}[/]: {planned.step.run} of {', '.join(planned.parents)}")
-        console.print(
+        results.print(f"\n[bold]{name}[/]: {planned.step.run} of {', '.join(planned.parents)}")
+        results.print(
             f"  {estimate.num_parameters / 1e6:.1f} M parameters, {estimate.weight_bytes / 1e6:.1f} MB of weights"
         )
         if planned.layers is not None:
-            console.print(f"  source layers {', '.join(map(str, planned.layers))} (from 0)")
+            results.print(f"  source layers {', '.join(map(str, planned.layers))} (from 0)")
         if planned.layer_pairs is not None:
             pairs = ", ".join(f"{student}→{teacher}" for student, teacher in planned.layer_pairs)
-            console.print(f"  hidden states {pairs} (student→teacher; 0 is the embeddings)")
+            results.print(f"  hidden states {pairs} (student→teacher; 0 is the embeddings)")
         if is_finished(planned):
-            console.print("  finished already")
+            results.print("  finished already")
         elif estimate.seconds is not None and estimate.training_bytes is not None:
             total += estimate.seconds
-            console.print(
+            results.print(
                 f"  {estimate.optimizer_steps} optimizer steps, about {_duration(estimate.seconds)}; "
                 f"{estimate.training_bytes / 1e6:.0f} MB for weights, gradients and optimizer, activations on top"
             )
-    console.print(f"\nabout {_duration(total)} of training on this machine; teacher outputs cached: 0 bytes")
+    results.print(f"\nabout {_duration(total)} of training on this machine; teacher outputs cached: 0 bytes")
 
 
 def estimate_step(plan: Plan, planned: PlannedStep) -> Estimate:

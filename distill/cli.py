@@ -14,11 +14,11 @@ from typing import Any
 import datasets
 import transformers
 from accelerate import PartialState
-from rich.console import Console
 from rich.table import Table
 
 from distill.benchmark import BenchmarkOptions, as_row, benchmark_models, environment, slower_or_not_smaller
 from distill.check import print_plan
+from distill.console import escape, log, results
 from distill.data import DataOptions, load_data
 from distill.errors import InputError, nearest_name
 from distill.evaluation import evaluate_model
@@ -28,9 +28,6 @@ from distill.plan import make_plan
 from distill.recipe import load_recipe, parse_options, parse_value
 from distill.report import print_report, write_report
 from distill.steps import VERBS
-
-console = Console(highlight=False, soft_wrap=True)
-errors = Console(highlight=False, stderr=True, soft_wrap=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,10 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         known.command(known, _pairs(rest))
     except InputError as error:
         for problem in error.problems:
-            errors.print(f"[red]error:[/] {_escape(problem)}")
+            log.print(f"[red]error:[/] {escape(problem)}")
         return 2
     except KeyboardInterrupt:
-        errors.print("stopped; the same command goes on from the last checkpoint")
+        log.print("stopped; the same command goes on from the last checkpoint")
         return 1
     return 0
 
@@ -103,7 +100,7 @@ def _check(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     elif arguments.recipe is None:
         raise InputError("check: name a recipe, or --help-options finetune")
     else:
-        print_plan(make_plan(load_recipe(arguments.recipe, overrides)), console)
+        print_plan(make_plan(load_recipe(arguments.recipe, overrides)))
 
 
 def _run(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
@@ -121,8 +118,8 @@ def run_recipe(
     run_plan(plan, only=only, force=force)
     state = PartialState()
     if only is None and state.is_main_process:
-        print_report(write_report(plan), console)
-        console.print(f"→ {plan.recipe.output_dir / 'report.md'}")
+        print_report(write_report(plan))
+        results.print(f"→ {plan.recipe.output_dir / 'report.md'}")
     state.wait_for_everyone()
 
 
@@ -143,13 +140,13 @@ def _eval(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     source = find_model(arguments.model)
     data = load_data(arguments.task, options)
     for note in data.notes:
-        console.print(f"note: {note}")
+        results.print(f"note: {note}")
     model = load_classifier(source.location, data.task, label_map=label_map)
     evaluation = evaluate_model(model, load_tokenizer(source.location), data, name=arguments.model)
     table = Table("metric", arguments.model)
     for name, value in evaluation.metrics.items():
         table.add_row(name, f"{value:.4f}")
-    console.print(table)
+    results.print(table)
     print(
         json.dumps({"model": arguments.model, "task": arguments.task or data.task.kind, "metrics": evaluation.metrics})
     )
@@ -166,17 +163,17 @@ def _bench(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     locations = {reference: find_model(reference).location for reference in arguments.models}
     rows = [as_row(name, result) for name, result in benchmark_models(locations, options).items()]
     around = environment()
-    console.print(
+    results.print(
         f"{around['cpu']}, {around['threads']} threads, torch {around['torch']}; medians of alternating rounds"
     )
     table = Table("", *(row["name"] for row in rows))
     for key in rows[0]:
         if key != "name":
             table.add_row(key, *(_cell(row[key]) for row in rows))
-    console.print(table)
+    results.print(table)
     for row in rows[1:]:
         for remark in slower_or_not_smaller(row, rows[0]):
-            console.print(f"[yellow]![/] {remark}")
+            results.print(f"[yellow]![/] {remark}")
     print(json.dumps({"environment": around, "options": asdict(options), "models": rows}))
 
 
@@ -185,7 +182,7 @@ def _report(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     if not recipe.is_file():
         raise InputError(f"{arguments.directory}: no run lies there (no recipe.yaml, which `distill run` writes)")
     plan = make_plan(load_recipe(recipe, {"output_dir": str(arguments.directory), **overrides}))
-    print_report(write_report(plan), console)
+    print_report(write_report(plan))
 
 
 def _launch(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
@@ -215,10 +212,10 @@ def _print_options(name: str) -> None:
     for field in sorted(fields(options_class), key=lambda field: field.name not in _own_fields(options_class)):
         if field.init:
             default = "required" if field.default is field.default_factory else str(field.default)
-            table.add_row(field.name, _escape(default), _escape(" ".join(field.metadata.get("help", "").split())))
-    console.print(table)
+            table.add_row(field.name, escape(default), escape(" ".join(field.metadata.get("help", "").split())))
+    results.print(table)
     if issubclass(options_class, transformers.TrainingArguments):
-        console.print("Ours first; the rest are transformers.TrainingArguments.")
+        results.print("Ours first; the rest are transformers.TrainingArguments.")
 
 
 def _own_fields(options_class: type) -> set[str]:
@@ -248,10 +245,6 @@ def _cell(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {number}" for key, number in value.items())
     return f"{value:,}" if isinstance(value, int | float) else str(value)
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", "\\[")
 
 
 if __name__ == "__main__":

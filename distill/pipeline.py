@@ -11,16 +11,14 @@ from typing import Any
 
 import yaml
 from accelerate import PartialState
-from rich.console import Console
 
 from distill.benchmark import environment
 from distill.card import write_model_card
+from distill.console import escape, log
 from distill.errors import InputError, nearest_name
 from distill.plan import Plan, PlannedStep
 from distill.recipe import Recipe
 from distill.steps import run_step
-
-console = Console(highlight=False, stderr=True)
 
 
 def run_plan(plan: Plan, *, only: list[str] | None = None, force: bool = False) -> list[str]:
@@ -197,4 +195,4 @@ def _parameters(planned: PlannedStep) -> str:
 
 def _say(text: str) -> None:
     if PartialState().is_main_process:
-        console.print(text)
+        log.print(escape(text))

@@ -21,7 +21,7 @@ from distill.student import student_config
 from distill.trainer import resolve_layer_map
 
 # The code that decides what a step makes; a change in it reruns the step.
-_TRAINING_CODE = ("data", "tasks", "models", "student", "losses", "trainer", "steps")
+_TRAINING_CODE = ("readers", "data", "tasks", "models", "student", "losses", "trainer", "steps")
 _CODE = {"finetune": _TRAINING_CODE, "distill": _TRAINING_CODE, "quantize": ("models", "student", "quantize", "steps")}
 
 # Options that change what is shown or kept while a step runs, and not what it makes.

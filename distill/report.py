@@ -7,20 +7,30 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich import box
 from rich.table import Table
 from transformers import set_seed
 
 from distill.benchmark import as_row, benchmark_models, environment, slower_or_not_smaller
 from distill.card import write_model_card
+from distill.console import results
 from distill.evaluation import Evaluation, agreement, evaluate_model
 from distill.models import load_classifier, load_tokenizer
 from distill.pipeline import is_finished, read_record, write_atomically
 from distill.plan import Plan, code_fingerprint
 from distill.steps import DistillOptions
 
-_SCORING_CODE = ("data", "tasks", "metrics", "models", "quantize", "evaluation")
+_SCORING_CODE = ("readers", "data", "tasks", "metrics", "models", "quantize", "evaluation")
 _LOWER_IS_BETTER = ("perplexity",)
+
+_TWO_LINES = {
+    "95 % interval": "95 %\ninterval",
+    "retention": "reten-\ntion",
+    "agreement": "agree-\nment",
+    "MB on disk": "MB on\ndisk",
+    "MB loaded": "MB\nloaded",
+    "train s": "train\ns",
+}
 
 
 def write_report(plan: Plan) -> dict[str, Any]:
@@ -69,17 +79,21 @@ def remarks(report: dict[str, Any]) -> list[str]:
     return said
 
 
-def print_report(report: dict[str, Any], console: Console) -> None:
+def print_report(report: dict[str, Any]) -> None:
     """The report's table and remarks."""
     header, *rows = _rows(report)
-    table = Table(*header)
-    for index in range(1, len(header)):
-        table.columns[index].justify = "right"
+    shown = [index for index, column in enumerate(header) if column not in ("params", "GFLOPs")]  # fits 80 columns
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for index in shown:
+        table.add_column(
+            _TWO_LINES.get(header[index], header[index]), justify="right" if index else "left", no_wrap=True
+        )
     for row in rows:
-        table.add_row(*row)
-    console.print(table)
+        table.add_row(*(row[index] for index in shown))
+    results.print(table)
+    results.print(f"[dim]{_units(report)}[/]")
     for remark in remarks(report):
-        console.print(f"[yellow]![/] {remark}")
+        results.print(f"[yellow]![/] {remark}")
 
 
 # --- measuring ------------------------------------------------------------------------------------------------------
@@ -159,6 +173,7 @@ def _entry(plan: Plan, name: str, evaluations: dict[str, Evaluation], benchmark:
         "path": name,
         "parents": list(planned.parents) if planned else [],
         "metrics": evaluation.metrics,
+        "interval": list(evaluation.interval),
         "retention": retention(metric, evaluation.metrics[metric], baseline.metrics[metric]) if baseline else None,
         "agreement": agreement(plan.data.task, evaluation.predictions, baseline.predictions) if baseline else None,
         **{key: value for key, value in benchmark.items() if key != "name"},
@@ -181,23 +196,14 @@ def retention(metric: str, value: float, baseline: float) -> float | None:
 
 def _rows(report: dict[str, Any]) -> list[list[str]]:
     """The table of the report: a header and one row per model."""
-    bench = report["environment"]["benchmark"]
-    header = [
-        "model",
-        report["metric"].replace("_", " "),
-        "retention",
-        "agreement",
-        "parameters",
-        "MB on disk",
-        "MB in memory",
-    ]
-    header += [f"ms p50 ({bench['latency_batch_size']}×{bench['sequence_length']})"]
-    header += [f"rows/s ({bench['throughput_batch_size']}×{bench['sequence_length']})", "GFLOPs", "train s"]
+    header = ["model", report["metric"].replace("_", " "), "95 % interval", "retention", "agreement", "params"]
+    header += ["MB on disk", "MB loaded", "ms", "rows/s", "GFLOPs", "train s"]
     rows = [header]
     for model in report["models"]:
         row = [
             model["name"],
             f"{model['metrics'][report['metric']]:.4f}",
+            "–".join(f"{bound:.3f}" for bound in model["interval"]),
             _shown(model["retention"], ".3f"),
             _shown(model["agreement"], ".3f"),
             f"{model['num_parameters'] / 1e6:.1f} M",
@@ -212,6 +218,14 @@ def _rows(report: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+def _units(report: dict[str, Any]) -> str:
+    bench, device = report["environment"]["benchmark"], report["models"][0]["device"]
+    return (
+        f"on {device}: ms of {bench['latency_batch_size']}×{bench['sequence_length']} tokens (median), "
+        f"rows/s at {bench['throughput_batch_size']}×{bench['sequence_length']}"
+    )
+
+
 def _shown(value: float | None, form: str, factor: float = 1) -> str:
     return "–" if value is None else format(value * factor, form)
 
@@ -223,12 +237,12 @@ def _markdown(plan: Plan, report: dict[str, Any]) -> str:
     rows_scored = len(plan.data.splits[plan.data.task.validation_splits[0][0]])
     lines = [
         f"# {plan.recipe.path.stem}",
-        f"{report['metric'].replace('_', ' ')} on {rows_scored} validation rows; retention and agreement are against "
-        f"{report['baseline']}.",
+        f"{report['metric'].replace('_', ' ')} on {rows_scored} validation rows, with its 95 % bootstrap interval; "
+        f"retention and agreement are against {report['baseline']}; {_units(report)}.",
         "\n".join(f"| {' | '.join(row)} |" for row in table),
         "![accuracy against size and latency](report.png)",
         "\n".join(f"- {remark}" for remark in remarks(report))
-        or "Every compressed model is smaller and faster than the one it was made from.",
+        or "No compressed model is larger than the one it was made from, and none more than 5 % slower.",
         *([f"Data: {'; '.join(plan.data.notes)}."] if plan.data.notes else []),
         f"Measured on {report['models'][0]['device']} in alternating rounds, medians: {environment_line}.",
     ]
@@ -251,12 +265,13 @@ def _draw(report: dict[str, Any], path: Path) -> None:
     for axis, (label, values) in zip(axes, panels, strict=True):
         for model, value in zip(models, values, strict=True):
             score = model["metrics"][report["metric"]]
-            axis.scatter(value, score, s=60, marker="*" if model["name"] == report["baseline"] else "o")
+            reach = [[max(score - model["interval"][0], 0)], [max(model["interval"][1] - score, 0)]]
+            marker = "*" if model["name"] == report["baseline"] else "o"
+            axis.errorbar(value, score, yerr=reach, fmt=marker, markersize=9, capsize=3, elinewidth=1)
             axis.annotate(model["name"], (value, score), xytext=(6, 5), textcoords="offset points", fontsize=9)
         axis.set_xlabel(label)
-        axis.set_xlim(left=0)
-        axis.margins(x=0.25, y=0.15)
+        axis.set_xlim(0, 1.3 * max(value for value in values if not math.isnan(value)) if any(values) else 1)
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel(report["metric"].replace("_", " "))
+    axes[0].set_ylabel(f"{report['metric'].replace('_', ' ')} (95 % interval)")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

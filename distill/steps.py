@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, Literal
 import torch
 import transformers
 from accelerate import PartialState
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -177,6 +178,9 @@ def _train(
         compute_metrics=lambda output: compute_metrics(data.task, output.predictions, output.label_ids),
         callbacks=[clock],
     )
+    if options.disable_tqdm:
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(_ProgressLines())
     checkpoint = last_checkpoint(Path(options.output_dir))
     if checkpoint is not None:
         logger.info("resuming from %s", checkpoint)
@@ -192,6 +196,22 @@ def last_checkpoint(folder: Path) -> Path | None:
     """The last whole checkpoint in a Trainer's output folder; one that a kill cut short lacks its last file."""
     whole = [path.parent for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")]
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+class _ProgressLines(TrainerCallback):
+    """For a log file: one line per logging step, with an estimate, where a terminal has Trainer's moving bar."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._started, self._first_step = time.perf_counter(), state.global_step
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        if "loss" not in logs or not state.is_world_process_zero:
+            return
+        parts = ", ".join(f"{key.partition('/')[2]} {logs[key]:.4f}" for key in sorted(logs) if key.startswith("loss/"))
+        done = state.global_step - self._first_step
+        left = (time.perf_counter() - self._started) / max(done, 1) * (state.max_steps - state.global_step)
+        step = f"step {state.global_step}/{state.max_steps}"
+        print(f"      {step}, loss {logs['loss']:.4f} ({parts}), {left:.0f} s left", file=sys.stderr, flush=True)
 
 
 class _Clock(TrainerCallback):

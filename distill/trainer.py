@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,7 +45,13 @@ class TrainingConfig(TrainingArguments):
     save_steps: float = field(default=0.1, metadata={"help": "Steps between checkpoints; below 1, a share of all."})
     save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept."})
 
+    disable_tqdm: bool | None = field(
+        default=None, metadata={"help": "No moving progress bar; by default where stderr is no terminal."}
+    )
+
     def __post_init__(self) -> None:
+        if self.disable_tqdm is None:
+            self.disable_tqdm = not sys.stderr.isatty()  # a moving bar fills a log file with its every move
         if not torch.accelerator.is_available():
             self.use_cpu = True
         super().__post_init__()

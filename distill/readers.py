@@ -1,0 +1,115 @@
+"""Read the splits of a data set: from the Hub, from csv, json and parquet files, or from folders of texts."""
+
+import logging
+from pathlib import Path
+
+import datasets
+
+from distill.errors import InputError
+from distill.sources import locate, sha256
+from distill.tasks import Task
+
+logger = logging.getLogger(__name__)
+
+_READERS = {
+    ".csv": datasets.Dataset.from_csv,
+    ".json": datasets.Dataset.from_json,
+    ".jsonl": datasets.Dataset.from_json,
+    ".jsonl.gz": datasets.Dataset.from_json,
+    ".parquet": datasets.Dataset.from_parquet,
+}
+
+
+def read_splits(task: Task, path: str | None, name: str | None) -> tuple[dict[str, datasets.Dataset], str]:
+    """Splits by name as they are found, and a fingerprint of their source.
+
+    Args:
+        task: its name says which part of GLUE, where `path` is None.
+        path: a file (all of it `train`), a folder, `package:…`, or a Hub data set.
+        name: the Hub data set's configuration.
+
+    Raises:
+        InputError: nothing there, or not readable.
+    """
+    if path is None:
+        return _read_hub("nyu-mll/glue", task.name)
+    try:
+        location = locate(path)
+    except InputError as error:
+        raise InputError(*(f"data.path: {problem}" for problem in error.problems)) from None
+    if isinstance(location, str):
+        return _read_hub(location, name)
+    if location.is_file():
+        files = {"train": location}
+    else:
+        files = _split_files(location, task)
+        if not files:
+            return {"train": _read_class_folders(location)}, sha256(location)
+    fingerprint = " ".join(f"{split} {sha256(file)}" for split, file in files.items())
+    return {split: _read_file(file) for split, file in files.items()}, fingerprint
+
+
+def _read_hub(path: str, name: str | None) -> tuple[dict[str, datasets.Dataset], str]:
+    where = f"{path} ({name})" if name else path
+    try:
+        loaded = datasets.load_dataset(path, name)
+    except Exception as error:  # the Hub client, the network and each builder raise their own kinds
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise InputError(
+            f"data.path: {where}: no such file or folder here, and not to be had from the Hub nor from its cache "
+            f"({reason}). Without a network, give data.path a local folder with train.* and validation.* files"
+        ) from error
+    if not isinstance(loaded, dict):
+        raise InputError(f"data.path: {where} has no splits")
+    return dict(loaded), " ".join(f"{split} {rows._fingerprint}" for split, rows in loaded.items())
+
+
+def _split_files(folder: Path, task: Task) -> dict[str, Path]:
+    """`train.*`, `validation.*` (under the task's names too) and `test.*` of a folder."""
+    files: dict[str, Path] = {}
+    for split in ["train", "validation", *(name for name, _ in task.validation_splits), "test"]:
+        matches = [folder / f"{split}{suffix}" for suffix in _READERS if (folder / f"{split}{suffix}").is_file()]
+        if len(matches) > 1:
+            raise InputError(f"data.path: {folder} holds {' and '.join(m.name for m in matches)}; keep one of them")
+        if matches:
+            files[split] = matches[0]
+    if "validation" in files and task.validation_splits[0][0] != "validation":
+        files.setdefault(task.validation_splits[0][0], files.pop("validation"))
+    return files
+
+
+def _read_file(path: Path) -> datasets.Dataset:
+    suffix = next((suffix for suffix in _READERS if path.name.endswith(suffix)), None)
+    if suffix is None:
+        raise InputError(f"data.path: {path}: not a {', '.join(_READERS)} file")
+    if path.stat().st_size == 0:
+        raise InputError(f"data.path: {path}: the file is empty")
+    try:
+        rows = _READERS[suffix](str(path))
+    except Exception as error:  # pyarrow, pandas and datasets raise their own kinds
+        cause = error.__cause__ or error
+        reason = str(cause).strip().split("\n")[0] or type(cause).__name__
+        raise InputError(f"data.path: {path}: cannot be read as {suffix[1:]} ({reason})") from error
+    if len(rows) == 0:
+        raise InputError(f"data.path: {path}: the file holds no rows")
+    return rows
+
+
+def _read_class_folders(folder: Path) -> datasets.Dataset:
+    """A folder `<class>/*.txt` as rows of `text` and `label` (the class's name)."""
+    files = sorted(folder.glob("*/*.txt"))
+    if not files:
+        raise InputError(
+            f"data.path: {folder}: neither train.* ({', '.join(_READERS)}) nor class folders with .txt files in it"
+        )
+    texts, not_utf8 = [], []
+    for path in files:
+        content = path.read_bytes()
+        try:
+            texts.append(content.decode())
+        except UnicodeDecodeError:
+            not_utf8.append(path.name)
+            texts.append(content.decode("cp1252", errors="replace"))
+    if not_utf8:
+        logger.warning("%s: %d of %d files are not UTF-8 and were read as cp1252", folder, len(not_utf8), len(files))
+    return datasets.Dataset.from_dict({"text": texts, "label": [path.parent.name for path in files]})
