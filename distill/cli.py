@@ -13,7 +13,6 @@ from typing import Any
 
 import datasets
 import transformers
-from accelerate import PartialState
 from rich.table import Table
 
 from distill.benchmark import BenchmarkOptions, as_row, benchmark_models, environment, slower_or_not_smaller
@@ -25,6 +24,7 @@ from distill.evaluation import evaluate_model
 from distill.models import find_model, load_classifier, load_tokenizer
 from distill.pipeline import run_plan
 from distill.plan import make_plan
+from distill.processes import process_state
 from distill.recipe import load_recipe, parse_options, parse_value
 from distill.report import print_report, write_report
 from distill.steps import VERBS
@@ -116,7 +116,7 @@ def run_recipe(
     """Run a recipe's unfinished steps, then (unless `only` some were asked for) write and print the report."""
     plan = make_plan(load_recipe(path, overrides))
     run_plan(plan, only=only, force=force)
-    state = PartialState()
+    state = process_state()
     if only is None and state.is_main_process:
         print_report(write_report(plan))
         results.print(f"→ {plan.recipe.output_dir / 'report.md'}")

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from accelerate import PartialState
 
 from distill.benchmark import environment
 from distill.card import write_model_card
 from distill.console import escape, log
 from distill.errors import InputError, nearest_name
 from distill.plan import Plan, PlannedStep
+from distill.processes import process_state
 from distill.recipe import Recipe
 from distill.steps import run_step
 
@@ -36,7 +36,7 @@ def run_plan(plan: Plan, *, only: list[str] | None = None, force: bool = False) 
     """
     steps = _chosen(plan, only)
     _check_folders(steps)
-    state = PartialState()
+    state = process_state()
     if state.is_main_process:
         plan.recipe.output_dir.mkdir(parents=True, exist_ok=True)
         save_recipe(plan.recipe)
@@ -194,5 +194,5 @@ def _parameters(planned: PlannedStep) -> str:
 
 
 def _say(text: str) -> None:
-    if PartialState().is_main_process:
+    if process_state().is_main_process:
         log.print(escape(text))

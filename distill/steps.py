@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from accelerate import PartialState
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -18,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from distill.data import Data
 from distill.metrics import compute_metrics
 from distill.models import load_classifier, load_for_finetuning, load_tokenizer
+from distill.processes import process_state
 from distill.quantize import Format, quantize_model
 from distill.student import StudentArch, build_student, choose_layers
 from distill.trainer import DistillationConfig, DistillationTrainer, TrainingConfig
@@ -129,7 +129,7 @@ def distill(options: DistillOptions, inputs: dict[str, str], data: Data, folder:
 
 def quantize(options: QuantizeOptions, inputs: dict[str, str], data: Data, folder: Path) -> Made:
     """Quantize `inputs["model"]`; on the main process alone."""
-    if PartialState().is_main_process:
+    if process_state().is_main_process:
         model = load_classifier(inputs["model"], data.task, label_map=options.label_map, dtype=torch.float32)
         quantize_model(model, format=options.format, double_quant=options.double_quant).save_pretrained(folder)
         load_tokenizer(inputs["model"], data.max_length).save_pretrained(folder)

@@ -1,7 +1,6 @@
 """`DistillationTrainer`: transformers' Trainer with a teacher, and with losses that add up exactly."""
 
 import inspect
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from distill import losses
 from distill.errors import InputError
+from distill.processes import check_world_size
 
 LayerMap = Literal["uniform"] | list[tuple[int, int]]
 
@@ -55,11 +55,7 @@ class TrainingConfig(TrainingArguments):
         if not torch.accelerator.is_available():
             self.use_cpu = True
         super().__post_init__()
-        asked, got = int(os.environ.get("WORLD_SIZE", 1)), self.world_size
-        if asked != got:
-            raise InputError(
-                f"the launcher started {asked} processes, but each sees {got}; launch with torchrun or accelerate"
-            )
+        check_world_size(self.world_size)
 
 
 @dataclass

@@ -1,0 +1,99 @@
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
+
+from distill.errors import InputError
+from distill.student import build_student, choose_layers
+from tests.conftest import tiny_bert
+
+IDS = torch.tensor([[2, 5, 9, 14, 3, 0, 0], [2, 6, 7, 8, 9, 10, 3]])
+MASK = (IDS > 0).long()
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "expected"),
+    [
+        (12, 6, [0, 2, 4, 7, 9, 11]),  # DistilBERT's choice
+        (6, 3, [0, 2, 5]),
+        (4, 4, [0, 1, 2, 3]),
+        (4, 1, [0]),
+        (12, None, list(range(12))),
+    ],
+)
+def test_uniform_layers(teacher, student, expected):
+    assert choose_layers("uniform", student, teacher) == expected
+
+
+@pytest.mark.parametrize(
+    ("layers", "num_layers", "message"),
+    [
+        ([0, 4], None, r"\[0, 4\] is out of range; the model has layers 0 to 3"),
+        ([], None, "out of range"),
+        ([0, 1], 3, "names 2"),
+        ("uniform", 5, "the model has 4 layers"),
+        ("uniform", 0, "out of range"),
+    ],
+)
+def test_wrong_layers_are_refused(layers, num_layers, message):
+    with pytest.raises(InputError, match=message):
+        choose_layers(layers, num_layers, 4)
+
+
+def test_a_student_of_the_same_family_has_the_chosen_layers(bert):
+    student = build_student(bert, layers=[3, 1])
+    assert student.config.num_hidden_layers == 2
+    weights = student.state_dict()
+    for name, weight in bert.state_dict().items():
+        if ".layer.3." in name:
+            assert torch.equal(weights[name.replace(".layer.3.", ".layer.0.")], weight)
+        elif ".layer.1." in name or ".layer." not in name:
+            assert torch.equal(weights[name], weight)
+
+
+def test_the_student_does_not_share_memory_with_the_teacher(bert):
+    student = build_student(bert, num_layers=4)
+    with torch.no_grad():
+        student.classifier.weight.zero_()
+    assert bert.classifier.weight.abs().sum() > 0
+
+
+def test_distilbert_with_all_layers_gives_the_teachers_hidden_states(bert):
+    student = build_student(bert, student_arch="distilbert")
+    with torch.no_grad():
+        theirs = bert(IDS, MASK, output_hidden_states=True).hidden_states
+        ours = student(IDS, MASK, output_hidden_states=True).hidden_states
+    assert len(ours) == len(theirs) == 5
+    for our, their in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(our[MASK.bool()], their[MASK.bool()], atol=1e-5, rtol=0)
+
+
+def test_distilbert_takes_the_head_and_every_weight(bert):
+    student = build_student(bert, student_arch="distilbert", num_layers=2)
+    assert torch.equal(student.classifier.weight, bert.classifier.weight)
+    assert torch.equal(student.pre_classifier.weight, bert.bert.pooler.dense.weight)
+    assert torch.equal(
+        student.distilbert.transformer.layer[1].ffn.lin2.weight, bert.bert.encoder.layer[3].output.dense.weight
+    )
+    assert student.config.id2label == bert.config.id2label
+
+
+def test_distilbert_from_another_family_is_refused():
+    distilbert = build_student(tiny_bert(), student_arch="distilbert")
+    with pytest.raises(InputError, match="needs a BERT teacher; this one is distilbert"):
+        build_student(distilbert, student_arch="distilbert")
+
+
+@pytest.mark.parametrize("student_arch", ["same", "distilbert"])
+def test_a_student_reloads_as_an_ordinary_model(bert, student_arch, tmp_path):
+    student = build_student(bert, student_arch=student_arch, num_layers=2).eval()
+    student.save_pretrained(tmp_path)
+    reloaded, info = AutoModelForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with torch.no_grad():
+        assert torch.equal(reloaded(IDS, MASK).logits, student(IDS, MASK).logits)
+
+
+def test_a_student_of_a_student_can_be_cut_again(bert):
+    distilbert = build_student(bert, student_arch="distilbert")
+    assert build_student(distilbert, num_layers=2).config.num_hidden_layers == 2
+    assert isinstance(build_student(build_student(bert, num_layers=3), num_layers=1), BertForSequenceClassification)
