@@ -1,4 +1,4 @@
-"""The processes of a run, made sure of: two that don't know of each other would both train alone and write one folder."""
+"""The processes of a run: two that don't see each other would both train alone, and write one folder."""
 
 import os
 
@@ -28,7 +28,7 @@ def check_world_size(seen: int) -> None:
     started = int(os.environ.get("WORLD_SIZE", 1))
     if started != seen:
         raise InputError(
-            f"the launcher started {started} processes, but this one sees {seen}: each would train alone. "
-            "Launch with `torchrun --nproc_per_node N` or `accelerate launch --config_file accelerate_configs/multi_gpu.yaml`, "
-            "and create no accelerate state before distill's"
+            f"the launcher started {started} processes, but this one sees {seen}: each would train alone. Launch with "
+            "`torchrun --nproc_per_node N` or `accelerate launch --config_file accelerate_configs/multi_gpu.yaml`, "
+            "and make no accelerate state before distill's"
         )

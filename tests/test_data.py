@@ -1,0 +1,209 @@
+import gzip
+import json
+
+import datasets
+import pytest
+
+from distill.data import DataOptions, load_data, tokenizer_fingerprint
+from distill.errors import InputError
+from tests.conftest import make_tokenizer, sentences, write_rows
+
+ROWS = [{"title": f"title {i}", "body": f"body {i}", "topic": ["sport", "tech"][i % 2]} for i in range(20)]
+OWN = {"kind": "classification", "text": ["title", "body"], "label": "topic"}
+
+
+def write(path, rows, suffix):
+    table = datasets.Dataset.from_list(rows)
+    if suffix == ".csv":
+        table.to_csv(path)
+    elif suffix == ".parquet":
+        table.to_parquet(path)
+    elif suffix == ".json":
+        path.write_text(json.dumps(rows))
+    elif suffix == ".jsonl.gz":
+        path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    else:
+        write_rows(path, rows)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".json", ".jsonl", ".jsonl.gz", ".parquet"])
+def test_every_file_format(tmp_path, suffix):
+    write(tmp_path / f"train{suffix}", ROWS, suffix)
+    write(tmp_path / f"validation{suffix}", ROWS[:4], suffix)
+    data = load_data(None, DataOptions(**OWN, path=str(tmp_path)))
+    assert data.task.label_names == ("sport", "tech")
+    assert data.splits["train"]["label"][:3] == [0, 1, 0]
+    assert data.splits["train"]["body"][1] == "body 1"
+    assert len(data.splits["validation"]) == 4
+    assert not data.notes
+
+
+def test_glue_columns_and_labels_from_a_folder(sst2_folder):
+    data = load_data("sst2", DataOptions(path=str(sst2_folder)))
+    assert data.task.label_names == ("negative", "positive")
+    assert data.scored_splits() == [("validation", "", "")]
+
+
+def test_mnli_has_two_validation_splits_and_a_hidden_test(tmp_path):
+    row = {"premise": "a", "hypothesis": "b", "label": 2}
+    for split, label in (("train", 2), ("validation_matched", 1), ("validation_mismatched", 0), ("test", -1)):
+        write_rows(tmp_path / f"{split}.jsonl", [{**row, "label": label}] * 3)
+    data = load_data("mnli", DataOptions(path=str(tmp_path)))
+    assert data.scored_splits() == [("validation_matched", "", ""), ("validation_mismatched", "", "_mm")]
+
+
+def test_a_labelled_test_split_is_scored_with_a_prefix(tmp_path):
+    for split in ("train", "validation", "test"):
+        write_rows(tmp_path / f"{split}.jsonl", sentences(8))
+    assert ("test", "test_", "") in load_data("sst2", DataOptions(path=str(tmp_path))).scored_splits()
+
+
+def test_class_folders(tmp_path):
+    for label in ("one", "two"):
+        for index in range(10):
+            path = tmp_path / label / f"{index}.txt"
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(f"{label} {index} £".encode("cp1252" if index == 3 else "utf-8"))
+    data = load_data(None, DataOptions(kind="classification", path=str(tmp_path), validation_fraction=0.2))
+    assert data.task.label_names == ("one", "two")
+    assert sorted(data.splits["validation"]["label"]) == [0, 0, 1, 1]
+    assert all("£" in text for split in data.splits.values() for text in split["text"])
+    assert "4 rows (20%) cut from train" in data.notes[0]
+
+
+def test_a_cut_validation_split_is_stratified_seeded_and_leaks_no_text(tmp_path):
+    rows = [{"text": f"text {i % 60}", "label": "ab"[i % 60 >= 45]} for i in range(120)]  # every text twice
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    options = {"kind": "classification", "path": str(path), "validation_fraction": 0.2}
+    data = load_data(None, DataOptions(**options))
+    train, validation = data.splits["train"], data.splits["validation"]
+    assert not set(train["text"]) & set(validation["text"])
+    assert len(train) + len(validation) == 120
+    assert (list(validation["label"]).count(0), list(validation["label"]).count(1)) == (18, 6)
+    again, other = load_data(None, DataOptions(**options)), load_data(None, DataOptions(**options, seed=1))
+    assert again.splits["validation"]["text"] == validation["text"]
+    assert other.splits["validation"]["text"] != validation["text"]
+
+
+def test_row_limits_take_a_seeded_part(sst2_folder):
+    options = {"path": str(sst2_folder), "max_train_rows": 10, "max_eval_rows": 5}
+    first, second = (load_data("sst2", DataOptions(**options)) for _ in range(2))
+    assert (len(first.splits["train"]), len(first.splits["validation"])) == (10, 5)
+    assert first.splits["train"]["sentence"] == second.splits["train"]["sentence"]
+
+
+def test_the_fingerprint_follows_rows_and_options(tmp_path, sst2_folder):
+    base = load_data("sst2", DataOptions(path=str(sst2_folder))).fingerprint
+    assert load_data("sst2", DataOptions(path=str(sst2_folder))).fingerprint == base
+    assert load_data("sst2", DataOptions(path=str(sst2_folder), max_train_rows=10)).fingerprint != base
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.jsonl").write_text((sst2_folder / f"{split}.jsonl").read_text())
+    (tmp_path / "train.jsonl").open("a").write(json.dumps(sentences(1, seed=9)[0]) + "\n")
+    assert load_data("sst2", DataOptions(path=str(tmp_path))).fingerprint != base
+
+
+def test_integers_are_classes_and_regression_takes_floats(tmp_path):
+    rows = [{"text": f"t {i}", "stars": i % 3 + 1} for i in range(30)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    classes = load_data(None, DataOptions(kind="classification", path=str(path), label="stars"))
+    assert classes.task.label_names == ("1", "2", "3")
+    scores = load_data(None, DataOptions(kind="regression", path=str(path), label="stars"))
+    assert scores.task.num_labels == 1
+    assert set(scores.splits["train"]["label"]) == {1.0, 2.0, 3.0}
+
+
+def own(path, **changes):
+    return load_data(None, DataOptions(**{**OWN, "path": str(path), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "message"),
+    [
+        (ROWS, {"label": "topik"}, r"has no column 'topik'; did you mean 'topic'"),
+        (ROWS, {"text": "boddy"}, r"has no column 'boddy'; did you mean 'body'"),
+        ([{**row, "body": 3} for row in ROWS], {}, "column 'body' of train holds no text but int64"),
+        ([{**row, "body": " "} for row in ROWS], {}, "column 'body' of train holds no text: every row is empty"),
+        ([*ROWS, {**ROWS[0], "body": None}], {}, r"no text in 1 of 21 rows \(the first is row 20\)"),
+        ([*ROWS, {**ROWS[0], "topic": None}], {}, "no label in 1 of 21 rows"),
+        ([{**row, "topic": 0.5} for row in ROWS], {}, "scores like 0.5; say kind: regression"),
+        ([{**row, "topic": "x"} for row in ROWS], {}, "holds 1 class"),
+        (ROWS, {"kind": "regression"}, "'sport', which is no number"),
+        (ROWS, {"label_names": ["sport", "science"]}, r"'tech', which is none of the classes \(sport, science\)"),
+        (ROWS, {"text": ["title", "body", "topic"]}, "one or two columns, not 3"),
+        (ROWS[:1], {}, "class"),
+    ],
+)
+def test_wrong_rows_are_told_in_words(tmp_path, rows, changes, message):
+    with pytest.raises(InputError, match=message):
+        own(write_rows(tmp_path / "train.jsonl", rows), **changes)
+
+
+def test_glue_labels_out_of_range(tmp_path):
+    write_rows(tmp_path / "train.jsonl", [*sentences(4), {"sentence": "a", "label": 7}])
+    with pytest.raises(InputError, match=r"holds 7 \(1 rows\); its ids go from 0 to 1 \(negative, positive\)"):
+        load_data("sst2", DataOptions(path=str(tmp_path)))
+
+
+def test_labels_that_only_validation_has(tmp_path):
+    write_rows(tmp_path / "train.jsonl", ROWS)
+    write_rows(tmp_path / "validation.jsonl", [{**ROWS[0], "topic": "art"}])
+    with pytest.raises(InputError, match="of validation holds 'art', which is none of the classes"):
+        own(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("train.csv", b"", "the file is empty"),
+        ("train.jsonl", b"", "the file is empty"),
+        ("train.parquet", b"not parquet", "cannot be read as parquet"),
+        ("train.jsonl", b"{broken", "cannot be read as jsonl"),
+        ("train.jsonl.gz", b"not gzip", "cannot be read as jsonl.gz"),
+        ("train.csv", b"title,body,topic\n", "holds no rows"),
+        ("rows.xlsx", b"x", r"neither train\.\*"),
+    ],
+)
+def test_unreadable_files(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        own(tmp_path)
+
+
+def test_missing_paths_packages_and_hub_data():
+    with pytest.raises(InputError, match="no such file or folder"):
+        own("/nowhere/at/all")
+    with pytest.raises(InputError, match="not installed here"):
+        own("package:no-such-distribution/data")
+    with pytest.raises(InputError, match="not to be had from the Hub nor from its cache"):
+        own("some-org/some-data")
+    with pytest.raises(InputError, match="did you mean 'sst2'"):
+        load_data("sst-2", DataOptions())
+
+
+def test_every_problem_is_told_at_once(tmp_path):
+    path = write_rows(tmp_path / "train.jsonl", ROWS)
+    with pytest.raises(InputError) as error:
+        own(path, text=["titel", "body"], label="topik")
+    assert len(error.value.problems) == 2
+
+
+def test_a_task_brings_its_own_columns(sst2_folder):
+    with pytest.raises(InputError, match="data.text: task 'sst2' brings its own columns"):
+        load_data("sst2", DataOptions(path=str(sst2_folder), text="sentence"))
+
+
+def test_the_tokenizers_fingerprint_follows_its_vocabulary_and_not_its_use():
+    tokenizer = make_tokenizer()
+    before = tokenizer_fingerprint(tokenizer)
+    tokenizer(["good film"], truncation=True, max_length=3, padding=True)
+    assert tokenizer_fingerprint(tokenizer) == before
+    assert tokenizer_fingerprint(make_tokenizer(["other", "words"])) != before
+
+
+def test_rows_are_cut_and_counted(sst2_folder):
+    data = load_data("sst2", DataOptions(path=str(sst2_folder), max_length=5))
+    tokenized = data.tokenized("train", make_tokenizer())
+    assert max(tokenized["length"]) == 5
+    assert tokenized["length"] == [len(ids) for ids in tokenized["input_ids"]]
+    assert data.tokenized("train", make_tokenizer()) is tokenized
