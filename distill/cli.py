@@ -36,13 +36,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0 done; 2 the input is wrong; 1 anything else.
     """
-    parser = _parser()
-    known, rest = parser.parse_known_args(arguments)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     try:
-        known.command(known, _pairs(rest))
+        plain, overrides = _split_overrides(list(sys.argv[1:] if arguments is None else arguments))
+        known = _parser().parse_args(plain)
+        known.command(known, overrides)
     except InputError as error:
         for problem in error.problems:
             log.print(f"[red]error:[/] {escape(problem)}")
@@ -54,38 +54,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("distill", description="Distil, quantize and measure Hugging Face encoders.")
+    parser = argparse.ArgumentParser(
+        "distill", description="Distil, quantize and measure Hugging Face encoders.", allow_abbrev=False
+    )
     commands = parser.add_subparsers(required=True, metavar="check | run | eval | bench | report")
 
-    check = commands.add_parser("check", help="tell what a recipe will do, and everything that is wrong with it")
+    check = commands.add_parser(
+        "check", allow_abbrev=False, help="tell what a recipe will do, and everything that is wrong with it"
+    )
     check.add_argument("recipe", nargs="?", type=Path)
     check.add_argument(
         "--help-options", choices=[*VERBS, "data", "benchmark"], help="list the options of a verb or block"
     )
     check.set_defaults(command=_check)
 
-    run = commands.add_parser("run", help="run the steps that are not finished, then report", epilog=_OVERRIDES)
+    run = commands.add_parser(
+        "run", allow_abbrev=False, help="run the steps that are not finished, then report", epilog=_OVERRIDES
+    )
     run.add_argument("recipe", type=Path)
     run.add_argument("--only", nargs="+", metavar="STEP", help="run these steps alone, without a report")
     run.add_argument("--force", action="store_true", help="run finished steps again")
     run.add_argument("--accelerate_config", metavar="NAME", help="launch with accelerate_configs/NAME.yaml (or a path)")
     run.set_defaults(command=_run)
 
-    evaluate = commands.add_parser("eval", help="score one model; the last line is one JSON object", epilog=_OVERRIDES)
+    evaluate = commands.add_parser(
+        "eval", allow_abbrev=False, help="score one model; the last line is one JSON object", epilog=_OVERRIDES
+    )
     evaluate.add_argument("model")
     evaluate.add_argument("--task", help="a GLUE task")
     evaluate.add_argument("--label_map", help="the model's label names → the task's: '{LABEL_0: negative, …}'")
     evaluate.set_defaults(command=_eval)
 
     bench = commands.add_parser(
-        "bench", help="size, memory, FLOPs, latency and throughput; the last line is one JSON object"
+        "bench",
+        allow_abbrev=False,
+        help="size, memory, FLOPs, latency and throughput; the last line is one JSON object",
     )
     bench.add_argument("models", nargs="+", metavar="model")
     for field in fields(BenchmarkOptions):
         bench.add_argument(f"--{field.name}", default=None, help=f"{field.metadata['help']} (default {field.default})")
     bench.set_defaults(command=_bench)
 
-    report = commands.add_parser("report", help="rebuild report.json, report.md and the plot of a run")
+    report = commands.add_parser(
+        "report", allow_abbrev=False, help="rebuild report.json, report.md and the plot of a run"
+    )
     report.add_argument("directory", type=Path)
     report.set_defaults(command=_report)
     return parser
@@ -223,22 +235,24 @@ def _own_fields(options_class: type) -> set[str]:
     return {field.name for field in fields(options_class) if inherited.get(field.name, field) != field.default}
 
 
-def _pairs(rest: list[str]) -> dict[str, str]:
-    """`--a.b value` and `--a.b=value` → {"a.b": "value"}."""
-    pairs, position = {}, 0
-    while position < len(rest):
-        word = rest[position]
+def _split_overrides(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
+    """The command's own arguments, and overrides: `--a.b value` or `--a.b=value`, wherever they stand."""
+    plain: list[str] = []
+    overrides: dict[str, str] = {}
+    words = iter(arguments)
+    for word in words:
         name, equals, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or not name:
-            raise InputError(f"{word}: unexpected; options are --path value")
-        if not equals:
-            position += 1
-            if position == len(rest):
+        of_recipe = name in ("output_dir", "baseline") or (name == "task" and arguments[0] != "eval")
+        if not word.startswith("--") or not ("." in name or of_recipe):
+            plain.append(word)
+        elif equals:
+            overrides[name] = value
+        else:
+            following = next(words, None)
+            if following is None:
                 raise InputError(f"--{name}: needs a value")
-            value = rest[position]
-        pairs[name] = value
-        position += 1
-    return pairs
+            overrides[name] = following
+    return plain, overrides
 
 
 def _cell(value: Any) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from distill.data import Data, load_data, tokenizer_fingerprint
-from distill.errors import InputError, nearest_name
+from distill.errors import InputError
 from distill.models import ModelSource, find_model, label_order, load_tokenizer, no_head_message, set_labels
 from distill.recipe import Recipe, Step
 from distill.steps import DistillOptions, FinetuneOptions, QuantizeOptions, chosen_layers
@@ -62,6 +62,8 @@ class Plan:
     steps: dict[str, PlannedStep]
     baseline: str
     """The step or model that the report compares with."""
+    baseline_label_map: dict[str, str] | None
+    """The baseline's label names → the task's, where it is a teacher from outside whose names differ."""
     sources: dict[str, ModelSource]
     """Models outside the recipe, by the reference that the user wrote."""
 
@@ -88,16 +90,17 @@ def make_plan(recipe: Recipe) -> Plan:
         except _Unplannable as error:
             failed.add(step.name)
             problems += [f"{where}: {problem}" for problem in error.problems]
-    baseline = recipe.baseline or _default_baseline(recipe)
-    if baseline not in recipe.steps and baseline not in sources:
+    baseline = recipe.baseline or _default_baseline(recipe, sources)
+    if baseline not in recipe.steps and not problems:
         try:
-            sources[baseline] = find_model(baseline)
+            sources[baseline] = sources.get(baseline) or find_model(baseline)
+            problems += _classifier_problems(sources[baseline], data, _teacher_label_map(recipe, baseline))
         except InputError as error:
-            hint = nearest_name(baseline, recipe.steps)
-            problems += [f"{where}: baseline: {problem}; of the steps: {hint}" for problem in error.problems]
+            problems += [f"{problem} (the steps are {', '.join(recipe.steps)})" for problem in error.problems]
+        problems = [f"{where}: baseline: {problem}" for problem in problems]
     if problems or data is None:
         raise InputError(*problems)
-    return Plan(recipe, data, planned, baseline, sources)
+    return Plan(recipe, data, planned, baseline, _teacher_label_map(recipe, baseline), sources)
 
 
 class _Unplannable(Exception):
@@ -141,7 +144,9 @@ def _plan_step(
             configs[option], locations[option] = source.config, source.location
             tokenizers[option] = source.location
             fingerprints[option] = f"{source.fingerprint} {tokenizer_fingerprint(tokenizer)}"
-            problems += _source_problems(option, source, options, data)
+            if option == "teacher" or isinstance(options, QuantizeOptions):
+                label_map = options.label_map if isinstance(options, QuantizeOptions) else options.teacher_label_map
+                problems += [f"{option}: {problem}" for problem in _classifier_problems(source, data, label_map)]
     if problems or set(configs) != set(references):
         raise _Unplannable([f"steps.{step.name}.{problem}" for problem in problems])
 
@@ -161,8 +166,10 @@ def _plan_step(
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and recipe.data.max_length > longest:
         problems.append(f"model: takes at most {longest} tokens, but data.max_length is {recipe.data.max_length}")
-    if isinstance(options, QuantizeOptions) and getattr(config, "quantization_config", None) is not None:
-        problems.append("model: it is quantized already; quantize the model it was made from")
+    if getattr(config, "quantization_config", None) is not None:
+        problems.append(
+            f"{source_option}: {references[source_option]} is quantized; start from the model it was made from"
+        )
     if problems:
         raise _Unplannable([f"steps.{step.name}.{problem}" for problem in problems])
     if data is not None:
@@ -182,21 +189,17 @@ def _plan_step(
     )
 
 
-def _source_problems(option: str, source: ModelSource, options: Any, data: Data | None) -> list[str]:
-    """What keeps a model from outside from being this step's input."""
-    quantized = getattr(source.config, "quantization_config", None) is not None
-    if isinstance(options, FinetuneOptions) or (isinstance(options, DistillOptions) and option == "model"):
-        return [f"{option}: {source.reference} is quantized; train the model it was made from"] * quantized
-    architecture = (source.config.architectures or [""])[0]
+def _classifier_problems(source: ModelSource, data: Data | None, label_map: dict[str, str] | None) -> list[str]:
+    """What keeps a model from outside from being used as it is: no trained head, or other labels."""
+    architecture = (source.config.architectures or ["its architecture"])[0]
     if not architecture.endswith("ForSequenceClassification"):
-        return [f"{option}: {source.reference} {no_head_message([architecture or 'its architecture'])}"]
+        return [f"{source.reference} {no_head_message([architecture])}"]
     if data is None:
         return []
-    label_map = options.teacher_label_map if isinstance(options, DistillOptions) else options.label_map
     try:
         label_order(source.config, data.task, label_map, where=source.reference)
     except InputError as error:
-        return [f"{option}: {problem}" for problem in error.problems]
+        return list(error.problems)
     return []
 
 
@@ -209,11 +212,23 @@ def _tokenizer_problems(tokenizers: dict[str, str]) -> list[str]:
     ]
 
 
-def _default_baseline(recipe: Recipe) -> str:
-    """The first distill step's teacher, else the first step's input."""
+def _default_baseline(recipe: Recipe, sources: dict[str, ModelSource]) -> str:
+    """The first distill step's teacher, else the first step's input, or the first step where that has no head yet."""
+    steps = list(recipe.steps.values())
+    for step in steps:
+        if isinstance(step.options, DistillOptions):
+            return step.options.teacher
+    source = sources.get(str(steps[0].options.model))
+    if source is None or _classifier_problems(source, None, None):
+        return steps[0].name
+    return source.reference
+
+
+def _teacher_label_map(recipe: Recipe, teacher: str) -> dict[str, str] | None:
+    """The label map of the distill step that has this model as its teacher."""
     options = [step.options for step in recipe.steps.values()]
-    teachers = [distill.teacher for distill in options if isinstance(distill, DistillOptions)]
-    return teachers[0] if teachers else str(options[0].model)
+    maps = [o.teacher_label_map for o in options if isinstance(o, DistillOptions) and o.teacher == teacher]
+    return maps[0] if maps else None
 
 
 def _fingerprint(step: Step, inputs: dict[str, str], data: Data | None) -> str:

@@ -87,6 +87,8 @@ def _read_file(path: Path) -> datasets.Dataset:
     try:
         rows = _READERS[suffix](str(path))
     except Exception as error:  # pyarrow, pandas and datasets raise their own kinds
+        if "corresponds to no data" in str(error):
+            raise InputError(f"data.path: {path}: the file holds no rows") from None
         cause = error.__cause__ or error
         reason = str(cause).strip().split("\n")[0] or type(cause).__name__
         raise InputError(f"data.path: {path}: cannot be read as {suffix[1:]} ({reason})") from error

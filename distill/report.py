@@ -18,7 +18,6 @@ from distill.evaluation import Evaluation, agreement, evaluate_model
 from distill.models import load_classifier, load_tokenizer
 from distill.pipeline import is_finished, read_record, write_atomically
 from distill.plan import Plan, code_fingerprint
-from distill.steps import DistillOptions
 
 _SCORING_CODE = ("readers", "data", "tasks", "metrics", "models", "quantize", "evaluation")
 _LOWER_IS_BETTER = ("perplexity",)
@@ -110,22 +109,13 @@ def _model_fingerprint(plan: Plan, name: str) -> str:
     return plan.sources[name].fingerprint
 
 
-def _label_map(plan: Plan, name: str) -> dict[str, str] | None:
-    """For a baseline from outside: the map of the step that has it as its teacher."""
-    for planned in plan.steps.values():
-        options = planned.step.options
-        if isinstance(options, DistillOptions) and options.teacher == name and name not in plan.steps:
-            return options.teacher_label_map
-    return None
-
-
 def _evaluation(plan: Plan, name: str, location: str, fingerprint: str, cache: Path) -> Evaluation:
     file = cache / f"evaluation-{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
     key = _key(fingerprint, plan.data.fingerprint, [code_fingerprint(module) for module in _SCORING_CODE])
     known = _read_cache(file, key)
     if known is not None:
         return Evaluation(**known)
-    model = load_classifier(location, plan.data.task, label_map=_label_map(plan, name))
+    model = load_classifier(location, plan.data.task, label_map=None if name in plan.steps else plan.baseline_label_map)
     evaluation = evaluate_model(model, load_tokenizer(location), plan.data, name=name)
     _write_cache(file, key, asdict(evaluation))
     return evaluation

@@ -72,7 +72,7 @@ def tiny_config(**changes) -> BertConfig:
 def tiny_bert(seed: int = 0, **changes) -> BertForSequenceClassification:
     """A random BERT with weights large enough for its layers to matter."""
     torch.manual_seed(seed)
-    model = BertForSequenceClassification(tiny_config(initializer_range=0.2, **changes))
+    model = BertForSequenceClassification(tiny_config(**{"initializer_range": 0.2, **changes}))
     return model.eval()
 
 
@@ -85,7 +85,7 @@ def bert() -> BertForSequenceClassification:
 def pretrained(tmp_path_factory, tokenizer) -> Path:
     """A model folder without a classification head, as a pretrained checkpoint is."""
     folder = tmp_path_factory.mktemp("models") / "pretrained"
-    tiny_bert(seed=1).bert.save_pretrained(folder)
+    tiny_bert(seed=1, initializer_range=0.05).bert.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -189,7 +189,7 @@ def test_every_problem_is_told_at_once(tmp_path):
 
 
 def test_a_task_brings_its_own_columns(sst2_folder):
-    with pytest.raises(InputError, match="data.text: task 'sst2' brings its own columns"):
+    with pytest.raises(InputError, match=r"data\.text: task 'sst2' brings its own columns"):
         load_data("sst2", DataOptions(path=str(sst2_folder), text="sentence"))
 
 

@@ -1,0 +1,182 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from distill.benchmark import BenchmarkOptions, benchmark_models, slower_or_not_smaller
+from distill.cli import main
+from distill.errors import InputError
+from distill.quantize import quantize_model
+from distill.student import build_student
+from tests.conftest import tiny_bert
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, tokenizer):
+    """A classifier, a student of it, and both quantized."""
+    folder = tmp_path_factory.mktemp("cli")
+    teacher = tiny_bert(id2label={0: "negative", 1: "positive"}, label2id={"negative": 0, "positive": 1})
+    for name, model in {
+        "teacher": teacher,
+        "student": build_student(teacher, num_layers=2),
+        "nf4": quantize_model(build_student(teacher, num_layers=2), format="nf4"),
+    }.items():
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+def last_line(text):
+    return json.loads(text.strip().splitlines()[-1])
+
+
+def test_bench_ends_with_one_json_object(models, capsys):
+    names = [str(models / name) for name in ("teacher", "student", "nf4")]
+    assert main(["bench", *names, "--sequence_length", "16", "--rounds", "2", "--throughput_batch_size", "2"]) == 0
+    found = last_line(capsys.readouterr().out)
+    assert [row["name"] for row in found["models"]] == names
+    assert found["options"]["sequence_length"] == 16
+    assert found["environment"]["threads"] == torch.get_num_threads()
+    for row, name in zip(found["models"], names, strict=True):
+        assert row["size_on_disk_bytes"] == (Path(name) / "model.safetensors").stat().st_size
+        assert 0 < row["latency_ms"]["p50"] <= row["latency_ms"]["p95"]
+        assert row["throughput_samples_per_second"] > 0
+    teacher, student, nf4 = found["models"]
+    assert teacher["num_parameters"] == sum(p.numel() for p in tiny_bert().parameters())
+    assert teacher["memory_bytes"] == 4 * teacher["num_parameters"] + 2 * 8 * 64  # and two buffers of position ids
+    assert student["flops_per_sample"] == nf4["flops_per_sample"] < teacher["flops_per_sample"]
+
+
+def test_bench_refuses_rows_longer_than_the_model(models):
+    with pytest.raises(InputError, match="takes at most 64 tokens"):
+        benchmark_models({"teacher": str(models / "teacher")}, BenchmarkOptions(sequence_length=65, rounds=1))
+
+
+def row(name, size, latency, throughput):
+    return {
+        "name": name, "size_on_disk_bytes": size, "latency_ms": {"p50": latency, "p95": latency},
+        "throughput_samples_per_second": throughput, "device": "cpu",
+    }  # fmt: skip
+
+
+def test_no_gain_is_said_in_words():
+    parent = row("student", 4e6, 10.0, 100.0)
+    assert slower_or_not_smaller(row("q", 1e6, 10.4, 96.0), parent) == []  # within noise
+    said = slower_or_not_smaller(row("q", 4e6, 12.0, 80.0), parent)
+    assert said == [
+        "q is not smaller than student: 4.0 MB against 4.0 MB.",
+        "q is slower than student on cpu: 12.0 ms against 10.0 ms (1.20×).",
+        "q has less throughput than student on cpu: 80.0 against 100.0 rows/s (0.80×).",
+    ]
+
+
+def test_eval_ends_with_the_metrics(models, sst2_folder, capsys):
+    assert main(["eval", str(models / "nf4"), "--task", "sst2", "--data.path", str(sst2_folder)]) == 0
+    metrics = last_line(capsys.readouterr().out)["metrics"]
+    assert 0 <= metrics["accuracy"] <= 1
+
+
+def test_eval_with_a_label_map(models, sst2_folder, tmp_path, capsys):
+    for file in (models / "teacher").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = AutoConfig.from_pretrained(tmp_path)
+    config.id2label = {0: "LABEL_0", 1: "LABEL_1"}
+    config.save_pretrained(tmp_path)
+    arguments = ["eval", str(tmp_path), "--task", "sst2", "--data.path", str(sst2_folder)]
+    assert main(arguments) == 2
+    assert "label_map" in capsys.readouterr().err
+    accuracies = []
+    for names in ("negative, positive", "positive, negative"):
+        first, second = names.split(", ")
+        assert main([*arguments, "--label_map", f"{{LABEL_0: {first}, LABEL_1: {second}}}"]) == 0
+        accuracies.append(last_line(capsys.readouterr().out)["metrics"]["accuracy"])
+    assert sum(accuracies) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "nowhere.yaml"], "nowhere.yaml: no such recipe"),
+        (["run", "nowhere.yaml", "--a.b"], "--a.b: needs a value"),
+        (["run", "--a.b", "4", "nowhere.yaml"], "nowhere.yaml: no such recipe"),
+        (["eval", "/no/model", "--task", "sst2"], "/no/model: no such file or folder"),
+        (["eval", "m", "--student.temperature", "2"], "--student.temperature: no such option; eval takes"),
+        (["bench", "m", "--data.path", "x"], "--data.path: no such option of bench"),
+        (["bench", "/no/model"], "/no/model: no such file or folder"),
+        (["bench", "/no/model", "--rounds", "none"], "bench.rounds: should be a valid integer"),
+        (["report", "/no/run"], "/no/run: no run lies there"),
+        (["check"], "name a recipe"),
+        (["run", "recipes/quickstart.yaml", "--accelerate_config", "multi_gpux"], "did you mean 'multi_gpu'"),
+    ],
+)
+def test_wrong_input_is_one_message_and_status_2(arguments, message, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert "Traceback" not in captured.err + captured.out
+
+
+def test_unknown_options_end_with_status_2(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["run", "recipe.yaml", "--forse"])
+    assert exit_.value.code == 2
+    assert "unrecognized arguments: --forse" in capsys.readouterr().err
+
+
+def test_a_wrong_recipe_leaves_nothing_behind(tmp_path, capsys):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"task: sst3\noutput_dir: {tmp_path / 'out'}\nsteps: {{a: {{run: finetune, model: /none}}}}")
+    assert main(["run", str(recipe)]) == 2
+    error = capsys.readouterr().err
+    assert "did you mean 'sst2'" in error
+    assert "steps.a.model: /none: no such file or folder" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["r.yaml"]
+
+
+def test_check_tells_what_a_recipe_will_do_and_writes_nothing(tmp_path, pretrained, sst2_folder, capsys):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"task: sst2\noutput_dir: {tmp_path / 'out'}\ndata: {{path: {sst2_folder}, max_length: 24}}\nsteps:\n"
+        f"  teacher: {{run: finetune, model: {pretrained}, num_train_epochs: 2}}\n"
+        "  student: {run: distill, teacher: teacher, student_arch: distilbert}\n"
+        "  q: {run: quantize, model: student, format: int8}\n"
+    )
+    assert main(["check", str(recipe)]) == 0
+    out = capsys.readouterr().out
+    for part in (
+        "labels: negative, positive", "rows: train 96, validation 40", "6 optimizer steps",
+        "source layers 0, 3 (from 0)", "hidden states 1→2, 2→4", "of training on this machine",
+    ):  # fmt: skip
+        assert part in out, f"{part!r} is not in\n{out}"
+    assert [path.name for path in tmp_path.iterdir()] == ["r.yaml"]
+
+
+@pytest.mark.parametrize("name", ["finetune", "distill", "quantize", "data", "benchmark"])
+def test_options_are_listed_with_defaults_and_help(name, capsys):
+    assert main(["check", "--help-options", name]) == 0
+    out = capsys.readouterr().out
+    expected = {"finetune": "num_layers", "distill": "temperature", "quantize": "double_quant", "data": "max_length"}
+    assert expected.get(name, "rounds") in out
+
+
+def test_ctrl_c_ends_with_status_1(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("distill.cli.load_recipe", interrupted)
+    assert main(["run", "any.yaml"]) == 1
+    assert "goes on from the last checkpoint" in capsys.readouterr().err
+
+
+def test_the_installed_command_exits_with_the_status():
+    command = Path(sys.executable).parent / "distill"
+    done = subprocess.run([str(command), "run", "nowhere.yaml"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: nowhere.yaml: no such recipe")

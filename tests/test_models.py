@@ -1,0 +1,124 @@
+import pytest
+import torch
+
+from distill.errors import InputError
+from distill.models import find_model, label_order, load_classifier, load_for_finetuning, load_tokenizer
+from distill.sources import sha256
+from distill.tasks import GLUE
+from tests.conftest import tiny_bert
+
+IDS = torch.tensor([[2, 5, 9, 14, 3]])
+NAMES = {"mnli": ("contradiction", "entailment", "neutral")}  # another order than GLUE's
+
+
+def save(folder, labels, tokenizer=None, **changes):
+    model = tiny_bert(num_labels=len(labels), **changes)
+    model.config.id2label = dict(enumerate(labels))
+    model.config.label2id = {name: index for index, name in enumerate(labels)}
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return model.eval()
+
+
+def test_labels_in_another_order_are_aligned_by_name(tmp_path):
+    stored = save(tmp_path, ["Contradiction", "ENTAILMENT", "neutral"])
+    aligned = load_classifier(str(tmp_path), GLUE["mnli"])
+    with torch.no_grad():
+        torch.testing.assert_close(aligned(IDS).logits, stored(IDS).logits[:, [1, 2, 0]])
+    assert aligned.config.id2label == {0: "entailment", 1: "neutral", 2: "contradiction"}
+
+
+def test_names_are_compared_without_case_and_punctuation(tmp_path):
+    config = save(tmp_path, ["Not-Duplicate", "duplicate"]).config
+    assert label_order(config, GLUE["qqp"], where="it") is None
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["LABEL_0", "LABEL_1"], r"say teacher_label_map .*\{LABEL_0: negative, LABEL_1: positive\}"),
+        (["joy", "anger"], r"its labels \(joy, anger\) are not those of the task \(negative, positive\)"),
+        (["negative", "neutral", "positive"], "are not those of the task"),
+    ],
+)
+def test_labels_that_do_not_match_are_refused(tmp_path, labels, message):
+    save(tmp_path, labels)
+    with pytest.raises(InputError, match=message):
+        load_classifier(str(tmp_path), GLUE["sst2"])
+
+
+def test_a_label_map_names_unnamed_labels(tmp_path):
+    stored = save(tmp_path, ["LABEL_0", "LABEL_1"])
+    swapped = load_classifier(str(tmp_path), GLUE["sst2"], label_map={"LABEL_0": "positive", "LABEL_1": "negative"})
+    with torch.no_grad():
+        torch.testing.assert_close(swapped(IDS).logits, stored(IDS).logits.flip(1))
+
+
+def test_a_regression_needs_one_output(tmp_path):
+    save(tmp_path / "one", ["LABEL_0"])
+    assert load_classifier(str(tmp_path / "one"), GLUE["stsb"]).config.problem_type == "regression"
+    save(tmp_path / "two", ["a", "b"])
+    with pytest.raises(InputError, match="has 2 outputs, but stsb is a regression"):
+        load_classifier(str(tmp_path / "two"), GLUE["stsb"])
+
+
+def test_a_model_without_a_head_is_no_teacher(tmp_path):
+    model = tiny_bert(id2label={0: "negative", 1: "positive"})
+    model.bert.save_pretrained(tmp_path)
+    with pytest.raises(
+        InputError, match=r"no trained classification head \(classifier.bias, classifier.weight missing\)"
+    ):
+        load_classifier(str(tmp_path), GLUE["sst2"])
+    assert load_for_finetuning(str(tmp_path), GLUE["mnli"]).config.num_labels == 3
+
+
+def test_finetuning_keeps_a_head_that_fits_and_replaces_one_that_does_not(tmp_path):
+    stored = save(tmp_path, ["negative", "positive"])
+    assert torch.equal(load_for_finetuning(str(tmp_path), GLUE["sst2"]).classifier.weight, stored.classifier.weight)
+    other = load_for_finetuning(str(tmp_path), GLUE["mnli"])
+    assert other.classifier.weight.shape[0] == 3
+    assert torch.equal(other.bert.pooler.dense.weight, stored.bert.pooler.dense.weight)
+
+
+def test_folders_that_are_no_models(tmp_path):
+    with pytest.raises(InputError, match=r"holds no config\.json"):
+        find_model(str(tmp_path))
+    tiny_bert().config.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="a model folder without weights"):
+        find_model(str(tmp_path))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(InputError, match=r"pytorch_model\.bin is pickled and not read"):
+        find_model(str(tmp_path))
+    tiny_bert().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="holds no tokenizer"):
+        load_tokenizer(str(tmp_path))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(InputError, match=r"config\.json cannot be read"):
+        find_model(str(tmp_path))
+
+
+def test_a_digest_is_checked_before_use(tmp_path):
+    save(tmp_path, ["negative", "positive"])
+    digest = sha256(tmp_path / "model.safetensors")
+    assert find_model(f"{tmp_path}#sha256={digest}").location == str(tmp_path)
+    with pytest.raises(InputError, match="do not use this file"):
+        find_model(f"{tmp_path}#sha256={'0' * 64}")
+
+
+def test_the_fingerprint_follows_the_weights(tmp_path):
+    save(tmp_path / "a", ["x", "y"])
+    save(tmp_path / "b", ["x", "y"])
+    save(tmp_path / "c", ["x", "y"], seed=5)
+    fingerprints = [find_model(str(tmp_path / name)).fingerprint for name in "abc"]
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
+
+
+def test_no_hub_and_nothing_cached():
+    with pytest.raises(InputError, match="not to be had from the Hub nor from its cache"):
+        find_model("some-org/some-model")
+
+
+def test_the_tokenizer_cuts_where_training_cut(tmp_path, tokenizer):
+    save(tmp_path, ["x", "y"], tokenizer)
+    assert load_tokenizer(str(tmp_path), 17).model_max_length == 17

@@ -1,0 +1,305 @@
+"""Whole runs on tiny models: one folder per step, nothing done twice, nothing lost."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+import distill  # noqa: F401  (registers the quantized formats)
+from distill.errors import InputError
+from distill.pipeline import is_finished, read_record, run_plan
+from distill.plan import make_plan
+from distill.recipe import load_recipe
+from distill.report import write_report
+
+STEPS = """
+  teacher: {{run: finetune, model: {pretrained}, max_steps: 48, learning_rate: 2e-3, per_device_train_batch_size: 8}}
+  student: {{run: distill, teacher: teacher, num_layers: 2, num_train_epochs: 2, learning_rate: 1e-3}}
+  student-alone: {{run: finetune, model: {pretrained}, num_layers: 2, num_train_epochs: 2, learning_rate: 1e-3}}
+  student-int8: {{run: quantize, model: student, format: int8}}
+  student-nf4: {{run: quantize, model: student, format: nf4}}
+"""
+
+
+def write_recipe(folder, pretrained, data, steps=STEPS):
+    folder.mkdir(exist_ok=True)
+    path = folder / "tiny.yaml"
+    path.write_text(
+        f"task: sst2\noutput_dir: {folder / 'run'}\ndata: {{path: {data}, max_length: 24}}\n"
+        f"benchmark: {{sequence_length: 16, throughput_batch_size: 2, rounds: 2}}\n"
+        f"steps:{steps.format(pretrained=pretrained)}"
+    )
+    return path
+
+
+def plan(path, **overrides):
+    return make_plan(load_recipe(path, overrides))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, pretrained, sst2_folder):
+    """A finished run and its report."""
+    path = write_recipe(tmp_path_factory.mktemp("finished"), pretrained, sst2_folder)
+    made = plan(path)
+    ran = run_plan(made)
+    assert ran == list(made.steps)
+    return path, write_report(made)
+
+
+def test_each_step_leaves_an_ordinary_model_folder(finished):
+    run = finished[0].parent / "run"
+    for name in ("teacher", "student", "student-alone", "student-int8", "student-nf4"):
+        found = {path.name for path in (run / name).iterdir()}
+        assert found == {
+            "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md", "step.json",
+        }  # fmt: skip
+        record = read_record(run / name)
+        assert record["status"] == "finished"
+        assert record["options"]["model"] or record["options"]["teacher"]
+        assert AutoTokenizer.from_pretrained(run / name).model_max_length == 24
+        model = AutoModelForSequenceClassification.from_pretrained(run / name)
+        assert model.config.id2label == {0: "negative", 1: "positive"}
+    assert read_record(run / "student")["lineage"] == ["teacher", *read_record(run / "teacher")["parents"]]
+    assert read_record(run / "student")["train_seconds"] > 0
+
+
+def test_the_report_has_every_key_and_true_numbers(finished):
+    path, report = finished
+    on_disk = json.loads((path.parent / "run" / "report.json").read_text())
+    assert on_disk == json.loads(json.dumps(report))
+    assert (report["schema"], report["task"], report["metric"], report["baseline"]) == (
+        1,
+        "sst2",
+        "accuracy",
+        "teacher",
+    )
+    assert [model["name"] for model in report["models"]] == [
+        "teacher", "student", "student-alone", "student-int8", "student-nf4",
+    ]  # fmt: skip
+    keys = {
+        "name", "run", "path", "parents", "metrics", "retention", "agreement", "num_parameters", "size_on_disk_bytes",
+        "memory_bytes", "flops_per_sample", "latency_ms", "throughput_samples_per_second", "device", "train_seconds",
+        "samples_per_second",
+    }  # fmt: skip
+    for model in report["models"]:
+        assert keys <= set(model)
+        weights = path.parent / "run" / model["path"] / "model.safetensors"
+        assert model["size_on_disk_bytes"] == weights.stat().st_size
+        assert model["retention"] == pytest.approx(
+            model["metrics"]["accuracy"] / report["models"][0]["metrics"]["accuracy"]
+        )
+        low, high = model["interval"]
+        assert low <= model["metrics"]["accuracy"] <= high
+    teacher, student, _, int8, nf4 = report["models"]
+    assert teacher["agreement"] == 1
+    assert teacher["metrics"]["accuracy"] > 0.8  # it learned
+    assert student["num_parameters"] == int8["num_parameters"] < teacher["num_parameters"]
+    assert nf4["size_on_disk_bytes"] < student["size_on_disk_bytes"]
+    assert (student["run"], student["parents"]) == ("distill", ["teacher"])
+    text = (path.parent / "run" / "report.md").read_text()
+    assert all(model["name"] in text for model in report["models"])
+    assert (path.parent / "run" / "report.png").stat().st_size > 10_000
+
+
+def test_pipeline_gives_the_accuracy_of_the_report(finished, sst2_folder):
+    path, report = finished
+    rows = [json.loads(line) for line in (sst2_folder / "validation.jsonl").read_text().splitlines()]
+    for model in report["models"]:
+        classify = pipeline("text-classification", str(path.parent / "run" / model["path"]))
+        answers = classify([row["sentence"] for row in rows], truncation=True)
+        right = sum(a["label"] == ["negative", "positive"][row["label"]] for a, row in zip(answers, rows, strict=True))
+        assert abs(right - model["metrics"]["accuracy"] * len(rows)) <= 1
+
+
+def test_the_reports_flops_are_those_counted_by_hand(finished):
+    teacher = finished[1]["models"][0]
+    layers, hidden, feed_forward, tokens = 4, 64, 128, 16
+    per_layer = 4 * tokens * hidden * hidden + 2 * tokens * tokens * hidden + 2 * tokens * hidden * feed_forward
+    heads = hidden * hidden + hidden * 2  # pooler and classifier, on one token
+    assert teacher["flops_per_sample"] == 2 * (layers * per_layer + heads)
+
+
+def test_a_second_run_trains_and_measures_nothing(finished):
+    path, report = finished
+    again = plan(path)
+    assert run_plan(again) == []
+    assert write_report(again) == report
+
+
+def test_the_report_is_rebuilt_from_its_folder(finished, capsys):
+    from distill.cli import main
+
+    path, report = finished
+    run = path.parent / "run"
+    (run / "report.json").unlink()
+    assert main(["report", str(run)]) == 0
+    assert json.loads((run / "report.json").read_text()) == json.loads(json.dumps(report))
+    assert "student-nf4" in capsys.readouterr().out
+
+
+def test_an_edited_step_reruns_with_what_depends_on_it(finished):
+    path, _ = finished
+    fresh = lambda **overrides: {n for n, p in plan(path, **overrides).steps.items() if not is_finished(p)}  # noqa: E731
+    assert fresh() == set()
+    assert fresh(**{"student.temperature": "4"}) == {"student", "student-int8", "student-nf4"}
+    assert fresh(**{"student-nf4.double_quant": "false"}) == {"student-nf4"}
+    assert fresh(**{"teacher.seed": "1"}) == {"teacher", "student", "student-int8", "student-nf4"}
+    assert fresh(**{"data.max_train_rows": "50"}) == {
+        "teacher", "student", "student-alone", "student-int8", "student-nf4",
+    }  # fmt: skip
+    assert fresh(**{"student.temperature": "2.0"}) == set()  # its default, said aloud
+    assert fresh(**{"student.logging_steps": "1"}) == set()  # shows more, makes the same
+
+
+def test_the_fingerprint_follows_the_code_but_not_its_comments(tmp_path, monkeypatch, finished):
+    from distill import plan as plan_module
+
+    source = tmp_path / "distill"
+    source.mkdir()
+    for file in Path(plan_module.__file__).parent.glob("*.py"):
+        (source / file.name).write_text(file.read_text())
+    monkeypatch.setattr(plan_module, "__file__", str(source / "plan.py"))
+    fresh = lambda: [n for n, p in plan(finished[0]).steps.items() if not is_finished(p)]  # noqa: E731
+
+    losses = source / "losses.py"
+    losses.write_text(losses.read_text().replace('"""Distillation losses', '# a comment\n"""Other words'))
+    plan_module.code_fingerprint.cache_clear()
+    assert fresh() == []
+    losses.write_text(losses.read_text().replace("temperature**2", "temperature**3"))
+    plan_module.code_fingerprint.cache_clear()
+    assert fresh() == ["teacher", "student", "student-alone", "student-int8", "student-nf4"]
+    plan_module.code_fingerprint.cache_clear()
+
+
+def test_only_some_steps(tmp_path, pretrained, sst2_folder):
+    path = write_recipe(tmp_path, pretrained, sst2_folder)
+    with pytest.raises(InputError, match="starts from teacher, which is not finished"):
+        run_plan(plan(path), only=["student"])
+    with pytest.raises(InputError, match="did you mean 'teacher'"):
+        run_plan(plan(path), only=["techer"])
+    assert not (tmp_path / "run").exists()
+    assert run_plan(plan(path), only=["teacher"]) == ["teacher"]
+    assert run_plan(plan(path), only=["teacher"]) == []
+    assert run_plan(plan(path), only=["teacher"], force=True) == ["teacher"]
+
+
+def test_a_folder_that_no_run_made_is_left_alone(tmp_path, pretrained, sst2_folder):
+    path = write_recipe(tmp_path, pretrained, sst2_folder)
+    (tmp_path / "run" / "student").mkdir(parents=True)
+    (tmp_path / "run" / "student" / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="holds files that no run made"):
+        run_plan(plan(path))
+    assert (tmp_path / "run" / "student" / "thesis.txt").read_text() == "years of work"
+    assert not (tmp_path / "run" / "teacher").exists()
+
+
+def test_a_killed_run_resumes_and_ends_with_the_same_bytes(tmp_path, pretrained, sst2_folder):
+    steps = STEPS.partition("  student-alone")[0].replace("num_layers: 2", "num_layers: 2, save_steps: 2")
+    whole, killed = (write_recipe(tmp_path / name, pretrained, sst2_folder, steps) for name in ("whole", "killed"))
+    run_plan(plan(whole))
+
+    wait_there = (
+        "import distill.steps, time, sys; from distill.cli import main\n"
+        "from transformers import TrainerCallback\n"
+        "class Wait(TrainerCallback):\n"
+        "    def on_step_end(self, args, state, control, **kwargs):\n"
+        "        if 'student' in args.output_dir and state.global_step == 3:\n"
+        "            print('here', flush=True); time.sleep(60)\n"
+        "distill.steps._Clock.__bases__ = (Wait,)\n"
+        "main(sys.argv[1:])"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", wait_there, "run", str(killed)], stdout=subprocess.PIPE, text=True, env={**os.environ}
+    )
+    assert process.stdout.readline() == "here\n"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    student = tmp_path / "killed" / "run" / "student"
+    assert read_record(student)["status"] == "running"
+    assert [path.name for path in (student / "checkpoints").iterdir()] == ["checkpoint-2"]
+
+    started = time.time()
+    assert run_plan(plan(killed)) == ["student"]
+    log = read_record(student)["log"]
+    assert next(entry["step"] for entry in log if "loss" in entry) <= 2  # the part before the kill
+    assert time.time() - started < 60
+    for name in ("teacher", "student"):
+        first, second = (load_file(tmp_path / w / "run" / name / "model.safetensors") for w in ("whole", "killed"))
+        assert all(torch.equal(first[key], second[key]) for key in first)
+    assert not (student / "checkpoints").exists()
+
+
+def test_the_baseline_may_be_a_model_from_outside(tmp_path, finished):
+    teacher = finished[0].parent / "run" / "teacher"
+    data = load_recipe(finished[0]).data.path
+    path = write_recipe(tmp_path, teacher, data, "\n  q: {{run: quantize, model: {pretrained}, format: nf4}}\n")
+    made = plan(path)
+    assert run_plan(made) == ["q"]
+    report = write_report(made)
+    assert report["baseline"] == str(teacher)
+    assert [(model["name"], model["run"]) for model in report["models"]] == [(str(teacher), None), ("q", "quantize")]
+    assert report["models"][0]["train_seconds"] is None
+    assert report["models"][1]["agreement"] > 0.8
+
+
+def test_no_token_is_written(tmp_path, pretrained, sst2_folder):
+    steps = "\n  teacher: {{run: finetune, model: {pretrained}, max_steps: 1, hub_token: hf_secret}}\n"
+    path = write_recipe(tmp_path, pretrained, sst2_folder, steps)
+    made = plan(path)
+    run_plan(made)
+    write_report(made)
+    for file in (tmp_path / "run").rglob("*"):
+        if file.is_file():
+            assert b"hf_secret" not in file.read_bytes(), file
+
+
+@pytest.mark.parametrize(
+    ("steps", "messages"),
+    [
+        (
+            """
+  a: {{run: finetune, model: /no/such/folder}}
+  b: {{run: distill, teacher: c, num_layers: 2}}
+  c: {{run: finetune, model: {pretrained}, num_layers: 9}}
+  d: {{run: distill, teacher: {pretrained}, num_layers: 2}}
+  e: {{run: quantize, model: tacher, format: nf4}}
+""",
+            [
+                "steps.a.model: /no/such/folder: no such file or folder",
+                "steps.b.teacher: 'c' is not an earlier step",
+                "steps.c.num_layers: 9 is out of range; the model has 4 layers",
+                "has no trained classification head",
+                "steps.e.model: tacher: no such folder here, and not to be had from the Hub",
+            ],
+        ),
+        (
+            """
+  t: {{run: finetune, model: {pretrained}}}
+  s: {{run: distill, teacher: t, num_layers: 2, layer_map: [[3, 4]]}}
+  q: {{run: quantize, model: t, format: nf4}}
+  again: {{run: quantize, model: q, format: int8}}
+  on-top: {{run: finetune, model: q}}
+""",
+            ["steps.s.layer_map: [[3, 4]] is out of range; pairs are [student 0 to 2, teacher 0 to 4]",
+             "steps.again.model: q is quantized; start from the model",
+             "steps.on-top.model: q is quantized; start from the model"],
+        ),
+    ],
+)  # fmt: skip
+def test_every_problem_of_the_models_is_told_before_anything_runs(tmp_path, pretrained, sst2_folder, steps, messages):
+    path = write_recipe(tmp_path, pretrained, sst2_folder, steps)
+    with pytest.raises(InputError) as error:
+        plan(path)
+    text = "\n".join(error.value.problems)
+    for message in messages:
+        assert message in text, f"{message!r} is not in\n{text}"
+    assert len(error.value.problems) == len(messages)
+    assert not (tmp_path / "run").exists()

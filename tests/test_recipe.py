@@ -1,0 +1,151 @@
+from pathlib import Path
+
+import pytest
+
+from distill.errors import InputError
+from distill.recipe import load_recipe, parse_value
+from distill.steps import DistillOptions, FinetuneOptions, QuantizeOptions
+
+RECIPE = """
+task: sst2
+output_dir: runs/x
+data: {max_length: 64}
+steps:
+  teacher:
+    run: finetune
+    model: some/model
+    learning_rate: 2e-5
+    lr_scheduler_type: cosine
+    eval_strategy: no
+  student.v1: {run: distill, teacher: teacher, num_layers: 3, layer_map: [[0, 0], [3, 6]]}
+  q: {run: quantize, model: student.v1, format: int8}
+"""
+
+
+def load(tmp_path, text=RECIPE, **overrides):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return load_recipe(path, overrides)
+
+
+def problems(tmp_path, text, **overrides):
+    with pytest.raises(InputError) as error:
+        load(tmp_path, text, **overrides)
+    assert all(str(tmp_path / "recipe.yaml") in problem or "--" in problem for problem in error.value.problems)
+    return error.value.problems
+
+
+def test_values_get_the_types_of_their_fields(tmp_path):
+    recipe = load(tmp_path)
+    teacher, student, quantized = (step.options for step in recipe.steps.values())
+    assert isinstance(teacher, FinetuneOptions)
+    assert teacher.learning_rate == 2e-5
+    assert teacher.eval_strategy == "no"  # YAML 1.1 would make it false
+    assert isinstance(student, DistillOptions)
+    assert student.layer_map == [(0, 0), (3, 6)]
+    assert isinstance(quantized, QuantizeOptions)
+    assert recipe.output_dir == Path("runs/x")
+    assert student.output_dir == "runs/x/student.v1/checkpoints"
+    assert recipe.data.max_length == 64
+
+
+def test_overrides_by_path(tmp_path):
+    recipe = load(
+        tmp_path,
+        **{
+            "teacher.learning_rate": "1e-4",
+            "student.v1.temperature": "4",
+            "data.max_length": "32",
+            "output_dir": "runs/y",
+            "baseline": "q",
+            "student.v1.layers": "[0, 2, 5]",
+            "teacher.eval_strategy": "no",
+        },
+    )
+    assert recipe.steps["teacher"].options.learning_rate == 1e-4
+    assert recipe.steps["student.v1"].options.temperature == 4.0
+    assert recipe.steps["student.v1"].options.layers == [0, 2, 5]
+    assert recipe.steps["teacher"].options.output_dir == "runs/y/teacher/checkpoints"
+    assert (recipe.data.max_length, recipe.baseline) == (32, "q")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("no", "no"), ("off", "off"), ("true", True), ("null", None), ("", None), ("2e-5", 2e-5), (".5", 0.5),
+        ("1:30", "1:30"), ("012", 12), ("0x10", 16), ("2024-01-01", "2024-01-01"), ("1_000", "1_000"), ("-3", -3),
+    ],
+)  # fmt: skip
+def test_scalars_follow_yaml_1_2(text, value):
+    assert parse_value(text) == value
+    assert type(parse_value(text)) is type(value)
+
+
+def test_every_problem_is_told_at_once_with_the_nearest_name(tmp_path):
+    found = problems(
+        tmp_path,
+        """
+taks: sst2
+output_dir: runs/x
+steps:
+  teacher: {run: finetun, model: m}
+  student: {run: distill, techer: teacher, temprature: 2, soft_weight: much, num_train_epochs: -}
+  q: {run: quantize, model: student, format: int4}
+  "bad name": {run: quantize}
+  data: {run: quantize}
+""",
+        **{"studnt.temperature": "4"},
+    )
+    text = "\n".join(found)
+    for part in (
+        "taks: unknown key; did you mean 'task'?",
+        "steps.teacher.run: no verb 'finetun'; did you mean 'finetune'?",
+        "steps.student.techer: unknown option; did you mean 'teacher'?",
+        "steps.student.temprature: unknown option; did you mean 'temperature'?",
+        "steps.student.soft_weight: should be a valid number, unable to parse string as a number; got 'much'",
+        "steps.student.teacher: missing. The fine-tuned teacher",
+        "steps.q.format: should be 'int8', 'nf4' or 'fp4'; got 'int4'",
+        "steps.bad name: a step's name is letters, digits",
+        "steps.data: a step's name is",
+        "--studnt.temperature: no such step or key; did you mean 'student'?",
+    ):
+        assert part in text, f"{part!r} is not in\n{text}"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("steps: {", "not readable as YAML"),
+        ("[1, 2]", "a recipe is a mapping"),
+        ("task: sst2\noutput_dir: x", "steps: missing"),
+        ("output_dir: x\nsteps: {a: {run: finetune, model: m, seed: 1, seed: 2}}", "key 'seed' stands there twice"),
+        ("steps: {a: {run: finetune, model: m}}", "output_dir: missing"),
+        ("output_dir: x\nsteps: {a: {run: finetune, model: m, output_dir: y}}", "is set by the run itself"),
+        (
+            "output_dir: x\nsteps: {a: {run: finetune, model: m, fp16: true, bf16: true}}",
+            "At most one of fp16 and bf16",
+        ),
+        ("output_dir: x\nsteps: {a: {run: distill, teacher: t, temperature: 0}}", "should be greater than 0; got 0"),
+        ("output_dir: x\nsteps: {a: [1]}", r"steps.a.run: missing; one of finetune, distill, quantize"),
+        ("output_dir: x\ndata: 3\nsteps: {a: {run: finetune, model: m}}", "data: should be a mapping"),
+        ("output_dir: x\ndata: {max_lenth: 3}\nsteps: {a: {run: finetune, model: m}}", "did you mean 'max_length'"),
+        ("output_dir: x\nsteps: {a: {run: distill, teacher: t, layer_map: [[1, b]]}}", "valid integer"),
+    ],
+)
+def test_wrong_recipes(tmp_path, text, message):
+    assert any(message in problem for problem in problems(tmp_path, text))
+
+
+def test_a_missing_recipe_names_a_near_one(tmp_path):
+    (tmp_path / "sst2.yaml").write_text(RECIPE)
+    with pytest.raises(InputError, match=r"no such recipe; did you mean '.*sst2.yaml'"):
+        load_recipe(tmp_path / "stt2.yaml")
+
+
+def test_anchors_and_unicode(tmp_path):
+    recipe = load(
+        tmp_path,
+        "output_dir: läufe\nsteps:\n  a: {run: finetune, model: &m org/x}\n  b: {run: finetune, model: *m, seed: 7}\n",
+    )
+    assert recipe.steps["b"].options.model == "org/x"
+    assert recipe.output_dir == Path("läufe")

@@ -1,0 +1,85 @@
+"""What the repository ships works as it stands: recipes, launch configurations, the README."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+
+from distill.cli import main
+from distill.pipeline import read_record
+from distill.recipe import load_recipe
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/**/*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_valid(path):
+    recipe = load_recipe(path)
+    assert recipe.steps
+    assert str(recipe.output_dir).startswith("runs/")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_launch_configuration_loads_in_accelerate(path):
+    config = load_config_from_file(str(path))
+    assert vars(config).keys() >= yaml.safe_load(path.read_text()).keys()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_accelerate_launch_runs_a_recipe(path, tmp_path, pretrained, sst2_folder):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"task: sst2\noutput_dir: {tmp_path / 'out'}\ndata: {{path: {sst2_folder}, max_length: 24, max_eval_rows: 8}}\n"
+        "benchmark: {sequence_length: 16, rounds: 1, throughput_batch_size: 2}\nsteps:\n"
+        f"  teacher: {{run: finetune, model: {pretrained}, max_steps: 2}}\n"
+        "  student: {run: distill, teacher: teacher, num_layers: 2, max_steps: 2}\n"
+        "  nf4: {run: quantize, model: student, format: nf4}\n"
+    )
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path), "--main_process_port=0"]
+    command += [str(ROOT / "scripts" / "run.py"), str(recipe)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "report.json").is_file()
+    processes = yaml.safe_load(path.read_text())["num_processes"]
+    assert read_record(tmp_path / "out" / "student")["world_size"] == processes
+
+
+def test_run_starts_a_launch_configuration_itself(tmp_path, pretrained, sst2_folder, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"task: sst2\noutput_dir: {tmp_path / 'out'}\ndata: {{path: {sst2_folder}}}\n"
+        f"steps: {{teacher: {{run: finetune, model: {pretrained}, max_steps: 1}}}}\n"
+    )
+    arguments = ["run", str(recipe), "--only", "teacher", "--accelerate_config", "cpu", "--data.max_length", "16"]
+    assert main(arguments) == 0
+    assert read_record(tmp_path / "out" / "teacher")["data"]["max_length"] == 16
+
+
+def test_the_readmes_tree_has_a_line_for_every_file():
+    readme = (ROOT / "README.md").read_text()
+    tracked = [path.name for path in sorted((ROOT / "distill").glob("*.py")) if path.name != "__init__.py"]
+    missing = [name for name in tracked if not re.search(rf"^ *{re.escape(name)} ", readme, re.MULTILINE)]
+    assert not missing
+
+
+def test_the_readmes_python_snippet_runs(tmp_path, pretrained, sst2_folder):
+    snippet = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    replaced = (
+        snippet.replace('"google-bert/bert-base-uncased"', repr(str(pretrained)))
+        .replace('load_dataset("nyu-mll/glue", "sst2")', f"load_dataset({str(sst2_folder)!r})")
+        .replace("num_layers=6", "num_layers=2")
+        .replace("num_train_epochs=3", "max_steps=2")
+    )
+    assert replaced.count(str(pretrained)) == 2
+    done = subprocess.run(
+        [sys.executable, "-c", replaced], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    assert "eval_accuracy" in done.stdout
+    assert (tmp_path / "student-nf4" / "model.safetensors").is_file()
