@@ -7,12 +7,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
 import datasets
 import transformers
+from rich import box
 from rich.table import Table
 
 from distill.benchmark import BenchmarkOptions, as_row, benchmark_models, environment, slower_or_not_smaller
@@ -25,7 +26,7 @@ from distill.models import find_model, load_classifier, load_tokenizer
 from distill.pipeline import run_plan
 from distill.plan import make_plan
 from distill.processes import process_state
-from distill.recipe import load_recipe, parse_options, parse_value
+from distill.recipe import SET_BY_THE_RUN, load_recipe, parse_options, parse_value
 from distill.report import print_report, write_report
 from distill.steps import VERBS
 
@@ -220,11 +221,16 @@ def _launch(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
 
 def _print_options(name: str) -> None:
     options_class = {"data": DataOptions, "benchmark": BenchmarkOptions, **VERBS}[name]
-    table = Table("option", "default", "help")
-    for field in sorted(fields(options_class), key=lambda field: field.name not in _own_fields(options_class)):
-        if field.init:
-            default = "required" if field.default is field.default_factory else str(field.default)
-            table.add_row(field.name, escape(default), escape(" ".join(field.metadata.get("help", "").split())))
+    own = _own_fields(options_class)
+    shown = [field for field in fields(options_class) if field.init and field.name not in SET_BY_THE_RUN]
+    table = Table("option", "default", "help", box=box.SIMPLE_HEAD, pad_edge=False)
+    for field in sorted(shown, key=lambda field: (field.default is not MISSING, field.name not in own)):
+        default = (
+            "required"
+            if field.default is field.default_factory
+            else str(getattr(field.default, "value", field.default))
+        )
+        table.add_row(field.name, escape(default), escape(" ".join(field.metadata.get("help", "").split())))
     results.print(table)
     if issubclass(options_class, transformers.TrainingArguments):
         results.print("Ours first; the rest are transformers.TrainingArguments.")

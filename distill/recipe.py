@@ -19,7 +19,7 @@ from distill.trainer import TrainingConfig
 
 _TOP_LEVEL = ("task", "data", "output_dir", "baseline", "benchmark", "steps")
 _STEP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_SET_BY_THE_RUN = ("output_dir", "resume_from_checkpoint", "do_train", "do_eval", "do_predict", "remove_unused_columns")
+SET_BY_THE_RUN = ("output_dir", "resume_from_checkpoint", "do_train", "do_eval", "do_predict", "remove_unused_columns")
 
 
 @dataclass(frozen=True)
@@ -178,11 +178,11 @@ def _checked_values(options_class: type, given: Any, where: str, problems: list[
         problems.append(f"{where}: should be a mapping of options, got {given!r}")
         return None
     annotations = _annotations(options_class)
-    known = {field.name: field for field in fields(options_class) if field.init and field.name not in _SET_BY_THE_RUN}
+    known = {field.name: field for field in fields(options_class) if field.init and field.name not in SET_BY_THE_RUN}
     found = len(problems)
     values = {}
     for key, value in given.items():
-        if key in _SET_BY_THE_RUN:
+        if key in SET_BY_THE_RUN:
             problems.append(f"{where}.{key}: is set by the run itself; leave it out")
         elif key not in known:
             problems.append(f"{where}.{key}: unknown option; {nearest_name(key, known)}")

