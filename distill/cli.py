@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0 done; 2 the input is wrong; 1 anything else.
     """
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("distill").addHandler(logging.StreamHandler())
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     try:

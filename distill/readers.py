@@ -11,6 +11,8 @@ from distill.tasks import Task
 
 logger = logging.getLogger(__name__)
 
+_GLUE = "nyu-mll/glue"
+
 _READERS = {
     ".csv": datasets.Dataset.from_csv,
     ".json": datasets.Dataset.from_json,
@@ -31,14 +33,12 @@ def read_splits(task: Task, path: str | None, name: str | None) -> tuple[dict[st
     Raises:
         InputError: nothing there, or not readable.
     """
-    if path is None:
-        return _read_hub("nyu-mll/glue", task.name)
     try:
-        location = locate(path)
+        location = locate(path or _GLUE)
     except InputError as error:
         raise InputError(*(f"data.path: {problem}" for problem in error.problems)) from None
     if isinstance(location, str):
-        return _read_hub(location, name)
+        return _read_hub(location, name if path else task.name)
     if location.is_file():
         files = {"train": location}
     else:

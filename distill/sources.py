@@ -2,10 +2,17 @@
 
 import hashlib
 import importlib.metadata
+import logging
 import re
+from functools import cache
 from pathlib import Path
 
+import datasets
+from huggingface_hub import constants, get_session
+
 from distill.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -30,6 +37,7 @@ def locate(reference: str) -> Path | str:
         raise InputError(f"{location}: the package is installed, but holds no {path.name!r} there ({path})")
     if digest or not _HUB_ID.fullmatch(location):
         raise InputError(f"{location}: no such file or folder (relative paths start at {Path.cwd()})")
+    _go_offline_if_unreachable()
     return location
 
 
@@ -44,6 +52,18 @@ def sha256(path: Path) -> str:
     for file_path in sorted(p for p in path.rglob("*") if p.is_file()):
         digest.update(f"{file_path.relative_to(path)}\0{sha256(file_path)}\n".encode())
     return digest.hexdigest()
+
+
+@cache
+def _go_offline_if_unreachable() -> None:
+    """One short try instead of a minute of retries for each file: without the Hub, this process uses its cache."""
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception as error:  # proxies, DNS and TLS raise their own kinds
+        logger.warning("%s cannot be reached (%s); only what is cached is used", constants.ENDPOINT, error)
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
 
 
 def _inside_package(location: str) -> Path:

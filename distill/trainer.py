@@ -125,8 +125,8 @@ class DistillationTrainer(transformers.Trainer):
         self.label_names = args.label_names or ["labels"]
         if teacher is not None:
             self.teacher = teacher.to(self.accelerator.device).requires_grad_(False)
-        self._part_sums: dict[str, Tensor] = {}
-        self._step_of_last_log = 0
+        self._part_sums: dict[str, dict[str, Tensor]] = {"loss": {}, "eval_loss": {}}
+        self._part_counts = {"loss": 0, "eval_loss": 0}  # optimizer steps, and evaluated rows, since the last log
 
     # --- the loss ---------------------------------------------------------------------------------------------------
 
@@ -166,6 +166,7 @@ class DistillationTrainer(transformers.Trainer):
             self._add_parts("loss", parts, weight=1)
         else:
             self._add_parts("eval_loss", parts, weight=len(outputs.logits))
+            self._part_counts["eval_loss"] += len(outputs.logits)
         loss = torch.stack([self.weights[name] * part for name, part in parts.items()]).sum()
         return (loss, {"logits": outputs.logits}) if return_outputs else loss
 
@@ -178,15 +179,16 @@ class DistillationTrainer(transformers.Trainer):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Tensor]], Tensor]:
         """The micro-batches of one optimizer step, and its rows and tokens over all processes."""
+        self._part_counts["loss"] += 1
         batches, counts = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.accelerator.num_processes > 1:
             counts = self.accelerator.reduce(counts, reduction="sum")
         return batches, counts
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
-        rows = sum(len(batch["input_ids"]) for batch in batch_samples)
-        tokens = sum(batch["attention_mask"].sum() for batch in batch_samples)
-        return torch.tensor([rows, tokens], device=device)
+        rows = torch.tensor(sum(len(batch["input_ids"]) for batch in batch_samples))
+        tokens = sum((batch["attention_mask"].sum() for batch in batch_samples), start=torch.tensor(0))
+        return torch.stack([rows.to(device), tokens.to(device)])
 
     _signature_columns: list[str] | None
 
@@ -199,23 +201,18 @@ class DistillationTrainer(transformers.Trainer):
     # --- the log ----------------------------------------------------------------------------------------------------
 
     def _add_parts(self, kind: str, parts: dict[str, Tensor], *, weight: int) -> None:
-        for name, part in {**parts, "": torch.ones((), device=self.args.device)}.items():
-            key = f"{kind}/{name}"
-            self._part_sums[key] = self._part_sums.get(key, 0.0) + part.detach() * weight
+        sums = self._part_sums[kind]
+        for name, part in parts.items():
+            sums[name] = sums.get(name, 0.0) + part.detach() * weight
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the parts of the loss (`loss/soft`, …), averaged like the loss itself: over steps, or evaluated rows."""
-        for kind in [kind for kind in ("loss", "eval_loss") if kind in logs]:
-            sums = {
-                key: self.accelerator.reduce(self._part_sums.pop(key), reduction="sum").item()
-                for key in sorted(self._part_sums)
-                if key.startswith(f"{kind}/")
-            }
-            rows = sums.pop(f"{kind}/", 0.0)
-            steps = (self.state.global_step - self._step_of_last_log) * self.accelerator.num_processes
-            logs |= {key: total / max(rows if kind == "eval_loss" else steps, 1) for key, total in sums.items()}
-            if kind == "loss":
-                self._step_of_last_log = self.state.global_step
+        for kind in [kind for kind in ("loss", "eval_loss") if kind in logs and self._part_sums[kind]]:
+            sums = self._part_sums[kind]
+            count = torch.tensor(float(self._part_counts[kind]), device=self.args.device)
+            *totals, count = self.accelerator.reduce(torch.stack([*sums.values(), count]), reduction="sum").tolist()
+            logs |= {f"{kind}/{name}": total / count for name, total in zip(sums, totals, strict=True)}
+            self._part_sums[kind], self._part_counts[kind] = {}, 0
         super().log(logs, start_time)
 
     # --- checkpoints ------------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -180,3 +181,17 @@ def test_the_installed_command_exits_with_the_status():
     done = subprocess.run([str(command), "run", "nowhere.yaml"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("error: nowhere.yaml: no such recipe")
+
+
+def test_without_a_network_one_message_and_no_minute_of_retries(tmp_path):
+    recipe = ROOT / "recipes" / "glue" / "sst2.yaml"
+    environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
+    environment |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "distill.cli", "check", str(recipe)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=100)
+    assert done.returncode == 2
+    assert "http://127.0.0.1:9 cannot be reached" in done.stderr
+    assert "data.path: nyu-mll/glue (sst2)" in done.stderr
+    assert "steps.teacher.model: google-bert/bert-base-uncased" in done.stderr
+    assert "Retrying" not in done.stderr
+    assert "Traceback" not in done.stderr

@@ -11,17 +11,28 @@ from transformers import pipeline
 
 from distill.cli import main
 from distill.data import load_data
+from distill.pipeline import is_finished
+from distill.plan import make_plan
 from distill.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
 RUN = ROOT / "runs" / "quickstart"
 
-quickstart = pytest.mark.skipif(not (RUN / "report.json").is_file(), reason="`make quickstart` has not run here")
+
+@pytest.fixture
+def finished_run(monkeypatch) -> Path:
+    """The quickstart's folder, where today's code has made it."""
+    monkeypatch.chdir(ROOT)
+    if not (RUN / "report.json").is_file():
+        pytest.skip("`make quickstart` has not run here")
+    steps = make_plan(load_recipe(Path("recipes/quickstart.yaml"))).steps
+    if not all(is_finished(planned) for planned in steps.values()):
+        pytest.skip("runs/quickstart was made by other code; `make quickstart` makes it anew")
+    return RUN
 
 
-@quickstart
 def test_the_students_keep_what_they_promise():
-    models = {model["name"]: model for model in json.loads((RUN / "report.json").read_text())["models"]}
+    models = {model["name"]: model for model in json.loads((finished_run / "report.json").read_text())["models"]}
     assert list(models) == ["teacher", "student", "student-alone", "student-int8", "student-nf4"]
     assert models["student"]["retention"] >= 0.97
     assert models["student-int8"]["retention"] >= 0.965
@@ -31,8 +42,7 @@ def test_the_students_keep_what_they_promise():
     assert size["student-nf4"] <= 0.26 * size["student"]
 
 
-@quickstart
-def test_a_second_quickstart_trains_nothing():
+def test_a_second_quickstart_trains_nothing(finished_run):
     started = time.perf_counter()
     command = [str(Path(sys.executable).parent / "distill"), "run", "recipes/quickstart.yaml"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -41,13 +51,12 @@ def test_a_second_quickstart_trains_nothing():
     assert time.perf_counter() - started < 30
 
 
-@quickstart
-def test_ten_lines_of_transformers_give_the_reports_accuracy():
+def test_ten_lines_of_transformers_give_the_reports_accuracy(finished_run):
     recipe = load_recipe(ROOT / "recipes" / "quickstart.yaml")
-    rows = load_data(None, recipe.data).splits["validation"]
-    names = load_data(None, recipe.data).task.label_names
-    for model in json.loads((RUN / "report.json").read_text())["models"]:
-        classify = pipeline("text-classification", str(RUN / model["path"]))
+    data = load_data(None, recipe.data)
+    rows, names = data.splits["validation"], data.task.label_names
+    for model in json.loads((finished_run / "report.json").read_text())["models"]:
+        classify = pipeline("text-classification", str(finished_run / model["path"]))
         answers = classify(list(rows["text"]), truncation=True, batch_size=32)
         right = sum(a["label"] == names[label] for a, label in zip(answers, rows["label"], strict=True))
         assert abs(right - model["metrics"]["accuracy"] * len(rows)) <= 1, model["name"]

@@ -227,7 +227,7 @@ def train_narrow(folder, steps, resume=None, **changes):
         teacher=tiny_bert(),
         args=DistillationConfig(
             output_dir=str(folder), max_steps=6, save_steps=3, learning_rate=1e-3, per_device_train_batch_size=3,
-            save_total_limit=None, **changes,
+            save_total_limit=None, logging_steps=1, **changes,
         ),
         train_dataset=rows(16),
         eval_dataset=rows(16),
@@ -244,6 +244,8 @@ def test_a_narrow_student_is_projected_saved_alone_and_resumes_exactly(tmp_path)
     resumed = train_narrow(tmp_path / "again", 6, resume=str(tmp_path / "whole" / "checkpoint-3"))
     for name, weight in trainer.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], weight), name
+    whole_log, resumed_log = ([log for log in t.state.log_history if "loss" in log] for t in (trainer, resumed))
+    assert resumed_log == whole_log
 
     trainer.save_model(tmp_path / "student")
     assert {path.name for path in (tmp_path / "student").iterdir()} == {
