@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any
 
 import datasets
@@ -55,6 +55,8 @@ class Data:
     """`train`, the task's validation splits, and `test` where there is a labelled one."""
     fingerprint: str
     """Changes with the rows, and with every option that chooses them."""
+    train_fingerprint: str
+    """The same, but for how many rows are scored."""
     notes: tuple[str, ...]
     """What was done that the user did not ask for in so many words, to be shown."""
     max_length: int
@@ -112,8 +114,15 @@ def load_data(task_name: str | None, options: DataOptions) -> Data:
         limit = options.max_train_rows if split == "train" else options.max_eval_rows
         if limit and limit < len(splits[split]):
             splits[split] = _random_part(splits[split], limit, options.seed)
-    identity = json.dumps([task_name, asdict(options), source_fingerprint, asdict(task)], default=str)
-    return Data(task, splits, hashlib.sha256(identity.encode()).hexdigest(), tuple(notes), options.max_length)
+    source = [task_name, source_fingerprint, asdict(task)]
+    return Data(
+        task=task,
+        splits=splits,
+        fingerprint=_fingerprint([*source, asdict(options)]),
+        train_fingerprint=_fingerprint([*source, asdict(replace(options, max_eval_rows=None))]),
+        notes=tuple(notes),
+        max_length=options.max_length,
+    )
 
 
 def tokenize(
@@ -142,7 +151,11 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
         description: Any = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), str(tokenizer.init_kwargs)]
     else:
         description = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
-    return hashlib.sha256(json.dumps(description, sort_keys=True, default=str).encode()).hexdigest()
+    return _fingerprint(description)
+
+
+def _fingerprint(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 # --- the task -------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from distill.data import Data, load_data, tokenizer_fingerprint
 from distill.errors import InputError
 from distill.models import ModelSource, find_model, label_order, load_tokenizer, no_head_message, set_labels
 from distill.recipe import Recipe, Step
-from distill.steps import DistillOptions, FinetuneOptions, QuantizeOptions, chosen_layers
+from distill.steps import DistillOptions, FinetuneOptions, Options, QuantizeOptions, chosen_layers
 from distill.student import student_config
 from distill.trainer import resolve_layer_map
 
@@ -108,6 +108,17 @@ class _Unplannable(Exception):
         self.problems = problems
 
 
+@dataclass(frozen=True)
+class _Input:
+    """A model that a step starts from."""
+
+    reference: str
+    config: PretrainedConfig
+    location: str
+    tokenizer_location: str
+    fingerprint: str
+
+
 def _plan_step(
     step: Step,
     recipe: Recipe,
@@ -117,59 +128,45 @@ def _plan_step(
     sources: dict[str, ModelSource],
 ) -> PlannedStep:
     """One step; raises `_Unplannable` with its problems (none of its own where an input has failed already)."""
-    options, problems = step.options, []
-    references = {
-        name: getattr(options, name) for name in ("teacher", "model") if getattr(options, name, None) is not None
-    }
-    configs: dict[str, PretrainedConfig] = {}
-    locations, tokenizers, fingerprints = {}, {}, {}
-    for option, reference in references.items():
-        if reference in planned:
-            made = planned[reference]
-            configs[option], locations[option] = made.config, str(made.folder)
-            tokenizers[option], fingerprints[option] = made.tokenizer_location, made.fingerprint
-        elif reference in failed:
-            pass  # its problems are told already
-        elif reference in recipe.steps:
+    options = step.options
+    problems: list[str | None] = []
+    inputs: dict[str, _Input] = {}
+    for option in [name for name in ("teacher", "model") if getattr(options, name, None) is not None]:
+        reference = getattr(options, option)
+        if reference in failed:
+            problems.append(None)  # told already
+        elif reference in recipe.steps and reference not in planned:
             problems.append(f"{option}: {reference!r} is not an earlier step; a step refers to steps above it")
         else:
             try:
-                source = sources.get(reference) or find_model(reference)
-                sources[reference] = source
-                tokenizer = load_tokenizer(source.location)
+                inputs[option] = _resolve_input(option, reference, options, data, planned, sources)
             except InputError as error:
-                earlier = f" (earlier steps: {', '.join(planned)})" if planned else ""
-                problems += [f"{option}: {problem}{earlier}" for problem in error.problems]
-                continue
-            configs[option], locations[option] = source.config, source.location
-            tokenizers[option] = source.location
-            fingerprints[option] = f"{source.fingerprint} {tokenizer_fingerprint(tokenizer)}"
-            if option == "teacher" or isinstance(options, QuantizeOptions):
-                label_map = options.label_map if isinstance(options, QuantizeOptions) else options.teacher_label_map
-                problems += [f"{option}: {problem}" for problem in _classifier_problems(source, data, label_map)]
-    if problems or set(configs) != set(references):
-        raise _Unplannable([f"steps.{step.name}.{problem}" for problem in problems])
+                problems += [f"{option}: {problem}" for problem in error.problems]
+    if problems:
+        raise _Unplannable([f"steps.{step.name}.{problem}" for problem in problems if problem])
 
-    source_option = "model" if "model" in configs else "teacher"
-    config, layers, layer_pairs = copy.deepcopy(configs[source_option]), None, None
+    source_option = "model" if "model" in inputs else "teacher"
+    source = inputs[source_option]
+    config, layers, layer_pairs = copy.deepcopy(source.config), None, None
     try:
         if isinstance(options, FinetuneOptions | DistillOptions):
             layers = tuple(chosen_layers(options, config.num_hidden_layers))
             config = student_config(config, options.student_arch, list(layers))
         if isinstance(options, DistillOptions) and options.hidden_weight:
-            num_teacher_layers = configs["teacher"].num_hidden_layers
+            num_teacher_layers = inputs["teacher"].config.num_hidden_layers
             layer_pairs = tuple(resolve_layer_map(options.layer_map, config.num_hidden_layers, num_teacher_layers))
     except InputError as error:
         problems += error.problems
-    if isinstance(options, DistillOptions) and "model" in configs:
-        problems += _tokenizer_problems(tokenizers)
-    longest = getattr(config, "max_position_embeddings", None)
-    if longest is not None and recipe.data.max_length > longest:
-        problems.append(f"model: takes at most {longest} tokens, but data.max_length is {recipe.data.max_length}")
+    if len({tokenizer_fingerprint(load_tokenizer(model.tokenizer_location)) for model in inputs.values()}) > 1:
+        problems.append("model: its tokenizer is not the teacher's, so they would read different tokens")
+    for option, model in inputs.items():
+        longest = getattr(model.config, "max_position_embeddings", None)
+        if longest is not None and recipe.data.max_length > longest:
+            problems.append(
+                f"{option}: takes at most {longest} tokens, but data.max_length is {recipe.data.max_length}"
+            )
     if getattr(config, "quantization_config", None) is not None:
-        problems.append(
-            f"{source_option}: {references[source_option]} is quantized; start from the model it was made from"
-        )
+        problems.append(f"{source_option}: {source.reference} is quantized; start from the model it was made from")
     if problems:
         raise _Unplannable([f"steps.{step.name}.{problem}" for problem in problems])
     if data is not None:
@@ -179,14 +176,40 @@ def _plan_step(
     return PlannedStep(
         step=step,
         folder=recipe.output_dir / step.name,
-        inputs=locations,
-        parents=tuple(references.values()),
+        inputs={option: model.location for option, model in inputs.items()},
+        parents=tuple(model.reference for model in inputs.values()),
         config=config,
-        tokenizer_location=tokenizers[source_option],
+        tokenizer_location=source.tokenizer_location,
         layers=layers,
         layer_pairs=layer_pairs,
-        fingerprint=_fingerprint(step, fingerprints, data),
+        fingerprint=_fingerprint(step, {option: model.fingerprint for option, model in inputs.items()}, data),
     )
+
+
+def _resolve_input(
+    option: str,
+    reference: str,
+    options: Options,
+    data: Data | None,
+    planned: dict[str, PlannedStep],
+    sources: dict[str, ModelSource],
+) -> _Input:
+    """The earlier step, or else the model from outside, that an option names."""
+    if reference in planned:
+        made = planned[reference]
+        return _Input(reference, made.config, str(made.folder), made.tokenizer_location, made.fingerprint)
+    try:
+        source = sources[reference] = sources.get(reference) or find_model(reference)
+    except InputError as error:
+        earlier = f" (earlier steps: {', '.join(planned)})" if planned else ""
+        raise InputError(*(f"{problem}{earlier}" for problem in error.problems)) from None
+    if option == "teacher" or isinstance(options, QuantizeOptions):
+        label_map = options.teacher_label_map if isinstance(options, DistillOptions) else options.label_map
+        problems = _classifier_problems(source, data, label_map)
+        if problems:
+            raise InputError(*problems)
+    fingerprint = f"{source.fingerprint} {tokenizer_fingerprint(load_tokenizer(source.location))}"
+    return _Input(reference, source.config, source.location, source.location, fingerprint)
 
 
 def _classifier_problems(source: ModelSource, data: Data | None, label_map: dict[str, str] | None) -> list[str]:
@@ -201,15 +224,6 @@ def _classifier_problems(source: ModelSource, data: Data | None, label_map: dict
     except InputError as error:
         return list(error.problems)
     return []
-
-
-def _tokenizer_problems(tokenizers: dict[str, str]) -> list[str]:
-    teacher, model = (tokenizer_fingerprint(load_tokenizer(tokenizers[option])) for option in ("teacher", "model"))
-    if teacher == model:
-        return []
-    return [
-        "model: its tokenizer is not the teacher's, so both would read different tokens; start from one that shares it"
-    ]
 
 
 def _default_baseline(recipe: Recipe, sources: dict[str, ModelSource]) -> str:
@@ -244,10 +258,10 @@ def _fingerprint(step: Step, inputs: dict[str, str], data: Data | None) -> str:
         changed.pop(name, None)  # their fingerprints stand for them
     if data is None:
         rows: Any = None
-    elif step.run == "quantize":
+    elif isinstance(step.options, QuantizeOptions):
         rows = [data.task.label_names, data.max_length]
     else:
-        rows = data.fingerprint
+        rows = data.fingerprint if step.options.load_best_model_at_end else data.train_fingerprint
     code = [code_fingerprint(module) for module in _CODE[step.run]]
     identity = json.dumps([step.run, changed, inputs, rows, code], sort_keys=True, default=str)
     return hashlib.sha256(identity.encode()).hexdigest()

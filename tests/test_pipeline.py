@@ -157,6 +157,7 @@ def test_an_edited_step_reruns_with_what_depends_on_it(finished):
     }  # fmt: skip
     assert fresh(**{"student.temperature": "2.0"}) == set()  # its default, said aloud
     assert fresh(**{"student.logging_steps": "1"}) == set()  # shows more, makes the same
+    assert fresh(**{"data.max_eval_rows": "20"}) == set()  # scores fewer rows, trains on the same
 
 
 def test_the_fingerprint_follows_the_code_but_not_its_comments(tmp_path, monkeypatch, finished):
