@@ -33,8 +33,7 @@ def write_model_card(plan: Plan, planned: PlannedStep, results: dict[str, Any] |
         library_name="transformers",
         pipeline_tag="text-classification",
         tags=["distill", step.run] + ([step.options.format] if quantized else []),
-        base_model=[parent for parent in planned.parents if parent in plan.sources and not Path(parent).exists()]
-        or None,
+        base_model=[parent for parent in planned.parents if _is_hub_id(plan, parent)] or None,
         metrics=[task.primary_metric],
     )
     what = _WHAT[step.run].format(parents=" and ".join(planned.parents), format=getattr(step.options, "format", ""))
@@ -49,6 +48,10 @@ def write_model_card(plan: Plan, planned: PlannedStep, results: dict[str, Any] |
     lines += [f"## How it was made\n`run: {step.run}`", given or "All options at their defaults."]
     lines += ["What it was run with stands in `step.json`."]
     (planned.folder / "README.md").write_text("\n\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _is_hub_id(plan: Plan, parent: str) -> bool:
+    return parent in plan.sources and not Path(plan.sources[parent].location).exists()
 
 
 def _task_sentence(plan: Plan) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import safetensors
 import torch
 import transformers
 from torch import nn
@@ -104,7 +105,7 @@ def load_classifier(
     """
     config = AutoConfig.from_pretrained(location)
     order = label_order(config, task, label_map, where=location)
-    with quiet_loading():
+    with _loading(location):
         model, info = AutoModelForSequenceClassification.from_pretrained(
             location, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
@@ -123,7 +124,7 @@ def load_for_finetuning(location: str, task: Task) -> PreTrainedModel:
     """
     config = AutoConfig.from_pretrained(location)
     set_labels(config, task)
-    with quiet_loading():
+    with _loading(location):
         return AutoModelForSequenceClassification.from_pretrained(
             location, config=config, dtype=torch.float32, use_safetensors=True, ignore_mismatched_sizes=True
         )
@@ -181,6 +182,15 @@ def quiet_loading() -> Iterator[None]:
         yield
     finally:
         transformers.logging.set_verbosity(verbosity)
+
+
+@contextlib.contextmanager
+def _loading(location: str) -> Iterator[None]:
+    try:
+        with quiet_loading():
+            yield
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # none there, other shapes, or broken files
+        raise InputError(f"{location}: its weights cannot be loaded ({str(error).strip().splitlines()[0]})") from error
 
 
 def _normalise(label: str) -> str:

@@ -15,6 +15,7 @@ from distill.benchmark import environment
 from distill.card import write_model_card
 from distill.console import escape, log
 from distill.errors import InputError, nearest_name
+from distill.models import size_on_disk
 from distill.plan import Plan, PlannedStep
 from distill.processes import process_state
 from distill.recipe import Recipe
@@ -35,7 +36,7 @@ def run_plan(plan: Plan, *, only: list[str] | None = None, force: bool = False) 
         InputError: unknown names in `only`, an unfinished input of theirs, or a folder that no run made.
     """
     steps = _chosen(plan, only)
-    _check_folders(steps)
+    _check_folders(plan.recipe.output_dir, steps)
     state = process_state()
     if state.is_main_process:
         plan.recipe.output_dir.mkdir(parents=True, exist_ok=True)
@@ -71,7 +72,8 @@ def run_plan(plan: Plan, *, only: list[str] | None = None, force: bool = False) 
 def is_finished(planned: PlannedStep) -> bool:
     """Whether the step's folder holds the model that the plan would make."""
     record = read_record(planned.folder)
-    return record.get("status") == "finished" and record.get("fingerprint") == planned.fingerprint
+    same = record.get("status") == "finished" and record.get("fingerprint") == planned.fingerprint
+    return same and size_on_disk(planned.folder) > 0
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -123,8 +125,10 @@ def _chosen(plan: Plan, only: list[str] | None) -> list[PlannedStep]:
     return chosen
 
 
-def _check_folders(steps: list[PlannedStep]) -> None:
+def _check_folders(output_dir: Path, steps: list[PlannedStep]) -> None:
     problems = []
+    if output_dir.exists() and not output_dir.is_dir():
+        problems.append(f"output_dir: {output_dir} is a file, and the run folders would go there")
     for planned in steps:
         folder = planned.folder
         if folder.exists() and not folder.is_dir():

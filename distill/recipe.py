@@ -18,6 +18,7 @@ from distill.steps import VERBS, Options
 from distill.trainer import TrainingConfig
 
 _TOP_LEVEL = ("task", "data", "output_dir", "baseline", "benchmark", "steps")
+_FILES_OF_A_RUN = ("recipe.yaml", "report.json", "report.md", "report.png")
 _STEP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 SET_BY_THE_RUN = ("output_dir", "resume_from_checkpoint", "do_train", "do_eval", "do_predict", "remove_unused_columns")
 
@@ -119,8 +120,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def _parse_step(name: str, given: Any, where: str, output_dir: Path, problems: list[str]) -> Step | None:
     where = f"{where}: steps.{name}"
-    if not _STEP_NAME.fullmatch(name) or name in _TOP_LEVEL:
-        problems.append(f"{where}: a step's name is letters, digits, '.', '_', '-' and no top-level key")
+    if not _STEP_NAME.fullmatch(name) or name in _TOP_LEVEL + _FILES_OF_A_RUN:
+        problems.append(
+            f"{where}: a step's name is letters, digits, '.', '_', '-', no top-level key and no file that a run writes"
+        )
         return None
     if not isinstance(given, dict) or "run" not in given:
         problems.append(f"{where}.run: missing; one of {', '.join(VERBS)}")

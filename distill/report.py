@@ -9,11 +9,11 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
-from transformers import set_seed
 
 from distill.benchmark import as_row, benchmark_models, environment, slower_or_not_smaller
 from distill.card import write_model_card
 from distill.console import results
+from distill.errors import InputError
 from distill.evaluation import Evaluation, agreement, evaluate_model
 from distill.models import load_classifier, load_tokenizer
 from distill.pipeline import is_finished, read_record, write_atomically
@@ -38,9 +38,14 @@ def write_report(plan: Plan) -> dict[str, Any]:
     What was measured before stays valid while models, rows and code are the same: a second report measures nothing.
 
     Returns:
-        The content of report.json (schema 1 of the README).
+        The content of report.json (schema 1).
+
+    Raises:
+        InputError: no step is finished.
     """
     finished = [name for name, planned in plan.steps.items() if is_finished(planned)]
+    if not finished:
+        raise InputError(f"{plan.recipe.output_dir}: no step of the recipe is finished there; `distill run` it first")
     names = finished if plan.baseline in plan.steps else [plan.baseline, *finished]
     locations = {name: _location(plan, name) for name in names}
     fingerprints = {name: _model_fingerprint(plan, name) for name in names}
@@ -129,7 +134,6 @@ def _benchmarks(
     key = _key(fingerprints, asdict(options), environment(), [code_fingerprint("benchmark")])
     known = _read_cache(cache / "benchmark.json", key)
     if known is None:
-        set_seed(0)
         known = {name: as_row(name, result) for name, result in benchmark_models(locations, options).items()}
         _write_cache(cache / "benchmark.json", key, known)
     return known

@@ -1,8 +1,6 @@
 """The verbs of a recipe: each one's options, and the plain function that makes its model folder."""
 
 import json
-import logging
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +12,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from distill.console import log
 from distill.data import Data
 from distill.metrics import compute_metrics
 from distill.models import load_classifier, load_for_finetuning, load_tokenizer
@@ -21,8 +20,6 @@ from distill.processes import process_state
 from distill.quantize import Format, quantize_model
 from distill.student import StudentArch, build_student, choose_layers
 from distill.trainer import DistillationConfig, DistillationTrainer, TrainingConfig
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -183,8 +180,9 @@ def _train(
         trainer.add_callback(_ProgressLines())
     checkpoint = last_checkpoint(Path(options.output_dir))
     if checkpoint is not None:
-        logger.info("resuming from %s", checkpoint)
         clock.resume(checkpoint)
+        if trainer.is_world_process_zero():
+            log.print(f"      resuming from {checkpoint.name}")
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.save_model(str(folder))
     seconds = clock.seconds()
@@ -211,7 +209,7 @@ class _ProgressLines(TrainerCallback):
         done = state.global_step - self._first_step
         left = (time.perf_counter() - self._started) / max(done, 1) * (state.max_steps - state.global_step)
         step = f"step {state.global_step}/{state.max_steps}"
-        print(f"      {step}, loss {logs['loss']:.4f} ({parts}), {left:.0f} s left", file=sys.stderr, flush=True)
+        log.print(f"      {step}, loss {logs['loss']:.4f} ({parts}), {left:.0f} s left")
 
 
 class _Clock(TrainerCallback):

@@ -98,6 +98,14 @@ def test_folders_that_are_no_models(tmp_path):
         find_model(str(tmp_path))
 
 
+def test_broken_weights_are_told_in_words(tmp_path):
+    save(tmp_path, ["negative", "positive"])
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(InputError, match="its weights cannot be loaded"):
+        load_classifier(str(tmp_path), GLUE["sst2"])
+
+
 def test_a_digest_is_checked_before_use(tmp_path):
     save(tmp_path, ["negative", "positive"])
     digest = sha256(tmp_path / "model.safetensors")

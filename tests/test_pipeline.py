@@ -19,6 +19,7 @@ from distill.pipeline import is_finished, read_record, run_plan
 from distill.plan import make_plan
 from distill.recipe import load_recipe
 from distill.report import write_report
+from tests.conftest import sentences, tiny_bert, write_rows
 
 STEPS = """
   teacher: {{run: finetune, model: {pretrained}, max_steps: 48, learning_rate: 2e-3, per_device_train_batch_size: 8}}
@@ -187,6 +188,8 @@ def test_only_some_steps(tmp_path, pretrained, sst2_folder):
     with pytest.raises(InputError, match="did you mean 'teacher'"):
         run_plan(plan(path), only=["techer"])
     assert not (tmp_path / "run").exists()
+    with pytest.raises(InputError, match="no step of the recipe is finished"):
+        write_report(plan(path))
     assert run_plan(plan(path), only=["teacher"]) == ["teacher"]
     assert run_plan(plan(path), only=["teacher"]) == []
     assert run_plan(plan(path), only=["teacher"], force=True) == ["teacher"]
@@ -200,6 +203,20 @@ def test_a_folder_that_no_run_made_is_left_alone(tmp_path, pretrained, sst2_fold
         run_plan(plan(path))
     assert (tmp_path / "run" / "student" / "thesis.txt").read_text() == "years of work"
     assert not (tmp_path / "run" / "teacher").exists()
+
+
+def test_an_output_dir_that_is_a_file_is_refused(tmp_path, pretrained, sst2_folder):
+    path = write_recipe(tmp_path, pretrained, sst2_folder)
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(InputError, match="is a file, and the run folders would go there"):
+        run_plan(plan(path))
+
+
+def test_a_folder_that_lost_its_weights_is_made_again(tmp_path, pretrained, sst2_folder):
+    path = write_recipe(tmp_path, pretrained, sst2_folder)
+    run_plan(plan(path), only=["teacher"])
+    (tmp_path / "run" / "teacher" / "model.safetensors").unlink()
+    assert run_plan(plan(path), only=["teacher"]) == ["teacher"]
 
 
 def test_a_killed_run_resumes_and_ends_with_the_same_bytes(tmp_path, pretrained, sst2_folder):
@@ -249,6 +266,37 @@ def test_the_baseline_may_be_a_model_from_outside(tmp_path, finished):
     assert [(model["name"], model["run"]) for model in report["models"]] == [(str(teacher), None), ("q", "quantize")]
     assert report["models"][0]["train_seconds"] is None
     assert report["models"][1]["agreement"] > 0.8
+
+
+def test_a_regression_on_own_rows_with_a_narrower_student_from_a_folder(tmp_path, pretrained, tokenizer):
+    student = tiny_bert(seed=4, hidden_size=32, num_hidden_layers=2, intermediate_size=64, initializer_range=0.05)
+    student.bert.save_pretrained(narrow := tmp_path / "narrow")
+    tokenizer.save_pretrained(narrow)
+    rows = [{"review": row["sentence"], "stars": 1.0 + 3.0 * row["label"]} for row in sentences(200)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"""
+output_dir: {tmp_path / "run"}
+data: {{kind: regression, path: {path}, text: review, label: stars, max_length: 24, validation_fraction: 0.3}}
+benchmark: {{sequence_length: 16, throughput_batch_size: 2, rounds: 1}}
+steps:
+  teacher: {{run: finetune, model: {pretrained}, max_steps: 200, learning_rate: 2e-3, per_device_train_batch_size: 8}}
+  student: {{run: distill, teacher: teacher, model: {narrow}, max_steps: 100, learning_rate: 5e-3, save_strategy: no}}
+  int8: {{run: quantize, model: student, format: int8}}
+""")
+    made = plan(recipe)
+    run_plan(made)
+    report = write_report(made)
+    teacher, student, int8 = report["models"]
+    assert (report["task"], report["metric"]) == ("regression", "pearson")
+    assert teacher["metrics"]["pearson"] > 0.8
+    assert student["parents"] == ["teacher", str(narrow)]
+    assert 0 < student["agreement"] < 1
+    assert int8["agreement"] == pytest.approx(student["agreement"], abs=0.1)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "student")
+    assert (model.config.hidden_size, model.config.num_labels, model.config.problem_type) == (32, 1, "regression")
+    log = read_record(tmp_path / "run" / "student")["log"][0]
+    assert {"loss/soft", "loss/hard", "loss/hidden"} <= set(log)
 
 
 def test_no_token_is_written(tmp_path, pretrained, sst2_folder):

@@ -31,7 +31,7 @@ def finished_run(monkeypatch) -> Path:
     return RUN
 
 
-def test_the_students_keep_what_they_promise():
+def test_the_students_keep_what_they_promise(finished_run):
     models = {model["name"]: model for model in json.loads((finished_run / "report.json").read_text())["models"]}
     assert list(models) == ["teacher", "student", "student-alone", "student-int8", "student-nf4"]
     assert models["student"]["retention"] >= 0.97
