@@ -3,7 +3,6 @@
 import argparse
 import json
 import logging
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -199,22 +198,31 @@ def _report(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
 
 
 def _launch(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
-    """`accelerate launch` of scripts/run.py with the same arguments."""
+    """`accelerate launch` of this same command, on every process of a launch configuration."""
     given = arguments.accelerate_config
-    config = Path(given) if given.endswith((".yaml", ".yml")) else Path("accelerate_configs") / f"{given}.yaml"
-    script = Path(__file__).parent.parent / "scripts" / "run.py"
-    if not config.is_file():
-        known = [path.stem for path in config.parent.glob("*.yaml")]
-        raise InputError(f"--accelerate_config: {config} is not there; {nearest_name(config.stem, known)}")
-    if not script.is_file():
-        raise InputError(f"--accelerate_config: needs the repository's {script.name}; run in a clone of it")
+    folders = [Path("accelerate_configs"), Path(__file__).parent.parent / "accelerate_configs"]
+    candidates = [Path(given), *(folder / f"{given}.yaml" for folder in folders)]
+    config = next((path for path in candidates if path.is_file()), None)
+    if config is None:
+        known = [path.stem for folder in folders for path in folder.glob("*.yaml")]
+        raise InputError(
+            f"--accelerate_config: {given} is no file and no known configuration; {nearest_name(given, known)}"
+        )
     load_recipe(arguments.recipe, overrides)  # what is wrong is told once, here
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), str(script)]
-    command += [str(arguments.recipe), *(["--only", *arguments.only] if arguments.only else [])]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(config),
+        "--module",
+        "distill.cli",
+    ]
+    command += ["run", str(arguments.recipe), *(["--only", *arguments.only] if arguments.only else [])]
     command += ["--force"] * arguments.force + [
         part for key, value in overrides.items() for part in (f"--{key}", value)
     ]
-    status = subprocess.run(command, env=os.environ, check=False).returncode
+    status = subprocess.run(command, check=False).returncode
     if status:
         sys.exit(status)
 

@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 
@@ -46,22 +47,36 @@ def test_logits_live_saved_and_reloaded_are_the_same_bits(model, format, tmp_pat
     assert all(torch.equal(once[name], twice[name]) for name in once)
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_another_process_reloads_it_with_import_distill_and_never_without(format, tmp_path):
-    quantized = quantize_model(tiny_bert(), format=format)
-    quantized.save_pretrained(tmp_path)
-    script = (
-        "{}from transformers import AutoModelForSequenceClassification as Auto; import torch;"
-        f"model = Auto.from_pretrained({str(tmp_path)!r});"
-        f"print(model(torch.tensor({IDS.tolist()}), torch.tensor({MASK.tolist()})).logits.tolist())"
-    )
-    run = lambda text: subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=False)  # noqa: E731
-    with_import = run(script.format("import distill;"))
-    assert with_import.returncode == 0, with_import.stderr
-    assert torch.equal(torch.tensor(eval(with_import.stdout)), logits(quantized).float())
-    without = run(script.format(""))
-    assert without.returncode != 0
-    assert "first: import distill" in without.stderr
+_RELOAD = """
+{import_distill}
+import json, sys, torch
+from transformers import AutoModelForSequenceClassification
+for folder in {folders!r}:
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(folder)
+        print(json.dumps(model(torch.tensor({ids}), torch.tensor({mask})).logits.tolist()))
+    except RuntimeError:
+        print("null")
+"""
+
+
+def test_another_process_reloads_it_with_import_distill_and_never_without(tmp_path):
+    expected, folders = [], []
+    for format in FORMATS:
+        quantized = quantize_model(tiny_bert(), format=format)
+        expected.append(logits(quantized).float())
+        quantized.save_pretrained(tmp_path / format)
+        folders.append(str(tmp_path / format))
+    outputs = {}
+    for first_line in ("import distill", ""):
+        script = _RELOAD.format(import_distill=first_line, folders=folders, ids=IDS.tolist(), mask=MASK.tolist())
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=200)
+        assert done.returncode == 0, done.stderr
+        outputs[first_line] = [json.loads(line) for line in done.stdout.splitlines()]
+    for found, live in zip(outputs["import distill"], expected, strict=True):
+        assert torch.equal(torch.tensor(found), live)
+    assert outputs[""] == [None, None, None]
+    assert done.stderr.count("first: import distill") >= 3
 
 
 def test_heads_are_not_quantized_and_the_rest_is_bfloat16(model):
