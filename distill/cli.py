@@ -150,7 +150,10 @@ def _eval(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     if label_map is not None and not isinstance(label_map, dict):
         raise InputError(f"--label_map: should be a mapping like '{{LABEL_0: negative}}', got {arguments.label_map!r}")
     source = find_model(arguments.model)
-    data = load_data(arguments.task, options)
+    if arguments.task is None and options.kind == "classification" and options.label_names is None:
+        names = [source.config.id2label[index] for index in range(source.config.num_labels)]
+        options.label_names = [(label_map or {}).get(name, name) for name in names]  # a part may not show every class
+    data = load_data(arguments.task, options, to_score=True)
     for note in data.notes:
         results.print(f"note: {note}")
     model = load_classifier(source.location, data.task, label_map=label_map)

@@ -75,11 +75,12 @@ class Data:
         return scored + [("test", "test_", "")] * ("test" in self.splits)
 
 
-def load_data(task_name: str | None, options: DataOptions) -> Data:
+def load_data(task_name: str | None, options: DataOptions, *, to_score: bool = False) -> Data:
     """The rows of a GLUE task, or of a user's own data.
 
     Args:
         task_name: a GLUE task; with `options.path` its columns and labels apply to the rows found there.
+        to_score: the rows are only scored: a train split is not needed, and a single file is scored whole.
 
     Raises:
         InputError: with every problem of the options, columns, texts and labels.
@@ -88,12 +89,14 @@ def load_data(task_name: str | None, options: DataOptions) -> Data:
     found, source_fingerprint = read_splits(task, options.path, options.name)
     notes: list[str] = []
     problems: list[str] = []
-    if "train" not in found:
+    if to_score and set(found) == {"train"}:
+        found = {task.validation_splits[0][0]: found["train"]}
+    if "train" not in found and not to_score:
         raise InputError(
             f"data.path: no train split in {options.path or task_name}; found {', '.join(found) or 'nothing'}"
         )
 
-    task = _name_labels(task, found["train"], options, problems)
+    task = _name_labels(task, found.get("train", next(iter(found.values()))), options, problems)
     splits = {}
     wanted = ["train", *(split for split, _ in task.validation_splits), "test"]
     for split in [name for name in wanted if name in found]:
@@ -185,16 +188,16 @@ def _task(task_name: str | None, options: DataOptions) -> Task:
 # --- checking -------------------------------------------------------------------------------------------------------
 
 
-def _name_labels(task: Task, train: datasets.Dataset, options: DataOptions, problems: list[str]) -> Task:
+def _name_labels(task: Task, rows: datasets.Dataset, options: DataOptions, problems: list[str]) -> Task:
     """The task with its label names: GLUE's, the user's, the data set's own, or the values found."""
-    if task.kind == "regression" or task.label_names or task.label not in train.column_names:
+    if task.kind == "regression" or task.label_names or task.label not in rows.column_names:
         return task
     if options.label_names:
         return task.with_label_names(tuple(options.label_names))
-    feature = train.features[task.label]
+    feature = rows.features[task.label]
     if isinstance(feature, datasets.ClassLabel):
         return task.with_label_names(tuple(feature.names))
-    values = {value for value in train[task.label] if value is not None}
+    values = {value for value in rows[task.label] if value is not None}
     if any(isinstance(value, float) and not value.is_integer() for value in values):
         example = next(value for value in values if not float(value).is_integer())
         problems.append(f"data.label: column {task.label!r} holds scores like {example}; say kind: regression")

@@ -10,10 +10,11 @@ from transformers import AutoConfig
 
 from distill.benchmark import BenchmarkOptions, benchmark_models, slower_or_not_smaller
 from distill.cli import main
+from distill.data import DataOptions, load_data
 from distill.errors import InputError
 from distill.quantize import quantize_model
 from distill.student import build_student
-from tests.conftest import tiny_bert
+from tests.conftest import sentences, tiny_bert, write_rows
 
 ROOT = Path(__file__).parents[1]
 
@@ -81,6 +82,26 @@ def test_eval_ends_with_the_metrics(models, sst2_folder, capsys):
     assert main(["eval", str(models / "nf4"), "--task", "sst2", "--data.path", str(sst2_folder)]) == 0
     metrics = last_line(capsys.readouterr().out)["metrics"]
     assert 0 <= metrics["accuracy"] <= 1
+
+
+def test_eval_scores_every_row_of_one_file(models, tmp_path, capsys):
+    from distill.evaluation import evaluate_model
+    from distill.models import load_classifier, load_tokenizer
+
+    rows = [
+        {"text": row["sentence"], "label": "positive"} for row in sentences(7) if row["label"] == 1
+    ]  # one class only
+    path = write_rows(tmp_path / "some.jsonl", rows)
+    arguments = ["eval", str(models / "teacher"), "--data.kind", "classification", "--data.path", str(path)]
+    assert main(arguments) == 0
+    accuracy = last_line(capsys.readouterr().out)["metrics"]["accuracy"]
+    options = DataOptions(kind="classification", path=str(path), label_names=["negative", "positive"])
+    data = load_data(None, options, to_score=True)
+    assert len(data.splits["validation"]) == len(rows)
+    model = load_classifier(str(models / "teacher"), data.task)
+    tokenizer = load_tokenizer(str(models / "teacher"))
+    assert accuracy == evaluate_model(model, tokenizer, data).metrics["accuracy"]
+    assert (accuracy * len(rows)) % 1 == pytest.approx(0, abs=1e-9)
 
 
 def test_eval_with_a_label_map(models, sst2_folder, tmp_path, capsys):
