@@ -34,8 +34,12 @@ class TrainingConfig(TrainingArguments):
         InputError: the launcher started more processes than torch.distributed sees.
     """
 
-    per_device_train_batch_size: int = field(default=32, metadata={"help": "Rows of a training batch per process."})
-    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Rows of an evaluation batch per process."})
+    per_device_train_batch_size: Annotated[int, Field(ge=1)] = field(
+        default=32, metadata={"help": "Rows of a training batch per process."}
+    )
+    per_device_eval_batch_size: Annotated[int, Field(ge=1)] = field(
+        default=64, metadata={"help": "Rows of an evaluation batch per process."}
+    )
     warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up steps; below 1, their share of all steps."})
     weight_decay: float = field(default=0.01, metadata={"help": "AdamW's weight decay (not on biases and norms)."})
     train_sampling_strategy: str = field(
