@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -22,8 +23,11 @@ def test_a_process_alone_is_the_main_one():
 def test_two_cpu_processes_see_each_other(tmp_path):
     """Without an accelerator stock accelerate gives each of them a world of one."""
     script = tmp_path / "worker.py"
-    script.write_text("from distill.processes import process_state; print('sees', process_state().num_processes)")
+    script.write_text(
+        "import os; from distill.processes import process_state; "
+        "open(f'{__file__}.{os.environ[\"RANK\"]}', 'w').write(str(process_state().num_processes))"
+    )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("sees 2") == 2
+    assert [Path(f"{script}.{rank}").read_text() for rank in (0, 1)] == ["2", "2"]  # a file each: stdout interleaves
