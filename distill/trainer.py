@@ -1,5 +1,6 @@
 """`DistillationTrainer`: transformers' Trainer with a teacher, and with losses that add up exactly."""
 
+import copy
 import inspect
 import sys
 from collections.abc import Iterator
@@ -24,6 +25,11 @@ LayerMap = Literal["uniform"] | list[tuple[int, int]]
 _PROJECTIONS_FILE = "projections.safetensors"
 
 
+def _inherited(name: str) -> Any:
+    """An option of transformers with its default and help, for a narrower annotation."""
+    return copy.copy(TrainingArguments.__dataclass_fields__[name])
+
+
 @dataclass
 class TrainingConfig(TrainingArguments):
     """`transformers.TrainingArguments` with defaults for fine-tuning small encoders.
@@ -40,15 +46,27 @@ class TrainingConfig(TrainingArguments):
     per_device_eval_batch_size: Annotated[int, Field(ge=1)] = field(
         default=64, metadata={"help": "Rows of an evaluation batch per process."}
     )
-    warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up steps; below 1, their share of all steps."})
-    weight_decay: float = field(default=0.01, metadata={"help": "AdamW's weight decay (not on biases and norms)."})
+    warmup_steps: Annotated[float, Field(ge=0)] = field(
+        default=0.1, metadata={"help": "Warm-up steps; below 1, their share of all steps."}
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = field(
+        default=0.01, metadata={"help": "AdamW's weight decay (not on biases and norms)."}
+    )
     train_sampling_strategy: str = field(
         default="group_by_length", metadata={"help": "How rows are drawn; rows of like length together by default."}
     )
     logging_steps: float = field(default=0.1, metadata={"help": "Steps between log lines; below 1, a share of all."})
     save_steps: float = field(default=0.1, metadata={"help": "Steps between checkpoints; below 1, a share of all."})
     save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept."})
-
+    learning_rate: Annotated[float, Field(gt=0)] = _inherited("learning_rate")
+    num_train_epochs: Annotated[float, Field(gt=0)] = _inherited("num_train_epochs")
+    max_steps: Literal[-1] | Annotated[int, Field(ge=1)] = _inherited("max_steps")
+    gradient_accumulation_steps: Annotated[int, Field(ge=1)] = _inherited("gradient_accumulation_steps")
+    label_smoothing_factor: Annotated[float, Field(ge=0, lt=1)] = _inherited("label_smoothing_factor")
+    max_grad_norm: Annotated[float, Field(ge=0)] = _inherited("max_grad_norm")
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = _inherited("adam_beta1")
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = _inherited("adam_beta2")
+    adam_epsilon: Annotated[float, Field(gt=0)] = _inherited("adam_epsilon")
     disable_tqdm: bool | None = field(
         default=None, metadata={"help": "No moving progress bar; by default where stderr is no terminal."}
     )

@@ -1,10 +1,13 @@
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import transformers
 
 from distill.errors import InputError
 from distill.recipe import load_recipe, parse_value
 from distill.steps import DistillOptions, FinetuneOptions, QuantizeOptions
+from distill.trainer import TrainingConfig
 
 RECIPE = """
 task: sst2
@@ -135,6 +138,40 @@ steps:
 )
 def test_wrong_recipes(tmp_path, text, message):
     assert any(message in problem for problem in problems(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("learning_rate", "-1e-3", "should be greater than 0"),
+        ("learning_rate", "0", "should be greater than 0"),
+        ("weight_decay", "-1", "should be greater than or equal to 0"),
+        ("num_train_epochs", "0", "should be greater than 0"),
+        ("gradient_accumulation_steps", "0", "should be greater than or equal to 1"),
+        ("per_device_train_batch_size", "0", "should be greater than or equal to 1"),
+        ("per_device_eval_batch_size", "0", "should be greater than or equal to 1"),
+        ("label_smoothing_factor", "1", "should be less than 1"),
+        ("max_grad_norm", "-0.1", "should be greater than or equal to 0"),
+        ("warmup_steps", "-1", "should be greater than or equal to 0"),
+        ("adam_beta1", "1", "should be less than 1"),
+        ("adam_beta2", "-0.1", "should be greater than or equal to 0"),
+        ("adam_epsilon", "0", "should be greater than 0"),
+        ("max_steps", "0", "should be -1 or should be greater than or equal to 1"),
+        ("max_steps", "-2", "should be -1 or should be greater than or equal to 1"),
+    ],
+)
+def test_values_out_of_range_are_told(tmp_path, option, value, message):
+    (problem,) = problems(tmp_path, RECIPE, **{f"teacher.{option}": value})
+    assert f"teacher.{option}: {message}; got" in problem
+
+
+def test_ranges_keep_the_defaults_and_help_of_transformers():
+    theirs = {field.name: field for field in fields(transformers.TrainingArguments)}
+    ours = {field.name: field for field in fields(TrainingConfig)}
+    for name in ("learning_rate", "num_train_epochs", "max_grad_norm", "adam_beta1", "adam_epsilon", "max_steps"):
+        assert ours[name].default == theirs[name].default
+        assert ours[name].metadata["help"] == theirs[name].metadata["help"]
+    assert TrainingConfig(output_dir="x").max_steps == -1
 
 
 def test_a_missing_recipe_names_a_near_one(tmp_path):
