@@ -112,7 +112,7 @@ def _check(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     elif arguments.recipe is None:
         raise InputError("check: name a recipe, or --help-options finetune")
     else:
-        print_plan(make_plan(load_recipe(arguments.recipe, overrides)))
+        print_plan(make_plan(load_recipe(arguments.recipe, overrides, draft=True)))
 
 
 def _run(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
@@ -126,7 +126,7 @@ def run_recipe(
     path: Path, overrides: dict[str, str] | None = None, *, only: list[str] | None = None, force: bool = False
 ) -> None:
     """Run a recipe's unfinished steps, then (unless `only` some were asked for) write and print the report."""
-    plan = make_plan(load_recipe(path, overrides))
+    plan = make_plan(load_recipe(path, overrides, draft=True))
     run_plan(plan, only=only, force=force)
     state = process_state()
     if only is None and state.is_main_process:
@@ -196,7 +196,7 @@ def _report(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     recipe = arguments.directory / "recipe.yaml"
     if not recipe.is_file():
         raise InputError(f"{arguments.directory}: no run lies there (no recipe.yaml, which `distill run` writes)")
-    plan = make_plan(load_recipe(recipe, {"output_dir": str(arguments.directory), **overrides}))
+    plan = make_plan(load_recipe(recipe, {"output_dir": str(arguments.directory), **overrides}, draft=True))
     print_report(write_report(plan))
 
 
@@ -211,7 +211,7 @@ def _launch(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
         raise InputError(
             f"--accelerate_config: {given} is no file and no known configuration; {nearest_name(given, known)}"
         )
-    load_recipe(arguments.recipe, overrides)  # what is wrong is told once, here
+    make_plan(load_recipe(arguments.recipe, overrides, draft=True))  # what is wrong is told once, here
     command = [
         sys.executable,
         "-m",

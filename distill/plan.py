@@ -16,7 +16,7 @@ from distill.data import Data, load_data, tokenizer_fingerprint
 from distill.errors import InputError
 from distill.models import ModelSource, find_model, label_order, load_tokenizer, no_head_message, set_labels
 from distill.recipe import Recipe, Step
-from distill.steps import DistillOptions, FinetuneOptions, Options, QuantizeOptions, chosen_layers
+from distill.steps import DistillOptions, FinetuneOptions, QuantizeOptions, chosen_layers
 from distill.student import student_config
 from distill.trainer import resolve_layer_map
 
@@ -71,36 +71,40 @@ class Plan:
 def make_plan(recipe: Recipe) -> Plan:
     """Resolve everything.
 
+    Args:
+        recipe: may be a draft.
+
     Raises:
-        InputError: with every problem of data, models, layers and labels.
+        InputError: with every problem of the recipe, its data, models, layers and labels.
     """
     problems: list[str] = []
-    where = str(recipe.path)
-    try:
-        data = load_data(recipe.task, recipe.data)
-    except InputError as error:
-        problems += [f"{where}: {problem}" for problem in error.problems]
-        data = None
+    data = None
+    if recipe.data_is_readable:
+        try:
+            data = load_data(recipe.task, recipe.data)
+        except InputError as error:
+            problems += error.problems
     sources: dict[str, ModelSource] = {}
     planned: dict[str, PlannedStep] = {}
     failed: set[str] = set()
-    for step in recipe.steps.values():
+    for name in recipe.given:
         try:
-            planned[step.name] = _plan_step(step, recipe, data, planned, failed, sources)
+            planned[name] = _plan_step(name, recipe, data, planned, failed, sources)
         except _Unplannable as error:
-            failed.add(step.name)
-            problems += [f"{where}: {problem}" for problem in error.problems]
-    baseline = recipe.baseline or _default_baseline(recipe, sources)
-    if baseline not in recipe.steps and not problems:
-        try:
-            sources[baseline] = sources.get(baseline) or find_model(baseline)
-            problems += _classifier_problems(sources[baseline], data, _teacher_label_map(recipe, baseline))
-        except InputError as error:
-            problems += [f"{problem} (the steps are {', '.join(recipe.steps)})" for problem in error.problems]
-        problems = [f"{where}: baseline: {problem}" for problem in problems]
-    if problems or data is None:
-        raise InputError(*problems)
-    return Plan(recipe, data, planned, baseline, _teacher_label_map(recipe, baseline), sources)
+            failed.add(name)
+            problems += [f"steps.{name}.{problem}" for problem in error.problems]
+    baseline, label_map = recipe.baseline, None
+    if baseline is None and not problems and not recipe.problems:
+        baseline = _default_baseline(recipe, sources)
+    if baseline is not None:
+        label_map = _teacher_label_map(recipe, baseline)
+        if baseline not in recipe.given:
+            problems += [
+                f"baseline: {problem}" for problem in _baseline_problems(baseline, label_map, recipe, data, sources)
+            ]
+    if problems or recipe.problems or data is None or baseline is None:
+        raise InputError(*recipe.problems, *(f"{recipe.path}: {problem}" for problem in problems))
+    return Plan(recipe, data, planned, baseline, label_map, sources)
 
 
 class _Unplannable(Exception):
@@ -120,7 +124,7 @@ class _Input:
 
 
 def _plan_step(
-    step: Step,
+    name: str,
     recipe: Recipe,
     data: Data | None,
     planned: dict[str, PlannedStep],
@@ -128,23 +132,25 @@ def _plan_step(
     sources: dict[str, ModelSource],
 ) -> PlannedStep:
     """One step; raises `_Unplannable` with its problems (none of its own where an input has failed already)."""
-    options = step.options
-    problems: list[str | None] = []
+    given = recipe.given[name]
+    problems: list[str] = []
     inputs: dict[str, _Input] = {}
-    for option in [name for name in ("teacher", "model") if getattr(options, name, None) is not None]:
-        reference = getattr(options, option)
+    for option in [option for option in ("teacher", "model") if given.get(option) is not None]:
+        reference = given[option]
         if reference in failed:
-            problems.append(None)  # told already
-        elif reference in recipe.steps and reference not in planned:
+            failed.add(name)  # told already
+        elif reference in recipe.given and reference not in planned:
             problems.append(f"{option}: {reference!r} is not an earlier step; a step refers to steps above it")
         else:
             try:
-                inputs[option] = _resolve_input(option, reference, options, data, planned, sources)
+                inputs[option] = _resolve_input(option, reference, given, data, planned, sources)
             except InputError as error:
                 problems += [f"{option}: {problem}" for problem in error.problems]
-    if problems:
-        raise _Unplannable([f"steps.{step.name}.{problem}" for problem in problems if problem])
+    step = recipe.steps.get(name)
+    if problems or step is None or name in failed:
+        raise _Unplannable(problems)
 
+    options = step.options
     source_option = "model" if "model" in inputs else "teacher"
     source = inputs[source_option]
     config, layers, layer_pairs = copy.deepcopy(source.config), None, None
@@ -168,7 +174,7 @@ def _plan_step(
     if getattr(config, "quantization_config", None) is not None:
         problems.append(f"{source_option}: {source.reference} is quantized; start from the model it was made from")
     if problems:
-        raise _Unplannable([f"steps.{step.name}.{problem}" for problem in problems])
+        raise _Unplannable(problems)
     if data is not None:
         set_labels(config, data.task)
     if isinstance(options, QuantizeOptions):
@@ -189,7 +195,7 @@ def _plan_step(
 def _resolve_input(
     option: str,
     reference: str,
-    options: Options,
+    given: dict[str, Any],
     data: Data | None,
     planned: dict[str, PlannedStep],
     sources: dict[str, ModelSource],
@@ -203,9 +209,8 @@ def _resolve_input(
     except InputError as error:
         earlier = f" (earlier steps: {', '.join(planned)})" if planned else ""
         raise InputError(*(f"{problem}{earlier}" for problem in error.problems)) from None
-    if option == "teacher" or isinstance(options, QuantizeOptions):
-        label_map = options.teacher_label_map if isinstance(options, DistillOptions) else options.label_map
-        problems = _classifier_problems(source, data, label_map)
+    if option == "teacher" or given["run"] == "quantize":
+        problems = _classifier_problems(source, data, given.get("teacher_label_map", given.get("label_map")))
         if problems:
             raise InputError(*problems)
     fingerprint = f"{source.fingerprint} {tokenizer_fingerprint(load_tokenizer(source.location))}"
@@ -224,6 +229,21 @@ def _classifier_problems(source: ModelSource, data: Data | None, label_map: dict
     except InputError as error:
         return list(error.problems)
     return []
+
+
+def _baseline_problems(
+    baseline: str,
+    label_map: dict[str, str] | None,
+    recipe: Recipe,
+    data: Data | None,
+    sources: dict[str, ModelSource],
+) -> list[str]:
+    """What is wrong with a baseline that is no step; its source goes into `sources`."""
+    try:
+        sources[baseline] = sources.get(baseline) or find_model(baseline)
+    except InputError as error:
+        return [f"{problem} (the steps are {', '.join(recipe.given)})" for problem in error.problems]
+    return _classifier_problems(sources[baseline], data, label_map)
 
 
 def _default_baseline(recipe: Recipe, sources: dict[str, ModelSource]) -> str:

@@ -36,7 +36,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A checked recipe."""
+    """A checked recipe; one read as a draft may have problems, and then holds what is right of it."""
 
     path: Path
     task: str | None
@@ -45,14 +45,19 @@ class Recipe:
     baseline: str | None
     benchmark: BenchmarkOptions
     steps: dict[str, Step]
+    given: dict[str, dict[str, Any]]
+    """For every step, also a wrong one that `steps` lacks: `run`, and the given options that are right."""
+    data_is_readable: bool = True
+    problems: tuple[str, ...] = ()
 
 
-def load_recipe(path: Path, overrides: Mapping[str, str] | None = None) -> Recipe:
+def load_recipe(path: Path, overrides: Mapping[str, str] | None = None, *, draft: bool = False) -> Recipe:
     """Read a recipe.
 
     Args:
         path: the YAML file.
         overrides: values (as YAML) by path: `student.temperature`, `data.max_length`, `output_dir`.
+        draft: leave the problems in the recipe, for `make_plan` to tell them with those of data and models.
 
     Raises:
         InputError: with every problem of the file and of the overrides.
@@ -65,25 +70,41 @@ def load_recipe(path: Path, overrides: Mapping[str, str] | None = None) -> Recip
         raise InputError(f"{where}: steps: missing; a recipe names at least one step with a `run:`")
     _apply_overrides(content, overrides or {}, problems)
 
-    for key in content:
-        if key not in _TOP_LEVEL:
-            problems.append(f"{where}: {key}: unknown key; {nearest_name(key, _TOP_LEVEL)}")
+    unknown = [key for key in content if key not in _TOP_LEVEL]
+    for key in unknown:
+        problems.append(f"{where}: {key}: unknown key; {nearest_name(key, _TOP_LEVEL)}")
     output_dir = content.get("output_dir")
     if not isinstance(output_dir, str):
         problems.append(f"{where}: output_dir: missing; say where the run folders go, like runs/{path.stem}")
+    names = {}
     for key in ("task", "baseline"):
-        if content.get(key) is not None and not isinstance(content[key], str):
-            problems.append(f"{where}: {key}: should be a name, got {content[key]!r}")
+        names[key] = content.get(key)
+        if names[key] is not None and not isinstance(names[key], str):
+            problems.append(f"{where}: {key}: should be a name, got {names.pop(key)!r}")
     data = parse_options(DataOptions, content.get("data") or {}, f"{where}: data", problems)
     benchmark = parse_options(BenchmarkOptions, content.get("benchmark") or {}, f"{where}: benchmark", problems)
+    given: dict[str, dict[str, Any]] = {}
     parsed = {}
     for name, options in steps.items():
-        step = _parse_step(name, options, where, Path(str(output_dir)), problems)
+        given[name] = {}
+        step = _parse_step(name, options, where, Path(str(output_dir)), given[name], problems)
         if step is not None:
             parsed[name] = step
-    if problems or data is None or benchmark is None:
+    if problems and not draft:
         raise InputError(*problems)
-    return Recipe(path, content.get("task"), data, Path(str(output_dir)), content.get("baseline"), benchmark, parsed)
+    misnamed = bool(unknown) and not {"task", "data"} & content.keys()
+    return Recipe(
+        path=path,
+        task=names.get("task"),
+        data=data or DataOptions(),
+        output_dir=Path(str(output_dir)),
+        baseline=names.get("baseline"),
+        benchmark=benchmark or BenchmarkOptions(),
+        steps=parsed,
+        given=given,
+        data_is_readable=data is not None and "task" in names and not misnamed,
+        problems=tuple(problems),
+    )
 
 
 def parse_options(options_class: type, given: Any, where: str, problems: list[str]) -> Any:
@@ -93,8 +114,9 @@ def parse_options(options_class: type, given: Any, where: str, problems: list[st
         where: stands before each problem.
         problems: what is wrong is appended here, and None returned.
     """
-    values = _checked_values(options_class, given, where, problems)
-    return None if values is None else options_class(**values)
+    found = len(problems)
+    values = _right_values(options_class, given, where, problems)
+    return options_class(**values) if len(problems) == found else None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -118,13 +140,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
 # --- steps ----------------------------------------------------------------------------------------------------------
 
 
-def _parse_step(name: str, given: Any, where: str, output_dir: Path, problems: list[str]) -> Step | None:
-    where = f"{where}: steps.{name}"
+def _parse_step(
+    name: str, given: Any, where: str, output_dir: Path, right: dict[str, Any], problems: list[str]
+) -> Step | None:
+    """The step, or None where it is wrong; `run` and the options that are right go into `right`."""
+    where, found = f"{where}: steps.{name}", len(problems)
     if not _STEP_NAME.fullmatch(name) or name in _TOP_LEVEL + _FILES_OF_A_RUN:
         problems.append(
             f"{where}: a step's name is letters, digits, '.', '_', '-', no top-level key and no file that a run writes"
         )
-        return None
     if not isinstance(given, dict) or "run" not in given:
         problems.append(f"{where}.run: missing; one of {', '.join(VERBS)}")
         return None
@@ -133,16 +157,15 @@ def _parse_step(name: str, given: Any, where: str, output_dir: Path, problems: l
     if verb not in VERBS:
         problems.append(f"{where}.run: no verb {verb!r}; {nearest_name(str(verb), VERBS)}")
         return None
-    values = _checked_values(VERBS[verb], given, where, problems)
-    if values is None:
-        return None
-    trains = issubclass(VERBS[verb], TrainingConfig)
-    fixed = {"output_dir": str(output_dir / name / "checkpoints")} if trains else {}
+    values = _right_values(VERBS[verb], given, where, problems)
+    right |= {"run": verb, **values}
+    fixed = {"output_dir": str(output_dir / name / "checkpoints")} if issubclass(VERBS[verb], TrainingConfig) else {}
+    missing = dict.fromkeys(_required(VERBS[verb]) - values.keys())  # so that the others are checked together
     try:
-        return Step(name, verb, VERBS[verb](**values, **fixed), values)
+        options = VERBS[verb](**missing, **values, **fixed)
     except (ValueError, NotImplementedError) as error:  # what TrainingArguments checks across its fields
         problems.append(f"{where}: {error}")
-        return None
+    return Step(name, verb, options, values) if len(problems) == found else None
 
 
 def _apply_overrides(content: dict[str, Any], overrides: Mapping[str, str], problems: list[str]) -> None:
@@ -175,14 +198,13 @@ def _longest_step(path: str, steps: Mapping[str, Any]) -> str:
 # --- values ---------------------------------------------------------------------------------------------------------
 
 
-def _checked_values(options_class: type, given: Any, where: str, problems: list[str]) -> dict[str, Any] | None:
-    """The given options with their values as the fields' types, or None where one is wrong or missing."""
+def _right_values(options_class: type, given: Any, where: str, problems: list[str]) -> dict[str, Any]:
+    """The given options that are right, their values as the fields' types; what is wrong goes into `problems`."""
     if not isinstance(given, dict):
         problems.append(f"{where}: should be a mapping of options, got {given!r}")
-        return None
+        return {}
     annotations = _annotations(options_class)
     known = {field.name: field for field in fields(options_class) if field.init and field.name not in SET_BY_THE_RUN}
-    found = len(problems)
     values = {}
     for key, value in given.items():
         if key in SET_BY_THE_RUN:
@@ -194,10 +216,15 @@ def _checked_values(options_class: type, given: Any, where: str, problems: list[
                 values[key] = _validator(annotations[key])(value)
             except ValidationError as error:
                 problems.append(f"{where}.{key}: {_explain(error)}; got {value!r}")
-    for name, field in known.items():
-        if field.default is MISSING and field.default_factory is MISSING and name not in given:
-            problems.append(f"{where}.{name}: missing. {field.metadata['help']}")
-    return values if len(problems) == found else None
+    for name in known:
+        if name in _required(options_class) and name not in given:
+            problems.append(f"{where}.{name}: missing. {known[name].metadata['help']}")
+    return values
+
+
+def _required(options_class: type) -> set[str]:
+    without = [field for field in fields(options_class) if field.default is field.default_factory is MISSING]
+    return {field.name for field in without} - set(SET_BY_THE_RUN)
 
 
 @cache

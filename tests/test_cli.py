@@ -162,6 +162,56 @@ def test_a_wrong_recipe_leaves_nothing_behind(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["r.yaml"]
 
 
+@pytest.mark.parametrize("command", [["check"], ["run"], ["run", "--accelerate_config", "cpu"]])
+def test_values_data_and_models_are_told_at_once(tmp_path, pretrained, monkeypatch, capsys, command):
+    monkeypatch.chdir(ROOT)
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"taks: sst2\noutput_dir: {tmp_path / 'out'}\ndata: {{kind: classification, path: /no/rows, max_length: 24}}\n"
+        "benchmark: {rounds: 0}\nbaseline: /no/baseline\nsteps:\n"
+        f"  teacher: {{run: finetune, model: {pretrained}, learning_rate: -1, fp16: true, bf16: true}}\n"
+        "  student: {run: distill, teacher: teacher, temprature: 3, model: /no/student}\n"
+        "  small: {run: distill, teacher: later, num_layers: 2}\n"
+        "  later: {run: finetun, model: /no/matter}\n"
+        "  q: {run: quantize, model: student, format: int4}\n"
+        f"  deep: {{run: finetune, model: {pretrained}, num_layers: 9}}\n"
+    )
+    assert main([*command, str(recipe)]) == 2
+    captured = capsys.readouterr()
+    expected = [
+        "taks: unknown key; did you mean 'task'?",
+        "benchmark.rounds: should be greater than or equal to 1",
+        "steps.teacher.learning_rate: should be greater than 0",
+        "steps.teacher: At most one of fp16 and bf16",
+        "steps.student.temprature: unknown option; did you mean 'temperature'?",
+        "steps.later.run: no verb 'finetun'; did you mean 'finetune'?",
+        "steps.q.format: should be 'int8', 'nf4' or 'fp4'; got 'int4'",
+        "data.path: /no/rows: no such file or folder",
+        "steps.student.model: /no/student: no such file or folder",
+        "steps.small.teacher: 'later' is not an earlier step",
+        "steps.deep.num_layers: 9 is out of range; the model has 4 layers",
+        "baseline: /no/baseline: no such file or folder",
+    ]
+    for part in expected:
+        assert part in captured.err, f"{part!r} is not in\n{captured.err}"
+    assert captured.err.count("error:") == len(expected)
+    assert "Traceback" not in captured.err + captured.out
+    assert [path.name for path in tmp_path.iterdir()] == ["r.yaml"]
+
+
+def test_wrong_data_options_do_not_hide_the_models_problems(tmp_path, capsys):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"task: sst2\noutput_dir: {tmp_path / 'out'}\ndata: {{max_length: 1}}\n"
+        "steps: {a: {run: finetune, model: /no/model}}"
+    )
+    assert main(["check", str(recipe)]) == 2
+    error = capsys.readouterr().err
+    assert "data.max_length: should be greater than or equal to 2" in error
+    assert "steps.a.model: /no/model: no such file or folder" in error
+    assert error.count("error:") == 2
+
+
 def test_check_tells_what_a_recipe_will_do_and_writes_nothing(tmp_path, pretrained, sst2_folder, capsys):
     recipe = tmp_path / "r.yaml"
     recipe.write_text(
@@ -189,7 +239,7 @@ def test_options_are_listed_with_defaults_and_help(name, capsys):
 
 
 def test_ctrl_c_ends_with_status_1(monkeypatch, capsys):
-    def interrupted(*_):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("distill.cli.load_recipe", interrupted)

@@ -165,6 +165,22 @@ def test_values_out_of_range_are_told(tmp_path, option, value, message):
     assert f"teacher.{option}: {message}; got" in problem
 
 
+def test_values_and_what_the_options_say_together_are_told_at_once(tmp_path):
+    found = problems(
+        tmp_path,
+        "output_dir: x\nsteps: {a: {run: finetune, fp16: true, bf16: true, learning_rate: -1, num_layer: 2}}",
+    )
+    text = "\n".join(found)
+    for part in (
+        "steps.a.learning_rate: should be greater than 0",
+        "steps.a.num_layer: unknown option; did you mean 'num_layers'?",
+        "steps.a.model: missing",
+        "steps.a: At most one of fp16 and bf16",
+    ):
+        assert part in text, f"{part!r} is not in\n{text}"
+    assert len(found) == 4
+
+
 def test_ranges_keep_the_defaults_and_help_of_transformers():
     theirs = {field.name: field for field in fields(transformers.TrainingArguments)}
     ours = {field.name: field for field in fields(TrainingConfig)}
