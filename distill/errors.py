@@ -19,8 +19,13 @@ class InputError(ValueError):
 def nearest_name(name: str, known: Iterable[str]) -> str:
     """` Did you mean 'x'?` for the nearest of `known`, or the whole list when nothing is near."""
     known = list(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    near = near_name(name, known)
     if near:
-        return f"did you mean {near[0]!r}?"
+        return f"did you mean {near!r}?"
     shown = sorted(known)
     return f"known: {', '.join(shown[:12])}{', …' if len(shown) > 12 else ''}"
+
+
+def near_name(name: str, known: Iterable[str], similarity: float = 0.6) -> str | None:
+    """The nearest of `known`, if it is as similar as that (difflib's ratio, from 0 to 1)."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=similarity)), None)

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from distill.data import Data, load_data, tokenizer_fingerprint
-from distill.errors import InputError
+from distill.errors import InputError, near_name
 from distill.models import ModelSource, find_model, label_order, load_tokenizer, no_head_message, set_labels
 from distill.recipe import Recipe, Step
 from distill.steps import DistillOptions, FinetuneOptions, QuantizeOptions, chosen_layers
@@ -143,7 +143,7 @@ def _plan_step(
             problems.append(f"{option}: {reference!r} is not an earlier step; a step refers to steps above it")
         else:
             try:
-                inputs[option] = _resolve_input(option, reference, given, data, planned, sources)
+                inputs[option] = _resolve_input(option, reference, name, recipe, data, planned, sources)
             except InputError as error:
                 problems += [f"{option}: {problem}" for problem in error.problems]
     step = recipe.steps.get(name)
@@ -195,7 +195,8 @@ def _plan_step(
 def _resolve_input(
     option: str,
     reference: str,
-    given: dict[str, Any],
+    step_name: str,
+    recipe: Recipe,
     data: Data | None,
     planned: dict[str, PlannedStep],
     sources: dict[str, ModelSource],
@@ -204,17 +205,28 @@ def _resolve_input(
     if reference in planned:
         made = planned[reference]
         return _Input(reference, made.config, str(made.folder), made.tokenizer_location, made.fingerprint)
-    try:
-        source = sources[reference] = sources.get(reference) or find_model(reference)
-    except InputError as error:
-        earlier = f" (earlier steps: {', '.join(planned)})" if planned else ""
-        raise InputError(*(f"{problem}{earlier}" for problem in error.problems)) from None
+    source = _find_outside(reference, [name for name in recipe.given if name != step_name], sources)
+    given = recipe.given[step_name]
     if option == "teacher" or given["run"] == "quantize":
         problems = _classifier_problems(source, data, given.get("teacher_label_map", given.get("label_map")))
         if problems:
             raise InputError(*problems)
     fingerprint = f"{source.fingerprint} {tokenizer_fingerprint(load_tokenizer(source.location))}"
     return _Input(reference, source.config, source.location, source.location, fingerprint)
+
+
+def _find_outside(reference: str, steps: list[str], sources: dict[str, ModelSource]) -> ModelSource:
+    """The model from outside, kept in `sources`; a mistyped step's name is told as such, and the Hub not asked."""
+    if reference not in sources:
+        near = near_name(reference, steps, similarity=0.75)
+        if near and "/" not in reference and not Path(reference).exists():
+            raise InputError(f"no step {reference!r}; did you mean {near!r}?")
+        try:
+            sources[reference] = find_model(reference)
+        except InputError as error:
+            others = f" (steps: {', '.join(steps)})" if steps else ""
+            raise InputError(*(f"{problem}{others}" for problem in error.problems)) from None
+    return sources[reference]
 
 
 def _classifier_problems(source: ModelSource, data: Data | None, label_map: dict[str, str] | None) -> list[str]:
@@ -240,10 +252,9 @@ def _baseline_problems(
 ) -> list[str]:
     """What is wrong with a baseline that is no step; its source goes into `sources`."""
     try:
-        sources[baseline] = sources.get(baseline) or find_model(baseline)
+        return _classifier_problems(_find_outside(baseline, list(recipe.given), sources), data, label_map)
     except InputError as error:
-        return [f"{problem} (the steps are {', '.join(recipe.given)})" for problem in error.problems]
-    return _classifier_problems(sources[baseline], data, label_map)
+        return list(error.problems)
 
 
 def _default_baseline(recipe: Recipe, sources: dict[str, ModelSource]) -> str:

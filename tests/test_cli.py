@@ -199,6 +199,32 @@ def test_values_data_and_models_are_told_at_once(tmp_path, pretrained, monkeypat
     assert [path.name for path in tmp_path.iterdir()] == ["r.yaml"]
 
 
+def test_a_mistyped_steps_name_is_no_hub_id(tmp_path, pretrained, sst2_folder, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr("distill.sources._go_offline_if_unreachable", lambda: asked.append(True))
+    monkeypatch.chdir(tmp_path)
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"task: sst2\noutput_dir: {tmp_path / 'out'}\ndata: {{path: {sst2_folder}, max_length: 24}}\n"
+        f"baseline: teachr\nsteps:\n  teacher: {{run: finetune, model: {pretrained}}}\n"
+        "  student: {run: distill, teacher: taecher}\n  q: {run: quantize, model: studnt, format: int8}\n"
+    )
+    assert main(["check", str(recipe)]) == 2
+    error = capsys.readouterr().err
+    assert "steps.student.teacher: no step 'taecher'; did you mean 'teacher'?" in error
+    assert "steps.q.model: no step 'studnt'; did you mean 'student'?" in error
+    assert "baseline: no step 'teachr'; did you mean 'teacher'?" in error
+    assert error.count("error:") == 3
+    assert not asked
+    assert "Hub" not in error
+    (tmp_path / "studnt").mkdir()  # a folder of that name is meant
+    assert main(["check", str(recipe)]) == 2
+    assert "steps.q.model: studnt: holds no config.json" in capsys.readouterr().err
+    recipe.write_text(recipe.read_text().replace("studnt", "org/student").replace("baseline: teachr", ""))
+    assert main(["check", str(recipe)]) == 2
+    assert "org/student: no such folder here, and not to be had from the Hub" in capsys.readouterr().err
+
+
 def test_wrong_data_options_do_not_hide_the_models_problems(tmp_path, capsys):
     recipe = tmp_path / "r.yaml"
     recipe.write_text(
