@@ -14,7 +14,7 @@ from distill.benchmark import as_row, benchmark_models, environment, slower_or_n
 from distill.card import write_model_card
 from distill.console import results
 from distill.errors import InputError
-from distill.evaluation import Evaluation, agreement, evaluate_model
+from distill.evaluation import Evaluation, agreement, evaluate_model, interval_method
 from distill.models import load_classifier, load_tokenizer
 from distill.pipeline import is_finished, read_record, write_atomically
 from distill.plan import Plan, code_fingerprint
@@ -231,7 +231,8 @@ def _markdown(plan: Plan, report: dict[str, Any]) -> str:
     rows_scored = len(plan.data.splits[plan.data.task.validation_splits[0][0]])
     lines = [
         f"# {plan.recipe.path.stem}",
-        f"{report['metric'].replace('_', ' ')} on {rows_scored} validation rows, with its 95 % bootstrap interval; "
+        f"{report['metric'].replace('_', ' ')} on {rows_scored} validation rows, with its 95 % interval "
+        f"({interval_method(plan.data.task)}); "
         f"retention and agreement are against {report['baseline']}; {_units(report)}.",
         "\n".join(f"| {' | '.join(row)} |" for row in table),
         "![accuracy against size and latency](report.png)",

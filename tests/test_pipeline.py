@@ -107,6 +107,7 @@ def test_the_report_has_every_key_and_true_numbers(finished):
     assert (student["run"], student["parents"]) == ("distill", ["teacher"])
     text = (path.parent / "run" / "report.md").read_text()
     assert all(model["name"] in text for model in report["models"])
+    assert "accuracy on 40 validation rows, with its 95 % interval (Wilson); " in text
     assert (path.parent / "run" / "report.png").stat().st_size > 10_000
 
 
