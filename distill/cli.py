@@ -6,7 +6,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, Field, asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -235,16 +235,18 @@ def _print_options(name: str) -> None:
     own = _own_fields(options_class)
     shown = [field for field in fields(options_class) if field.init and field.name not in SET_BY_THE_RUN]
     table = Table("option", "default", "help", box=box.SIMPLE_HEAD, pad_edge=False)
-    for field in sorted(shown, key=lambda field: (field.default is not MISSING, field.name not in own)):
-        default = (
-            "required"
-            if field.default is field.default_factory
-            else str(getattr(field.default, "value", field.default))
-        )
-        table.add_row(field.name, escape(default), escape(" ".join(field.metadata.get("help", "").split())))
+    for field in sorted(shown, key=lambda field: (_default(field) != "required", field.name not in own)):
+        table.add_row(field.name, escape(_default(field)), escape(" ".join(field.metadata.get("help", "").split())))
     results.print(table)
     if issubclass(options_class, transformers.TrainingArguments):
         results.print("Ours first; the rest are transformers.TrainingArguments.")
+
+
+def _default(field: Field) -> str:
+    if field.default is field.default_factory is MISSING:
+        return "required"
+    default = field.default if field.default_factory is MISSING else field.default_factory()
+    return str(getattr(default, "value", default))
 
 
 def _own_fields(options_class: type) -> set[str]:

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -262,6 +263,9 @@ def test_options_are_listed_with_defaults_and_help(name, capsys):
     out = capsys.readouterr().out
     expected = {"finetune": "num_layers", "distill": "temperature", "quantize": "double_quant", "data": "max_length"}
     assert expected.get(name, "rounds") in out
+    assert "MISSING" not in out
+    if name == "finetune":
+        assert re.search(r"include_for_metrics +\[\] +Include", out)
 
 
 def test_ctrl_c_ends_with_status_1(monkeypatch, capsys):
