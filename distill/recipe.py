@@ -13,7 +13,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from distill.benchmark import BenchmarkOptions
 from distill.data import DataOptions
-from distill.errors import InputError, nearest_name
+from distill.errors import InputError, near_name, nearest_name
 from distill.steps import VERBS, Options
 from distill.trainer import TrainingConfig
 
@@ -126,8 +126,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         InputError: no such file, no mapping, a key twice, or not YAML at all.
     """
     if not path.is_file():
-        near = [str(other) for other in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-        raise InputError(f"{path}: no such recipe" + (f"; {nearest_name(str(path), near)}" if near else ""))
+        raise InputError(f"{path}: no such recipe{_near_recipe(path)}")
     try:
         content = parse_value(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -135,6 +134,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path}: a recipe is a mapping with task (or data), output_dir and steps")
     return content
+
+
+def _near_recipe(path: Path) -> str:
+    """The recipes in the same folder or under ./recipes that are named most like `path`, or all of them."""
+    found = dict.fromkeys([*path.parent.glob("*.yaml"), *Path("recipes").rglob("*.yaml")])
+    recipes = [other for other in found if not other.name.startswith(".")]
+    name = near_name(path.name, [other.name for other in recipes])
+    if name:
+        return f"; did you mean {' or '.join(repr(str(other)) for other in recipes if other.name == name)}?"
+    return f"; {nearest_name(str(path), map(str, recipes))}" if recipes else ""
 
 
 # --- steps ----------------------------------------------------------------------------------------------------------

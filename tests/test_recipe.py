@@ -196,6 +196,22 @@ def test_a_missing_recipe_names_a_near_one(tmp_path):
         load_recipe(tmp_path / "stt2.yaml")
 
 
+def test_a_missing_recipe_suggests_recipes_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".pre-commit-config.yaml").write_text("repos: []")
+    with pytest.raises(InputError, match=r"^pre-commit.yaml: no such recipe$"):
+        load_recipe(Path("pre-commit.yaml"))
+    recipe = tmp_path / "recipes" / "glue" / "sst2.yaml"
+    recipe.parent.mkdir(parents=True)
+    recipe.write_text(RECIPE)
+    (recipe.parent / ".sst3.yaml").write_text("hidden")
+    for given in ("sst3.yaml", "recipes/sst2.yaml", "nowhere/st2.yml"):
+        with pytest.raises(InputError, match=r"no such recipe; did you mean 'recipes/glue/sst2.yaml'\?"):
+            load_recipe(Path(given))
+    with pytest.raises(InputError, match=r"no such recipe; known: recipes/glue/sst2.yaml$"):
+        load_recipe(Path("pre-commit.yaml"))
+
+
 def test_anchors_and_unicode(tmp_path):
     recipe = load(
         tmp_path,
