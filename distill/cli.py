@@ -78,9 +78,13 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(command=_run)
 
     evaluate = commands.add_parser(
-        "eval", allow_abbrev=False, help="score one model; the last line is one JSON object", epilog=_OVERRIDES
+        "eval",
+        allow_abbrev=False,
+        help="score one model; the last line is one JSON object",
+        epilog=_OWN_ROWS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    evaluate.add_argument("model")
+    evaluate.add_argument("model", help="a model folder or a Hub id")
     evaluate.add_argument("--task", help="a GLUE task")
     evaluate.add_argument("--label_map", help="the model's label names → the task's: '{LABEL_0: negative, …}'")
     evaluate.set_defaults(command=_eval)
@@ -104,6 +108,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 _OVERRIDES = "Any value of the recipe is overridden by its path: --student.temperature 4 --data.max_length 64."
+_OWN_ROWS = """\
+rows of your own, a file or a folder:
+  distill eval MODEL --data.kind classification --data.path reviews.csv --data.text review --data.label verdict
+a GLUE task, from the Hub or (with --data.path) from a folder:
+  distill eval MODEL --task sst2 --data.path glue/sst2
+every --data.<option>: distill check --help-options data"""
 
 
 def _check(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
@@ -158,13 +168,15 @@ def _eval(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
         results.print(f"note: {note}")
     model = load_classifier(source.location, data.task, label_map=label_map)
     evaluation = evaluate_model(model, load_tokenizer(source.location), data, name=arguments.model)
-    table = Table("metric", arguments.model)
+    table = Table("metric", arguments.model, "95 % interval")
+    low, high = evaluation.interval
     for name, value in evaluation.metrics.items():
-        table.add_row(name, f"{value:.4f}")
+        table.add_row(name, f"{value:.4f}", f"{low:.3f}–{high:.3f}" if name == data.task.primary_metric else "")
     results.print(table)
-    print(
-        json.dumps({"model": arguments.model, "task": arguments.task or data.task.kind, "metrics": evaluation.metrics})
-    )
+    rows = {split: len(data.splits[split]) for split, _, _ in data.scored_splits()}
+    results.print(", ".join(f"{split}: {count} rows" for split, count in rows.items()))
+    found = {"metrics": evaluation.metrics, "interval": list(evaluation.interval), "rows": rows}
+    print(json.dumps({"model": arguments.model, "task": arguments.task or data.task.kind, **found}))
 
 
 def _bench(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:

@@ -81,8 +81,27 @@ def test_no_gain_is_said_in_words():
 
 def test_eval_ends_with_the_metrics(models, sst2_folder, capsys):
     assert main(["eval", str(models / "nf4"), "--task", "sst2", "--data.path", str(sst2_folder)]) == 0
-    metrics = last_line(capsys.readouterr().out)["metrics"]
-    assert 0 <= metrics["accuracy"] <= 1
+    out = capsys.readouterr().out
+    found = last_line(out)
+    accuracy, (low, high) = found["metrics"]["accuracy"], found["interval"]
+    assert 0 <= low <= accuracy <= high <= 1
+    assert found["rows"] == {"validation": 40}
+    assert re.search(rf"accuracy +│ {accuracy:.4f} +│ {low:.3f}–{high:.3f}", out)
+    assert "validation: 40 rows" in out
+
+
+def test_evals_help_tells_how_to_score_own_rows(models, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["eval", "--help"])
+    assert exit_.value.code == 0
+    shown = capsys.readouterr().out
+    assert "recipe" not in shown
+    (example,) = (line for line in shown.splitlines() if "--data.kind" in line)
+    rows = [{"review": row["sentence"], "verdict": ["negative", "positive"][row["label"]]} for row in sentences(7)]
+    path = write_rows(tmp_path / "reviews.jsonl", rows)
+    command = example.strip().replace("MODEL", str(models / "teacher")).replace("reviews.csv", str(path))
+    assert main(command.removeprefix("distill ").split()) == 0
+    assert last_line(capsys.readouterr().out)["rows"] == {"validation": 7}
 
 
 def test_eval_scores_every_row_of_one_file(models, tmp_path, capsys):
