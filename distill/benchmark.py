@@ -18,7 +18,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from distill.console import progress
 from distill.errors import InputError
-from distill.models import quiet_loading, size_on_disk
+from distill.models import longest_input, quiet_loading, size_on_disk
 from distill.quantize import weight_memory
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -65,7 +65,7 @@ def benchmark_models(locations: Mapping[str, str], options: BenchmarkOptions) ->
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models = {name: _load(location).to(device).eval() for name, location in locations.items()}
     for name, model in models.items():
-        longest = getattr(model.config, "max_position_embeddings", None)
+        longest = longest_input(model.config)
         if longest is not None and longest < options.sequence_length:
             raise InputError(
                 f"benchmark.sequence_length: {options.sequence_length}, but {name} takes at most {longest} tokens"

@@ -25,6 +25,11 @@ from distill.sources import locate, sha256
 from distill.tasks import Task
 
 _DEFAULT_LABEL = re.compile(r"LABEL_\d+")
+# RoBERTa and what came from it: the first token's position is the padding's id + 1.
+_POSITIONS_AFTER_PADDING = {
+    *("camembert", "data2vec-text", "ibert", "lilt", "longformer", "markuplm", "mpnet", "roberta"),
+    *("roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt", "spiece.model")
 
 
@@ -166,6 +171,14 @@ def label_order(
             f"say teacher_label_map (label_map for eval and quantize): {{{pairs}}}"
         )
     raise InputError(f"{where}: its labels ({', '.join(names)}) are not those of the task ({shown})")
+
+
+def longest_input(config: PretrainedConfig) -> int | None:
+    """The most tokens that the model's position embeddings hold; None where they set no limit."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None or config.model_type not in _POSITIONS_AFTER_PADDING:
+        return positions
+    return positions - config.pad_token_id - 1
 
 
 def no_head_message(missing: list[str]) -> str:

@@ -14,7 +14,15 @@ from transformers import PretrainedConfig
 
 from distill.data import Data, load_data, tokenizer_fingerprint
 from distill.errors import InputError, near_name
-from distill.models import ModelSource, find_model, label_order, load_tokenizer, no_head_message, set_labels
+from distill.models import (
+    ModelSource,
+    find_model,
+    label_order,
+    load_tokenizer,
+    longest_input,
+    no_head_message,
+    set_labels,
+)
 from distill.recipe import Recipe, Step
 from distill.steps import DistillOptions, FinetuneOptions, QuantizeOptions, chosen_layers
 from distill.student import student_config
@@ -166,7 +174,7 @@ def _plan_step(
     if len({tokenizer_fingerprint(load_tokenizer(model.tokenizer_location)) for model in inputs.values()}) > 1:
         problems.append("model: its tokenizer is not the teacher's, so they would read different tokens")
     for option, model in inputs.items():
-        longest = getattr(model.config, "max_position_embeddings", None)
+        longest = longest_input(model.config)
         if longest is not None and recipe.data.max_length > longest:
             problems.append(
                 f"{option}: takes at most {longest} tokens, but data.max_length is {recipe.data.max_length}"

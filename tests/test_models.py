@@ -1,8 +1,12 @@
 import pytest
 import torch
+from transformers import AutoConfig, AutoModel, RobertaConfig, RobertaModel
 
+from distill.benchmark import BenchmarkOptions, benchmark_models
 from distill.errors import InputError
-from distill.models import find_model, label_order, load_classifier, load_for_finetuning, load_tokenizer
+from distill.models import find_model, label_order, load_classifier, load_for_finetuning, load_tokenizer, longest_input
+from distill.plan import make_plan
+from distill.recipe import load_recipe
 from distill.sources import sha256
 from distill.tasks import GLUE
 from tests.conftest import tiny_bert
@@ -130,3 +134,34 @@ def test_no_hub_and_nothing_cached():
 def test_the_tokenizer_cuts_where_training_cut(tmp_path, tokenizer):
     save(tmp_path, ["x", "y"], tokenizer)
     assert load_tokenizer(str(tmp_path), 17).model_max_length == 17
+
+
+@pytest.mark.parametrize(
+    ("family", "longest"),
+    [("bert", 20), ("distilbert", 20), ("roberta", 18), ("xlm-roberta", 18), ("camembert", 18), ("mpnet", 18)],
+)
+def test_the_longest_input_is_what_the_positions_hold(family, longest):
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    config = AutoConfig.for_model(family, vocab_size=9, max_position_embeddings=20, pad_token_id=1, **sizes)
+    assert longest_input(config) == longest
+    model = AutoModel.from_config(config).eval()
+    model(torch.full((1, longest), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(torch.full((1, longest + 1), 5))
+
+
+def test_max_length_is_compared_with_the_positions_that_roberta_can_use(tmp_path, tokenizer, sst2_folder):
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    config = RobertaConfig(vocab_size=len(tokenizer), max_position_embeddings=26, pad_token_id=1, **sizes)
+    RobertaModel(config).save_pretrained(tmp_path / "roberta")
+    tokenizer.save_pretrained(tmp_path / "roberta")
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"task: sst2\noutput_dir: {tmp_path / 'out'}\ndata: {{path: {sst2_folder}, max_length: 24}}\n"
+        f"steps: {{teacher: {{run: finetune, model: {tmp_path / 'roberta'}}}}}\n"
+    )
+    make_plan(load_recipe(recipe))
+    with pytest.raises(InputError, match=r"takes at most 24 tokens, but data\.max_length is 25"):
+        make_plan(load_recipe(recipe, {"data.max_length": "25"}))
+    with pytest.raises(InputError, match="teacher takes at most 24 tokens"):
+        benchmark_models({"teacher": str(tmp_path / "roberta")}, BenchmarkOptions(sequence_length=25, rounds=1))
