@@ -1,6 +1,9 @@
 """The verbs of a recipe: each one's options, and the plain function that makes its model folder."""
 
+import copy
 import json
+import logging
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -20,6 +23,9 @@ from distill.processes import process_state
 from distill.quantize import Format, quantize_model
 from distill.student import StudentArch, build_student, choose_layers
 from distill.trainer import DistillationConfig, DistillationTrainer, TrainingConfig
+
+# Checkpoints of a small model are less than a second apart; Trainer then sorts them by number, which is just right.
+logging.getLogger("transformers.trainer_utils").addFilter(lambda record: "mtime may not be" not in record.getMessage())
 
 
 @dataclass
@@ -165,6 +171,9 @@ def _train(
     tokenizer = load_tokenizer(tokenizer_from, data.max_length)
     validation = data.task.validation_splits[0][0]
     clock = _Clock()
+    checkpoint = last_checkpoint(Path(options.output_dir))
+    if checkpoint is not None:
+        options = _with_step_counts(options, checkpoint)
     trainer = DistillationTrainer(
         model=model,
         teacher=teacher,
@@ -178,7 +187,6 @@ def _train(
     if options.disable_tqdm:
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(_ProgressLines())
-    checkpoint = last_checkpoint(Path(options.output_dir))
     if checkpoint is not None:
         clock.resume(checkpoint)
         if trainer.is_world_process_zero():
@@ -194,6 +202,17 @@ def last_checkpoint(folder: Path) -> Path | None:
     """The last whole checkpoint in a Trainer's output folder; one that a kill cut short lacks its last file."""
     whole = [path.parent for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")]
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _with_step_counts(options: TrainingConfig, checkpoint: Path) -> TrainingConfig:
+    """The options with shares of all steps as counts: Trainer compares them with a checkpoint's counts, and warns."""
+    max_steps = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).max_steps
+    counted = copy.copy(options)
+    for name in ("logging_steps", "eval_steps", "save_steps"):
+        share = getattr(options, name)
+        if share and share < 1:
+            setattr(counted, name, math.ceil(max_steps * share))
+    return counted
 
 
 class _ProgressLines(TrainerCallback):

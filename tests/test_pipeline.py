@@ -1,6 +1,7 @@
 """Whole runs on tiny models: one folder per step, nothing done twice, nothing lost."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -254,6 +255,29 @@ def test_a_killed_run_resumes_and_ends_with_the_same_bytes(tmp_path, pretrained,
         first, second = (load_file(tmp_path / w / "run" / name / "model.safetensors") for w in ("whole", "killed"))
         assert all(torch.equal(first[key], second[key]) for key in first)
     assert not (student / "checkpoints").exists()
+
+
+def test_a_resumed_run_warns_of_nothing(tmp_path, pretrained, sst2_folder, monkeypatch):
+    def stop(clock, args, state, control, **kwargs):
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+
+    steps = "\n  teacher: {{run: finetune, model: {pretrained}, max_steps: 9, save_steps: 0.3, logging_steps: 0.25}}\n"
+    made = plan(write_recipe(tmp_path, pretrained, sst2_folder, steps))
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    monkeypatch.setattr(logging.getLogger("transformers"), "handlers", [handler])
+    with monkeypatch.context() as patch:
+        patch.setattr("distill.steps._Clock.on_step_end", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run_plan(made)
+    assert [path.name for path in (tmp_path / "run" / "teacher" / "checkpoints").iterdir()] == ["checkpoint-3"]
+    assert run_plan(made) == ["teacher"]
+    assert not [text for text in said if "do not match" in text or "mtime" in text]
+    record = read_record(tmp_path / "run" / "teacher")
+    assert (record["options"]["save_steps"], record["options"]["logging_steps"]) == (0.3, 0.25)
+    assert [entry["step"] for entry in record["log"] if "loss" in entry] == [3, 6, 9]
 
 
 def test_the_baseline_may_be_a_model_from_outside(tmp_path, finished):
