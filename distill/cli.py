@@ -41,7 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     datasets.disable_progress_bars()
     try:
         plain, overrides = _split_overrides(list(sys.argv[1:] if arguments is None else arguments))
-        known = _parser().parse_args(plain)
+        parser = _parser()
+        known, unknown = parser.parse_known_args(plain)
+        if unknown:
+            command = next(word for word in plain if not word.startswith("-"))
+            parser.error(f"unrecognized arguments: {' '.join(unknown)}\n{_hint(command, unknown[0])}")
         known.command(known, overrides)
     except InputError as error:
         for problem in error.problems:
@@ -116,6 +120,17 @@ a GLUE task, from the Hub or (with --data.path) from a folder:
 every --data.<option>: distill check --help-options data"""
 
 
+_EVAL_OPTIONS = "eval takes --task, --label_map and --data.<option>"
+
+
+def _hint(command: str, flag: str) -> str:
+    """What to write instead of an unknown flag."""
+    name = flag.lstrip("-").partition("=")[0]
+    if command in ("run", "check", "report") and flag.startswith("--"):
+        return f"a step's option is --STEP.{name}, the data's --data.{name}; for all others: distill {command} --help"
+    return _EVAL_OPTIONS if command == "eval" else f"for all options: distill {command} --help"
+
+
 def _check(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     if arguments.help_options:
         _print_options(arguments.help_options)
@@ -150,7 +165,7 @@ def _eval(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     for path, text in overrides.items():
         block, _, key = path.partition(".")
         if block != "data" or not key:
-            raise InputError(f"--{path}: no such option; eval takes --task, --label_map and --data.<option>")
+            raise InputError(f"--{path}: no such option; {_EVAL_OPTIONS}")
         values[key] = parse_value(text)
     problems: list[str] = []
     options = parse_options(DataOptions, values, "data", problems)

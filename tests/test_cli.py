@@ -172,6 +172,24 @@ def test_unknown_options_end_with_status_2(capsys):
     assert "unrecognized arguments: --forse" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["run", "r.yaml", "--bogus", "3"], "a step's option is --STEP.bogus, the data's --data.bogus"),
+        (["check", "r.yaml", "--max_length=3"], "a step's option is --STEP.max_length, the data's --data.max_length"),
+        (["eval", "m", "--path", "x"], "eval takes --task, --label_map and --data.<option>"),
+        (["bench", "m", "--round", "3"], "distill bench --help"),
+    ],
+)
+def test_an_unknown_flag_is_told_with_the_form_it_should_have(arguments, hint, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert "unrecognized arguments: --" in error
+    assert hint in error
+
+
 def test_a_wrong_recipe_leaves_nothing_behind(tmp_path, capsys):
     recipe = tmp_path / "r.yaml"
     recipe.write_text(f"task: sst3\noutput_dir: {tmp_path / 'out'}\nsteps: {{a: {{run: finetune, model: /none}}}}")
