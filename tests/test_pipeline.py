@@ -69,6 +69,7 @@ def test_each_step_leaves_an_ordinary_model_folder(finished):
         assert AutoTokenizer.from_pretrained(run / name).model_max_length == 24
         model = AutoModelForSequenceClassification.from_pretrained(run / name)
         assert model.config.id2label == {0: "negative", 1: "positive"}
+        assert len({path.stat().st_mode for path in (run / name).iterdir()}) == 1  # weights are as readable as the rest
     assert read_record(run / "student")["lineage"] == ["teacher", *read_record(run / "teacher")["parents"]]
     assert read_record(run / "student")["train_seconds"] > 0
 
