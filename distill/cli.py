@@ -168,7 +168,7 @@ def _eval(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
             raise InputError(f"--{path}: no such option; {_EVAL_OPTIONS}")
         values[key] = parse_value(text)
     problems: list[str] = []
-    options = parse_options(DataOptions, values, "data", problems)
+    options = parse_options(DataOptions, values, "--data", problems)
     if problems:
         raise InputError(*problems)
     label_map = parse_value(arguments.label_map) if arguments.label_map else None

@@ -23,7 +23,7 @@ from distill.models import (
     no_head_message,
     set_labels,
 )
-from distill.recipe import Recipe, Step
+from distill.recipe import Recipe, Step, located
 from distill.steps import DistillOptions, FinetuneOptions, QuantizeOptions, chosen_layers
 from distill.student import student_config
 from distill.trainer import resolve_layer_map
@@ -111,7 +111,7 @@ def make_plan(recipe: Recipe) -> Plan:
                 f"baseline: {problem}" for problem in _baseline_problems(baseline, label_map, recipe, data, sources)
             ]
     if problems or recipe.problems or data is None or baseline is None:
-        raise InputError(*recipe.problems, *(f"{recipe.path}: {problem}" for problem in problems))
+        raise InputError(*recipe.problems, *(located(problem, recipe.path, recipe.flags) for problem in problems))
     return Plan(recipe, data, planned, baseline, label_map, sources)
 
 
@@ -175,7 +175,7 @@ def _plan_step(
         problems.append("model: its tokenizer is not the teacher's, so they would read different tokens")
     for option, model in inputs.items():
         longest = longest_input(model.config)
-        if longest is not None and recipe.data.max_length > longest:
+        if longest is not None and recipe.data_is_readable and recipe.data.max_length > longest:
             problems.append(
                 f"{option}: takes at most {longest} tokens, but data.max_length is {recipe.data.max_length}"
             )

@@ -2,7 +2,7 @@
 
 import re
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -49,6 +49,8 @@ class Recipe:
     """For every step, also a wrong one that `steps` lacks: `run`, and the given options that are right."""
     data_is_readable: bool = True
     problems: tuple[str, ...] = ()
+    flags: frozenset[str] = frozenset()
+    """Paths of the values that were typed on the command line."""
 
 
 def load_recipe(path: Path, overrides: Mapping[str, str] | None = None, *, draft: bool = False) -> Recipe:
@@ -64,32 +66,34 @@ def load_recipe(path: Path, overrides: Mapping[str, str] | None = None, *, draft
     """
     content = read_yaml(path)
     problems: list[str] = []
-    where = str(path)
     steps = content.get("steps")
     if not isinstance(steps, dict) or not steps:
-        raise InputError(f"{where}: steps: missing; a recipe names at least one step with a `run:`")
-    _apply_overrides(content, overrides or {}, problems)
+        raise InputError(f"{path}: steps: missing; a recipe names at least one step with a `run:`")
+    overrides = overrides or {}
+    _apply_overrides(content, overrides, problems)
 
     unknown = [key for key in content if key not in _TOP_LEVEL]
     for key in unknown:
-        problems.append(f"{where}: {key}: unknown key; {nearest_name(key, _TOP_LEVEL)}")
+        problems.append(f"{key}: unknown key; {nearest_name(key, _TOP_LEVEL)}")
     output_dir = content.get("output_dir")
     if not isinstance(output_dir, str):
-        problems.append(f"{where}: output_dir: missing; say where the run folders go, like runs/{path.stem}")
+        found = "missing" if output_dir is None else f"{output_dir!r} is no path"
+        problems.append(f"output_dir: {found}; say where the run folders go, like runs/{path.stem}")
     names = {}
     for key in ("task", "baseline"):
         names[key] = content.get(key)
         if names[key] is not None and not isinstance(names[key], str):
-            problems.append(f"{where}: {key}: should be a name, got {names.pop(key)!r}")
-    data = parse_options(DataOptions, content.get("data") or {}, f"{where}: data", problems)
-    benchmark = parse_options(BenchmarkOptions, content.get("benchmark") or {}, f"{where}: benchmark", problems)
+            problems.append(f"{key}: should be a name, got {names.pop(key)!r}")
+    data = parse_options(DataOptions, content.get("data") or {}, "data", problems)
+    benchmark = parse_options(BenchmarkOptions, content.get("benchmark") or {}, "benchmark", problems)
     given: dict[str, dict[str, Any]] = {}
     parsed = {}
     for name, options in steps.items():
         given[name] = {}
-        step = _parse_step(name, options, where, Path(str(output_dir)), given[name], problems)
+        step = _parse_step(name, options, Path(str(output_dir)), given[name], problems)
         if step is not None:
             parsed[name] = step
+    problems = [located(problem, path, overrides) for problem in problems]
     if problems and not draft:
         raise InputError(*problems)
     misnamed = bool(unknown) and not {"task", "data"} & content.keys()
@@ -104,7 +108,16 @@ def load_recipe(path: Path, overrides: Mapping[str, str] | None = None, *, draft
         given=given,
         data_is_readable=data is not None and "task" in names and not misnamed,
         problems=tuple(problems),
+        flags=frozenset(overrides),
     )
+
+
+def located(problem: str, path: Path, flags: Collection[str]) -> str:
+    """A problem `key: …` with its place: the recipe's path, or the flag by which the user gave the value."""
+    key = problem.partition(": ")[0].removeprefix("steps.")
+    if key in flags:
+        return f"--{problem.removeprefix('steps.')}"
+    return problem if problem.startswith("--") else f"{path}: {problem}"
 
 
 def parse_options(options_class: type, given: Any, where: str, problems: list[str]) -> Any:
@@ -149,11 +162,9 @@ def _near_recipe(path: Path) -> str:
 # --- steps ----------------------------------------------------------------------------------------------------------
 
 
-def _parse_step(
-    name: str, given: Any, where: str, output_dir: Path, right: dict[str, Any], problems: list[str]
-) -> Step | None:
+def _parse_step(name: str, given: Any, output_dir: Path, right: dict[str, Any], problems: list[str]) -> Step | None:
     """The step, or None where it is wrong; `run` and the options that are right go into `right`."""
-    where, found = f"{where}: steps.{name}", len(problems)
+    where, found = f"steps.{name}", len(problems)
     if not _STEP_NAME.fullmatch(name) or name in _TOP_LEVEL + _FILES_OF_A_RUN:
         problems.append(
             f"{where}: a step's name is letters, digits, '.', '_', '-', no top-level key and no file that a run writes"

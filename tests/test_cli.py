@@ -263,6 +263,43 @@ def test_a_mistyped_steps_name_is_no_hub_id(tmp_path, pretrained, sst2_folder, m
     assert "org/student: no such folder here, and not to be had from the Hub" in capsys.readouterr().err
 
 
+def test_what_was_typed_on_the_command_line_is_named_as_it_was_typed(tmp_path, pretrained, sst2_folder, capsys):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"task: sst2\noutput_dir: {tmp_path / 'out'}\ndata: {{path: {sst2_folder}, max_length: 1}}\nsteps:\n"
+        f"  teacher: {{run: finetune, model: {pretrained}, learning_rate: -1}}\n"
+        "  student.v1: {run: distill, teacher: teacher}\n"
+        f"  deep: {{run: finetune, model: {pretrained}}}\n"
+    )
+    typed = {
+        "student.v1.temperature": "0",
+        "student.v1.temprature": "3",
+        "deep.num_layers": "9",
+        "benchmark.rounds": "0",
+    }
+    flags = [part for key, value in typed.items() for part in (f"--{key}", value)]
+    assert main(["check", str(recipe), *flags, "--output_dir=7"]) == 2
+    error = capsys.readouterr().err
+    for line in (
+        "error: --student.v1.temperature: should be greater than 0",
+        "error: --student.v1.temprature: unknown option; did you mean 'temperature'?",
+        "error: --deep.num_layers: 9 is out of range",
+        "error: --benchmark.rounds: should be greater than or equal to 1",
+        "error: --output_dir: ",
+        f"error: {recipe}: steps.teacher.learning_rate: should be greater than 0",
+        f"error: {recipe}: data.max_length: should be greater than or equal to 2",
+    ):
+        assert line in error, f"{line!r} is not in\n{error}"
+    assert error.count("error:") == 7
+    data = ["--data.max_length", "24", "--data.path", "/no/rows", "--task", "sst3"]
+    assert main(["check", str(recipe), *data]) == 2
+    assert "error: --task: 'sst3' is not a GLUE task" in capsys.readouterr().err
+    assert main(["check", str(recipe), *data[:4]]) == 2
+    assert "error: --data.path: /no/rows: no such file" in capsys.readouterr().err
+    assert main(["eval", str(pretrained), "--data.max_length", "1"]) == 2
+    assert "error: --data.max_length: should be" in capsys.readouterr().err
+
+
 def test_wrong_data_options_do_not_hide_the_models_problems(tmp_path, capsys):
     recipe = tmp_path / "r.yaml"
     recipe.write_text(
