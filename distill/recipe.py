@@ -68,7 +68,8 @@ def load_recipe(path: Path, overrides: Mapping[str, str] | None = None, *, draft
     problems: list[str] = []
     steps = content.get("steps")
     if not isinstance(steps, dict) or not steps:
-        raise InputError(f"{path}: steps: missing; a recipe names at least one step with a `run:`")
+        problems.append("steps: missing; a recipe names at least one step with a `run:`")
+        steps = content["steps"] = {}
     overrides = overrides or {}
     _apply_overrides(content, overrides, problems)
 
@@ -205,7 +206,7 @@ def _apply_overrides(content: dict[str, Any], overrides: Mapping[str, str], prob
             step = _longest_step(path, content["steps"])
             block = content["steps"][step]
             content["steps"][step] = {**(block if isinstance(block, dict) else {}), path[len(step) + 1 :]: value}
-        else:
+        elif content["steps"]:
             known = [*content["steps"], "data", "benchmark", "task", "output_dir", "baseline"]
             problems.append(f"--{path}: no such step or key; {nearest_name(first, known)}")
 

@@ -313,6 +313,17 @@ def test_wrong_data_options_do_not_hide_the_models_problems(tmp_path, capsys):
     assert error.count("error:") == 2
 
 
+def test_missing_steps_do_not_hide_other_problems(tmp_path, capsys):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("task: sst3\noutput_dir: x\nstep: {a: {run: finetune, model: /no/model}}")
+    assert main(["check", str(recipe), "--a.seed", "1"]) == 2
+    error = capsys.readouterr().err
+    assert "steps: missing; a recipe names at least one step" in error
+    assert "step: unknown key; did you mean 'steps'?" in error
+    assert "task: 'sst3' is not a GLUE task; did you mean 'sst2'?" in error
+    assert error.count("error:") == 3
+
+
 def test_check_tells_what_a_recipe_will_do_and_writes_nothing(tmp_path, pretrained, sst2_folder, capsys):
     recipe = tmp_path / "r.yaml"
     recipe.write_text(
