@@ -49,7 +49,11 @@ class Benchmark:
     flops_per_sample: int | None
     """Floating-point operations of one forward (a multiply-add is two); null where the model can't be traced."""
     latency_ms: dict[str, float]
+    """`p50` and `p95` over all calls."""
     throughput_samples_per_second: float
+    """Median over the rounds."""
+    throughput_spread: dict[str, float]
+    """`min` and `max` over the rounds, in the same unit."""
     device: str
 
 
@@ -93,6 +97,7 @@ def benchmark_models(locations: Mapping[str, str], options: BenchmarkOptions) ->
             flops_per_sample=_count_flops(skeleton, options.sequence_length),
             latency_ms={f"p{q}": round(float(np.percentile(latencies[name], q)) * 1000, 3) for q in (50, 95)},
             throughput_samples_per_second=round(float(np.median(throughputs[name])), 2),
+            throughput_spread={"min": round(min(throughputs[name]), 2), "max": round(max(throughputs[name]), 2)},
             device=device.type,
         )
     return results
