@@ -103,9 +103,9 @@ def make_plan(recipe: Recipe) -> Plan:
             problems += [f"steps.{name}.{problem}" for problem in error.problems]
     baseline, label_map = recipe.baseline, None
     if baseline is None and not problems and not recipe.problems:
-        baseline = _default_baseline(recipe, sources)
+        baseline = _default_baseline(recipe, data, sources)
     if baseline is not None:
-        label_map = _teacher_label_map(recipe, baseline)
+        label_map = _label_map_of(recipe, baseline)
         if baseline not in recipe.given:
             problems += [
                 f"baseline: {problem}" for problem in _baseline_problems(baseline, label_map, recipe, data, sources)
@@ -265,23 +265,26 @@ def _baseline_problems(
         return list(error.problems)
 
 
-def _default_baseline(recipe: Recipe, sources: dict[str, ModelSource]) -> str:
-    """The first distill step's teacher, else the first step's input, or the first step where that has no head yet."""
+def _default_baseline(recipe: Recipe, data: Data | None, sources: dict[str, ModelSource]) -> str:
+    """The first distill step's teacher, else the first step's input, or the first step where that has no such head."""
     steps = list(recipe.steps.values())
     for step in steps:
         if isinstance(step.options, DistillOptions):
             return step.options.teacher
     source = sources.get(str(steps[0].options.model))
-    if source is None or _classifier_problems(source, None, None):
+    if source is None or _classifier_problems(source, data, _label_map_of(recipe, source.reference)):
         return steps[0].name
     return source.reference
 
 
-def _teacher_label_map(recipe: Recipe, teacher: str) -> dict[str, str] | None:
-    """The label map of the distill step that has this model as its teacher."""
-    options = [step.options for step in recipe.steps.values()]
-    maps = [o.teacher_label_map for o in options if isinstance(o, DistillOptions) and o.teacher == teacher]
-    return maps[0] if maps else None
+def _label_map_of(recipe: Recipe, reference: str) -> dict[str, str] | None:
+    """The label map of the first step that takes this model with its head: as a teacher, or to quantize it."""
+    for step in recipe.steps.values():
+        if isinstance(step.options, DistillOptions) and step.options.teacher == reference:
+            return step.options.teacher_label_map
+        if isinstance(step.options, QuantizeOptions) and step.options.model == reference:
+            return step.options.label_map
+    return None
 
 
 def _fingerprint(step: Step, inputs: dict[str, str], data: Data | None) -> str:

@@ -294,6 +294,25 @@ def test_the_baseline_may_be_a_model_from_outside(tmp_path, finished):
     assert report["models"][1]["agreement"] > 0.8
 
 
+def test_a_model_with_other_labels_can_be_finetuned_and_is_no_baseline(tmp_path, tokenizer, sst2_folder):
+    other = tmp_path / "other"
+    tiny_bert(num_labels=3).save_pretrained(other)
+    tokenizer.save_pretrained(other)
+    made = plan(write_recipe(tmp_path, other, sst2_folder, "\n  teacher: {{run: finetune, model: {pretrained}}}\n"))
+    assert made.baseline == "teacher"
+    assert made.steps["teacher"].config.id2label == {0: "negative", 1: "positive"}
+
+
+def test_quantize_steps_alone_compare_with_their_model_by_its_label_map(tmp_path, tokenizer, sst2_folder):
+    tiny_bert().save_pretrained(unnamed := tmp_path / "unnamed")
+    tokenizer.save_pretrained(unnamed)
+    labels = "{{LABEL_0: negative, LABEL_1: positive}}"
+    steps = "\n  q: {{run: quantize, model: {pretrained}, format: int8, label_map: " + labels + "}}\n"
+    made = plan(write_recipe(tmp_path, unnamed, sst2_folder, steps))
+    assert made.baseline == str(unnamed)
+    assert made.baseline_label_map == {"LABEL_0": "negative", "LABEL_1": "positive"}
+
+
 def test_a_regression_on_own_rows_with_a_narrower_student_from_a_folder(tmp_path, pretrained, tokenizer):
     student = tiny_bert(seed=4, hidden_size=32, num_hidden_layers=2, intermediate_size=64, initializer_range=0.05)
     student.bert.save_pretrained(narrow := tmp_path / "narrow")
