@@ -16,6 +16,10 @@ class InputError(ValueError):
         super().__init__("\n".join(problems))
 
 
+class TrainingDiverged(RuntimeError):
+    """A loss or a weight became NaN or infinite; what was saved before is good."""
+
+
 def nearest_name(name: str, known: Iterable[str]) -> str:
     """` Did you mean 'x'?` for the nearest of `known`, or the whole list when nothing is near."""
     known = list(known)

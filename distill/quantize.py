@@ -3,10 +3,11 @@
 `import distill` registers the formats with transformers; after it, a plain `AutoModel….from_pretrained` loads them.
 """
 
-import logging
 from typing import Any, Literal
 
+import bitsandbytes as bnb
 import torch
+from bitsandbytes.functional import QuantState
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -16,10 +17,6 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from distill.errors import InputError
 from distill.student import find_blocks
-
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else a line for every layer and call about casts
-import bitsandbytes as bnb  # noqa: E402
-from bitsandbytes.functional import QuantState  # noqa: E402
 
 Format = Literal["int8", "nf4", "fp4"]
 

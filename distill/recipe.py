@@ -2,20 +2,19 @@
 
 import re
 import typing
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from distill.benchmark import BenchmarkOptions
+from distill.config import TrainingConfig, checked
 from distill.data import DataOptions
 from distill.errors import InputError, near_name, nearest_name
 from distill.steps import VERBS, Options
-from distill.trainer import TrainingConfig
 
 _TOP_LEVEL = ("task", "data", "output_dir", "baseline", "benchmark", "steps")
 _FILES_OF_A_RUN = ("recipe.yaml", "report.json", "report.md", "report.png")
@@ -185,7 +184,7 @@ def _parse_step(name: str, given: Any, output_dir: Path, right: dict[str, Any], 
     try:
         options = VERBS[verb](**missing, **values, **fixed)
     except (ValueError, NotImplementedError) as error:  # what TrainingArguments checks across its fields
-        problems.append(f"{where}: {error}")
+        problems += [f"{where}: {problem}" for problem in getattr(error, "problems", [error])]
     return Step(name, verb, options, values) if len(problems) == found else None
 
 
@@ -234,9 +233,9 @@ def _right_values(options_class: type, given: Any, where: str, problems: list[st
             problems.append(f"{where}.{key}: unknown option; {nearest_name(key, known)}")
         else:
             try:
-                values[key] = _validator(annotations[key])(value)
-            except ValidationError as error:
-                problems.append(f"{where}.{key}: {_explain(error)}; got {value!r}")
+                values[key] = checked(value, annotations[key])
+            except InputError as error:
+                problems.append(f"{where}.{key}: {error}")
     for name in known:
         if name in _required(options_class) and name not in given:
             problems.append(f"{where}.{name}: missing. {known[name].metadata['help']}")
@@ -251,19 +250,6 @@ def _required(options_class: type) -> set[str]:
 @cache
 def _annotations(options_class: type) -> dict[str, Any]:
     return typing.get_type_hints(options_class, include_extras=True)
-
-
-def _validator(annotation: Any) -> Callable[[Any], Any]:
-    return TypeAdapter(annotation, config=ConfigDict(coerce_numbers_to_str=True)).validate_python
-
-
-def _explain(error: ValidationError) -> str:
-    """pydantic's messages as one sentence."""
-    messages = []
-    for part in error.errors():
-        place = "".join(f"[{item}] " for item in part["loc"] if isinstance(item, int))
-        messages.append(place + part["msg"].removeprefix("Input ").replace("Field required", "is missing"))
-    return " or ".join(dict.fromkeys(messages))
 
 
 class _CoreSchemaLoader(yaml.SafeLoader):

@@ -1,154 +1,107 @@
-"""`DistillationTrainer`: transformers' Trainer with a teacher, and with losses that add up exactly."""
+"""`DistillationTrainer`: transformers' Trainer with teachers, and with losses that add up exactly."""
 
-import copy
 import inspect
-import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
+import datasets
+import numpy as np
 import safetensors.torch
 import torch
 import transformers
-from pydantic import Field
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
-from distill import losses
-from distill.errors import InputError
-from distill.processes import check_world_size
-
-LayerMap = Literal["uniform"] | list[tuple[int, int]]
+from distill.config import DistillationConfig, TrainingConfig, default_learning_rate, is_on, value_at
+from distill.console import log
+from distill.errors import InputError, TrainingDiverged
+from distill.objective import COUNTS, Part, against_labels, against_teacher, count
+from distill.representations import ProjectedStudent, accepted_inputs, show_pairs
+from distill.teacher import STORED_COLUMNS, AnyTeacher, Teacher, match_teachers, problem_type
 
 _PROJECTIONS_FILE = "projections.safetensors"
-
-
-def _inherited(name: str) -> Any:
-    """An option of transformers with its default and help, for a narrower annotation."""
-    return copy.copy(TrainingArguments.__dataclass_fields__[name])
-
-
-@dataclass
-class TrainingConfig(TrainingArguments):
-    """`transformers.TrainingArguments` with defaults for fine-tuning small encoders.
-
-    Without an accelerator `use_cpu` is set: two CPU processes that don't know it train alone, each for itself.
-
-    Raises:
-        InputError: the launcher started more processes than torch.distributed sees.
-    """
-
-    per_device_train_batch_size: Annotated[int, Field(ge=1)] = field(
-        default=32, metadata={"help": "Rows of a training batch per process."}
-    )
-    per_device_eval_batch_size: Annotated[int, Field(ge=1)] = field(
-        default=64, metadata={"help": "Rows of an evaluation batch per process."}
-    )
-    warmup_steps: Annotated[float, Field(ge=0)] = field(
-        default=0.1, metadata={"help": "Warm-up steps; below 1, their share of all steps."}
-    )
-    weight_decay: Annotated[float, Field(ge=0)] = field(
-        default=0.01, metadata={"help": "AdamW's weight decay (not on biases and norms)."}
-    )
-    train_sampling_strategy: str = field(
-        default="group_by_length", metadata={"help": "How rows are drawn; rows of like length together by default."}
-    )
-    logging_steps: float = field(default=0.1, metadata={"help": "Steps between log lines; below 1, a share of all."})
-    save_steps: float = field(default=0.1, metadata={"help": "Steps between checkpoints; below 1, a share of all."})
-    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept."})
-    learning_rate: Annotated[float, Field(gt=0)] = _inherited("learning_rate")
-    num_train_epochs: Annotated[float, Field(gt=0)] = _inherited("num_train_epochs")
-    max_steps: Literal[-1] | Annotated[int, Field(ge=1)] = _inherited("max_steps")
-    gradient_accumulation_steps: Annotated[int, Field(ge=1)] = _inherited("gradient_accumulation_steps")
-    label_smoothing_factor: Annotated[float, Field(ge=0, lt=1)] = _inherited("label_smoothing_factor")
-    max_grad_norm: Annotated[float, Field(ge=0)] = _inherited("max_grad_norm")
-    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = _inherited("adam_beta1")
-    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = _inherited("adam_beta2")
-    adam_epsilon: Annotated[float, Field(gt=0)] = _inherited("adam_epsilon")
-    disable_tqdm: bool | None = field(
-        default=None, metadata={"help": "No moving progress bar; by default where stderr is no terminal."}
-    )
-
-    def __post_init__(self) -> None:
-        if self.disable_tqdm is None:
-            self.disable_tqdm = not sys.stderr.isatty()  # a moving bar fills a log file with its every move
-        if not torch.accelerator.is_available():
-            self.use_cpu = True
-        super().__post_init__()
-        check_world_size(self.world_size)
-
-
-@dataclass
-class DistillationConfig(TrainingConfig):
-    """What a `DistillationTrainer` minimises: soft_weight·soft + hard_weight·hard + hidden_weight·hidden."""
-
-    temperature: Annotated[float, Field(gt=0)] = field(
-        default=2.0, metadata={"help": "Softens both distributions of the soft loss."}
-    )
-    soft_weight: Annotated[float, Field(ge=0)] = field(
-        default=0.5, metadata={"help": "Weight of the teacher's predictions; 0 is off."}
-    )
-    hard_weight: Annotated[float, Field(ge=0)] = field(
-        default=0.5, metadata={"help": "Weight of the labels; 0 is off."}
-    )
-    hidden_weight: Annotated[float, Field(ge=0)] = field(
-        default=1.0, metadata={"help": "Weight of the teacher's hidden states; 0 is off."}
-    )
-    layer_map: LayerMap = field(
-        default="uniform",
-        metadata={"help": "[student, teacher] pairs of hidden states to match; 0 is the embeddings."},
-    )
+_COUNTED_ROWS = "counted_rows"  # of a batch: B booleans, false for rows that only fill up the last batch of a process
 
 
 class DistillationTrainer(transformers.Trainer):
     """Trains `model` against `teacher`; everything else is `transformers.Trainer`.
 
     Loss and gradients depend only on the rows of an optimizer step, not on how accumulation, processes or padding
-    split them: each loss is summed and divided by the whole step's count of rows or tokens.
+    split them: each loss is summed and divided by the whole step's count of rows, tokens or labels. The same holds for
+    the losses of an evaluation.
+
+    What the task is follows from the model: a sequence classifier with one output learns scores, one whose problem type
+    is multi-label learns sets of labels, any other learns classes. Rows without a label (−100, or NaN) count in every
+    loss but the hard one.
 
     Args:
         model: the student.
-        teacher: its logits and hidden states are the target; kept in eval mode, frozen, and out of every checkpoint.
-            None trains on labels alone (fine-tuning), with a plain `TrainingConfig`.
+        teacher: its predictions and representations are the target; kept in eval mode, frozen, and out of every
+            checkpoint. Several teachers share the weights (`teacher_weights`). "data" stands for predictions in the
+            rows' column `teacher_logits` or `teacher_probabilities` (for the soft loss). None trains on labels alone
+            (fine-tuning), with a plain `TrainingConfig`.
         args: a `DistillationConfig`.
 
     Raises:
-        InputError: weights that need a teacher without one, or a layer map out of range.
+        InputError: weights that need a teacher without one, a layer map out of range, or models that don't fit.
+        TrainingDiverged: while training, a loss that is NaN or infinite; the last checkpoint is from before.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
-        teacher: PreTrainedModel | None = None,
+        teacher: AnyTeacher | Sequence[AnyTeacher] | None = None,
         args: TrainingConfig | None = None,
         **trainer_arguments: Any,
     ):
         args = DistillationConfig(output_dir="distilled") if args is None else args
         self.student = model
-        self.weights = _loss_weights(args)
-        if teacher is None and (self.weights["soft"] or self.weights["hidden"]):
-            raise InputError("teacher: missing; without one, set soft_weight and hidden_weight to 0")
-        self.layer_pairs: list[tuple[int, int]] = []
+        self.problem_type = problem_type(model)
+        self.weights = args.loss_weights if isinstance(args, DistillationConfig) else {"hard": 1.0}
+        self.teachers: list[Teacher] = []
+        if isinstance(args, DistillationConfig):
+            teachers = [teacher] if isinstance(teacher, str | PreTrainedModel) else list(teacher or [])
+            self.teachers = match_teachers(model, teachers, args)
+            if args.learning_rate is None:
+                args.learning_rate = default_learning_rate(model.config.hidden_size)
+            transformers.set_seed(args.seed)  # projections are drawn here
+        uses_logits = is_on(self.weights["hard"]) or is_on(self.weights.get("soft", 0))
         trained: nn.Module = model
-        if teacher is not None and self.weights["hidden"]:
-            self.layer_pairs = resolve_layer_map(
-                args.layer_map, model.config.num_hidden_layers, teacher.config.num_hidden_layers
-            )
-            if model.config.hidden_size != teacher.config.hidden_size:
-                transformers.set_seed(args.seed)
-                trained = _ProjectedStudent(model, teacher.config.hidden_size, self.layer_pairs)
-        self.teacher = teacher
-        super().__init__(model=trained, args=args, **trainer_arguments)
+        if self.teachers:
+            wanted = [each.student_wants for each in self.teachers]
+            widths = [(each.model or model).config.hidden_size for each in self.teachers]
+            trained = ProjectedStudent(model, wanted, widths, uses_logits=uses_logits)
+        super().__init__(
+            model=trained,
+            args=args,
+            callbacks=[_Announcement(self.teachers), *(trainer_arguments.pop("callbacks", None) or [])],
+            **trainer_arguments,
+        )
         # Our losses are divided by the whole step's counts, so Trainer must not divide by the accumulation steps too.
         # (What it finds out by itself is wrong for BERT: a forward with **kwargs that returns a plain mean.)
         self.model_accepts_loss_kwargs = True
         self.label_names = args.label_names or ["labels"]
-        if teacher is not None:
-            self.teacher = teacher.to(self.accelerator.device).requires_grad_(False)
-        self._part_sums: dict[str, dict[str, Tensor]] = {"loss": {}, "eval_loss": {}}
-        self._part_counts = {"loss": 0, "eval_loss": 0}  # optimizer steps, and evaluated rows, since the last log
+        self._check_columns()
+        for each in self.teachers:
+            if each.model is not None:
+                each.model.to(self.accelerator.device)
+        self._logged = _Sums()
+        self._evaluated = _Sums()
+        self._first_bad_step: dict[str, Tensor] = {}
+        for each in self.teachers:
+            if each.student_wants.pooled:
+                each.negatives = self._read_negatives(each)
+
+    def train(self, *arguments: Any, **options: Any) -> TrainOutput:
+        """Trainer's, also after an evaluation."""
+        if self.model_wrapped is self.model:
+            # An evaluation has marked the model as prepared, and Accelerate would leave out DDP: processes that share
+            # no gradients, each training alone (seen with transformers 5.23, accelerate 1.15).
+            self.model._is_accelerate_prepared = False
+            self.accelerator._models.clear()
+        return super().train(*arguments, **options)
 
     # --- the loss ---------------------------------------------------------------------------------------------------
 
@@ -162,80 +115,189 @@ class DistillationTrainer(transformers.Trainer):
         """The weighted loss of one micro-batch: its share of the whole step's loss.
 
         Args:
-            num_items_in_batch: rows and tokens of the whole step (int64, shape 2); of this batch by default.
+            num_items_in_batch: rows, tokens and labels of the whole step (shape 3); of this batch by default.
         """
+        inputs = self._completed(inputs)
         if num_items_in_batch is None:
             num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
-        rows, tokens = num_items_in_batch.unbind()
-        outputs = model(**accepted_inputs(self.student, inputs), output_hidden_states=bool(self.layer_pairs))
-        parts: dict[str, Tensor] = {}
-        if self.weights["hard"]:
-            parts["hard"] = losses.hard_loss(outputs.logits, inputs["labels"], self.args.label_smoothing_factor, rows)
-        if self.teacher is not None:
-            targets = self._teacher_outputs(self.teacher, inputs)
-            if self.weights["soft"]:
-                parts["soft"] = losses.soft_loss(outputs.logits, targets.logits, self.args.temperature, rows)
-            if self.layer_pairs:
-                parts["hidden"] = losses.hidden_loss(
-                    [outputs.hidden_states[student] for student, _ in self.layer_pairs],
-                    [targets.hidden_states[teacher] for _, teacher in self.layer_pairs],
-                    inputs["attention_mask"],
-                    tokens,
-                )
+        outputs = model(**inputs) if self.teachers else model(**accepted_inputs(self.student, inputs))
+        parts = self._parts(outputs, inputs, training=model.training)
+        weights = {name: value_at(self.weights[name], self._progress) for name in parts}
+        losses = {name: part.total / _count_of(part, num_items_in_batch) for name, part in parts.items()}
         if model.training:
+            self._watch(losses)
             # The counts are of all processes, and DDP takes the mean of their gradients.
-            parts = {name: part * self.accelerator.num_processes for name, part in parts.items()}
-            self._add_parts("loss", parts, weight=1)
+            losses = {name: loss * self.accelerator.num_processes for name, loss in losses.items()}
+            self._logged.add({name: (loss, loss * weights[name]) for name, loss in losses.items()})
         else:
-            self._add_parts("eval_loss", parts, weight=len(outputs.logits))
-            self._part_counts["eval_loss"] += len(outputs.logits)
-        loss = torch.stack([self.weights[name] * part for name, part in parts.items()]).sum()
-        return (loss, {"logits": outputs.logits}) if return_outputs else loss
+            self._evaluated.add({name: (part.total, num_items_in_batch[part.counted]) for name, part in parts.items()})
+        weighted = [weights[name] * loss for name, loss in losses.items()]
+        loss = torch.stack(weighted).sum() if weighted else outputs["logits"].sum() * 0
+        return (loss, {"logits": outputs["logits"]}) if return_outputs else loss
 
-    def _teacher_outputs(self, teacher: PreTrainedModel, inputs: dict[str, Tensor]) -> Any:
-        teacher.eval()  # whatever was called on it since
-        with torch.no_grad():  # not inference_mode: the student's backward keeps these tensors
-            return teacher(**accepted_inputs(teacher, inputs), output_hidden_states=bool(self.layer_pairs))
+    def _parts(self, outputs: Mapping[str, Any], inputs: dict[str, Tensor], *, training: bool) -> dict[str, Part]:
+        counted = inputs[_COUNTED_ROWS]
+        parts: dict[str, Part] = {}
+        if is_on(self.weights["hard"]) and "labels" in inputs:
+            parts |= against_labels(self.args, outputs["logits"], inputs, counted)
+        for number, teacher in enumerate(self.teachers):
+            if not training and teacher.model is None and not set(STORED_COLUMNS) & inputs.keys():
+                continue  # validation rows need no stored predictions
+            shown = (outputs["logits"], outputs["representations"][number])
+            temperature = None
+            if self.args.temperature is not None:
+                temperature = value_at(self.args.temperature, self._progress)
+            against = against_teacher(self.args, teacher, shown, inputs, counted, temperature=temperature)
+            for name, part in against.items():
+                parts[name] = parts[name] + part if name in parts else part
+        return parts
+
+    @property
+    def _progress(self) -> float:
+        """Optimizer steps done over all steps; known right after a resume."""
+        return self.state.global_step / self.state.max_steps if self.state.max_steps > 0 else 0.0
+
+    # --- batches and what they count --------------------------------------------------------------------------------
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Tensor]], Tensor]:
-        """The micro-batches of one optimizer step, and its rows and tokens over all processes."""
-        self._part_counts["loss"] += 1
-        batches, counts = super().get_batch_samples(epoch_iterator, num_batches, device)
+        """The micro-batches of one optimizer step, and its rows, tokens and labels over all processes."""
+        # One by one: only while a batch is the newest does the loader know whether it is the last.
+        batches = [self._completed(batch) for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        counts = self._get_num_items_in_batch(batches, device)
         if self.accelerator.num_processes > 1:
             counts = self.accelerator.reduce(counts, reduction="sum")
+        self._logged.steps += 1
         return batches, counts
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
-        rows = torch.tensor(sum(len(batch["input_ids"]) for batch in batch_samples))
-        tokens = sum((batch["attention_mask"].sum() for batch in batch_samples), start=torch.tensor(0))
-        return torch.stack([rows.to(device), tokens.to(device)])
+        batches = map(self._completed, batch_samples)
+        counts = [count(self.args, batch, batch[_COUNTED_ROWS]).to(device) for batch in batches]
+        return torch.stack(counts).sum(0) if counts else torch.zeros(COUNTS, device=device)
+
+    def _completed(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A batch with an attention mask, and with the rows that count.
+
+        With several processes the last batches are filled up with rows from the start of the epoch.
+        """
+        batch = dict(batch)
+        ids = batch["input_ids"]
+        batch.setdefault("attention_mask", torch.ones_like(ids))
+        if _COUNTED_ROWS not in batch:
+            loader = self.accelerator.gradient_state
+            real = len(ids)
+            if loader.end_of_dataloader and loader.remainder > 0:
+                real = loader.remainder - self.accelerator.process_index * len(ids)
+            batch[_COUNTED_ROWS] = torch.arange(len(ids), device=ids.device) < real
+        return batch
 
     _signature_columns: list[str] | None
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            models = [self.student] if self.teacher is None else [self.student, self.teacher]
+            models = [self.student, *(each.model for each in self.teachers if each.model is not None)]
             inputs = {name for model in models for name in inspect.signature(model.forward).parameters}
-            self._signature_columns = [*inputs, "label", "label_ids", *self.label_names, self.args.length_column_name]
+            kept = ("label", "label_ids", *self.label_names, self.args.length_column_name, *STORED_COLUMNS)
+            self._signature_columns = [*inputs, *kept]
+
+    def _check_columns(self) -> None:
+        columns = getattr(self.train_dataset, "column_names", None)
+        if columns is None:
+            return
+        if any(each.model is None for each in self.teachers) and not set(STORED_COLUMNS) & set(columns):
+            raise InputError(
+                f"teacher: 'data' needs a column {' or '.join(STORED_COLUMNS)} in the training rows; "
+                f"they have {', '.join(columns)}"
+            )
+        if is_on(self.weights["hard"]) and not {"label", "label_ids", *self.label_names} & set(columns):
+            raise InputError(f"hard_weight: the training rows have no labels (only {', '.join(columns)}); set it to 0")
+
+    def _read_negatives(self, teacher: Teacher) -> Tensor:
+        """For the contrastive loss: the teacher's pooled states (N×D) of rows spread over the whole training set."""
+        dataset = self.train_dataset if self.train_dataset is not None else self.eval_dataset
+        if isinstance(dataset, datasets.Dataset):
+            dataset = self._remove_unused_columns(dataset, "negatives")
+        wanted = min(self.args.contrastive_negatives, len(dataset))
+        rows = np.linspace(0, len(dataset) - 1, wanted).round().astype(int).tolist()
+        size = self.args.per_device_eval_batch_size
+        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+        pooled = [teacher.outputs(self._collated(dataset, batch))[1].pooled for batch in batches]
+        return torch.cat([each for each in pooled if each is not None])
+
+    def _collated(self, dataset: Any, rows: list[int]) -> dict[str, Tensor]:
+        return self._completed(self._prepare_inputs(self.data_collator([dataset[row] for row in rows])))
 
     # --- the log ----------------------------------------------------------------------------------------------------
 
-    def _add_parts(self, kind: str, parts: dict[str, Tensor], *, weight: int) -> None:
-        sums = self._part_sums[kind]
-        for name, part in parts.items():
-            sums[name] = sums.get(name, 0.0) + part.detach() * weight
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the parts of the loss (`loss/soft`, …), averaged like the loss itself: over steps, or evaluated rows."""
-        for kind in [kind for kind in ("loss", "eval_loss") if kind in logs and self._part_sums[kind]]:
-            sums = self._part_sums[kind]
-            count = torch.tensor(float(self._part_counts[kind]), device=self.args.device)
-            *totals, count = self.accelerator.reduce(torch.stack([*sums.values(), count]), reduction="sum").tolist()
-            logs |= {f"{kind}/{name}": total / count for name, total in zip(sums, totals, strict=True)}
-            self._part_sums[kind], self._part_counts[kind] = {}, 0
+        """Add the parts of the loss (`loss/soft`, …) as means over steps, like the loss itself.
+
+        Where a weight follows a schedule, `weight/…` is its mean, weighted by the part; parts times weights are then
+        always the loss.
+        """
+        if "loss" in logs and self._logged.totals:
+            self._stop_if_diverged()
+            totals = self._logged.reduced(self.accelerator)
+            steps = self._logged.steps * self.accelerator.num_processes
+            for name, (part, weighted) in totals.items():
+                logs[f"loss/{name}"] = part / steps
+                if isinstance(self.weights[name], dict):
+                    logs[f"weight/{name}"] = weighted / part if part else value_at(self.weights[name], self._progress)
+            self._logged = _Sums()
         super().log(logs, start_time)
+
+    def evaluation_loop(
+        self, dataloader: Any, description: str, *arguments: Any, metric_key_prefix: str = "eval", **options: Any
+    ) -> EvalLoopOutput:
+        """Trainer's, with the loss and its parts as sums over all rows divided by what they count."""
+        self._evaluated = _Sums()
+        output = super().evaluation_loop(
+            dataloader, description, *arguments, metric_key_prefix=metric_key_prefix, **options
+        )
+        key = f"{metric_key_prefix}_loss"
+        if not self._evaluated.totals:
+            output.metrics.pop(key, None)  # nothing to compare with, neither labels nor stored predictions
+        elif key in output.metrics:
+            parts = {
+                name: total / counted if counted else 0.0
+                for name, (total, counted) in self._evaluated.reduced(self.accelerator).items()
+            }
+            output.metrics[key] = sum(value_at(self.weights[name], self._progress) * parts[name] for name in parts)
+            output.metrics.update({f"{key}/{name}": part for name, part in parts.items()})
+        return output
+
+    # --- divergence -------------------------------------------------------------------------------------------------
+
+    def _watch(self, losses: dict[str, Tensor]) -> None:
+        """Remember the first step at which a part was not finite, on its device: to ask each step would wait for it."""
+        step = self.state.global_step + 1
+        for name, loss in losses.items():
+            first = self._first_bad_step.get(name, torch.zeros((), dtype=torch.int64, device=loss.device))
+            self._first_bad_step[name] = torch.where((first == 0) & ~loss.detach().isfinite(), step, first)
+        if self.args.device.type == "cpu":
+            self._stop_if_diverged()
+
+    def _stop_if_diverged(self) -> None:
+        steps = {name: int(first) for name, first in self._first_bad_step.items() if first > 0}
+        if steps:
+            name = min(steps, key=lambda part: steps[part])
+            self._diverged(f"the {name} loss was NaN or infinite at step {steps[name]}")
+
+    def _diverged(self, what: str) -> None:
+        folders = Path(self.args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        last = max(folders, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
+        raise TrainingDiverged(
+            f"{what} of {self.state.max_steps}; {f'the last checkpoint is {last}' if last else 'no checkpoint yet'}. "
+            f"Lower learning_rate ({self.args.learning_rate:g}), or look for extreme values in the data"
+        )
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Trainer's, but weights that are not finite never replace a good checkpoint."""
+        self._stop_if_diverged()
+        if not torch.stack([parameter.isfinite().all() for parameter in self.model.parameters()]).all():
+            self._diverged(f"a weight was NaN or infinite at step {self.state.global_step}")
+        super()._save_checkpoint(model, trial)
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -243,13 +305,13 @@ class DistillationTrainer(transformers.Trainer):
         """Write the student alone, in plain form, no pickled arguments; a checkpoint has the projections beside it."""
         folder = Path(output_dir or self.args.output_dir)
         model = self.accelerator.unwrap_model(self.model)
-        if isinstance(model, _ProjectedStudent):
+        if isinstance(model, ProjectedStudent):
             state = model.state_dict() if state_dict is None else state_dict
             state_dict = {k.removeprefix("student."): v for k, v in state.items() if k.startswith("student.")}
         self.student.save_pretrained(folder, state_dict=state_dict, is_main_process=self.args.should_save)
         if not self.args.should_save:
             return
-        if isinstance(model, _ProjectedStudent) and folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+        if isinstance(model, ProjectedStudent) and model.projections and folder.name.startswith(PREFIX_CHECKPOINT_DIR):
             projections = {k: v for k, v in state.items() if k.startswith("projections.")}
             safetensors.torch.save_file(projections, folder / _PROJECTIONS_FILE)
         if self.processing_class is not None:
@@ -257,74 +319,52 @@ class DistillationTrainer(transformers.Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, self.student if model is None else model)
-        if isinstance(self.model, _ProjectedStudent):
+        if isinstance(self.model, ProjectedStudent) and self.model.projections:
             projections = safetensors.torch.load_file(Path(resume_from_checkpoint) / _PROJECTIONS_FILE)
             self.model.load_state_dict(projections, strict=False)
 
     def _load_best_model(self) -> None:
-        if isinstance(self.model, _ProjectedStudent):  # Trainer would look for the wrapper's names and find none
+        if isinstance(self.model, ProjectedStudent):  # Trainer would look for the wrapper's names and find none
             self._load_from_checkpoint(self.state.best_model_checkpoint)
         else:
             super()._load_best_model()
 
 
-def resolve_layer_map(layer_map: LayerMap, num_student_layers: int, num_teacher_layers: int) -> list[tuple[int, int]]:
-    """Pairs (student, teacher) of hidden states; 0 is the embeddings, n the output of block n.
+class _Sums:
+    """Pairs of sums by name, on their device."""
 
-    `uniform` pairs student block m with teacher block m·L/S, the end of the m-th of S equal parts (TinyBERT,
-    Jiao et al. 2020, section 4.1).
+    def __init__(self) -> None:
+        self.totals: dict[str, Tensor] = {}
+        self.steps = 0
 
-    Raises:
-        InputError: a pair out of range.
-    """
-    if layer_map == "uniform":
-        ratio = num_teacher_layers / num_student_layers
-        return [(block, round(block * ratio)) for block in range(1, num_student_layers + 1)]
-    outside = [
-        list(pair)
-        for pair in layer_map
-        if not (0 <= pair[0] <= num_student_layers and 0 <= pair[1] <= num_teacher_layers)
-    ]
-    if outside or not layer_map:
-        raise InputError(
-            f"layer_map: {outside or 'no pair'} is out of range; pairs are [student 0 to {num_student_layers}, "
-            f"teacher 0 to {num_teacher_layers}], 0 being the embeddings"
-        )
-    return [(student, teacher) for student, teacher in layer_map]
+    def add(self, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        for name, pair in pairs.items():
+            added = torch.stack(pair).detach().double()
+            self.totals[name] = self.totals[name] + added if name in self.totals else added
+
+    def reduced(self, accelerator: Any) -> dict[str, tuple[float, float]]:
+        """Over all processes."""
+        sums = accelerator.reduce(torch.stack(list(self.totals.values())), reduction="sum").tolist()
+        return {name: (first, second) for name, (first, second) in zip(self.totals, sums, strict=True)}
 
 
-class _ProjectedStudent(nn.Module):
-    """A student and one linear projection per matched layer to the teacher's width, in one forward for DDP."""
+class _Announcement(TrainerCallback):
+    """Says at the start of a training which layers are matched."""
 
-    def __init__(self, student: PreTrainedModel, teacher_width: int, layer_pairs: list[tuple[int, int]]):
-        super().__init__()
-        self.student = student
-        self.config = student.config
-        width = student.config.hidden_size
-        self.projections = nn.ModuleDict(
-            {str(layer): nn.Linear(width, teacher_width, bias=False) for layer, _ in layer_pairs}
-        )
+    def __init__(self, teachers: list[Teacher]):
+        self._teachers = teachers
 
-    def forward(self, **inputs: Any) -> Any:
-        outputs = self.student(**inputs)
-        if outputs.hidden_states is not None:
-            outputs["hidden_states"] = tuple(
-                self.projections[str(layer)](hidden) if str(layer) in self.projections else hidden
-                for layer, hidden in enumerate(outputs.hidden_states)
-            )
-        return outputs
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        for number, teacher in enumerate(self._teachers, start=1):
+            of = f" {number}" if len(self._teachers) > 1 else ""
+            for part, pairs in teacher.pairs.items():
+                log.print(f"      {part} loss: layers {show_pairs(pairs)} (student→teacher{of}; 0 is the embeddings)")
+            if "attention" in teacher.pairs:
+                log.print("      attention maps are read, so student and teacher run in eager attention (slower)")
 
 
-def _loss_weights(args: TrainingConfig) -> dict[str, float]:
-    if not isinstance(args, DistillationConfig):
-        return {"soft": 0.0, "hard": 1.0, "hidden": 0.0}
-    weights = {"soft": args.soft_weight, "hard": args.hard_weight, "hidden": args.hidden_weight}
-    if not any(weights.values()):
-        raise InputError("soft_weight, hard_weight, hidden_weight: all are 0, so there is nothing to learn from")
-    return weights
-
-
-def accepted_inputs(model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inputs that the model takes, labels aside (DistilBERT has no `token_type_ids`, but swallows them)."""
-    parameters = inspect.signature(model.forward).parameters
-    return {name: value for name, value in inputs.items() if name in parameters and name != "labels"}
+def _count_of(part: Part, counts: Tensor) -> Tensor:
+    counted = counts[part.counted]
+    return torch.where(counted > 0, counted, 1)

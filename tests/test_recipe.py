@@ -4,10 +4,10 @@ from pathlib import Path
 import pytest
 import transformers
 
+from distill.config import TrainingConfig
 from distill.errors import InputError
 from distill.recipe import load_recipe, parse_value
 from distill.steps import DistillOptions, FinetuneOptions, QuantizeOptions
-from distill.trainer import TrainingConfig
 
 RECIPE = """
 task: sst2

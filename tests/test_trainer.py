@@ -1,199 +1,31 @@
 import copy
+import dataclasses
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    DebertaV2Config,
+    DistilBertConfig,
+    ElectraConfig,
+    GPT2Config,
+    LlamaConfig,
+    ModernBertConfig,
+    MPNetConfig,
+    RobertaConfig,
+    TrainerCallback,
+)
 
 from distill import DistillationConfig, DistillationTrainer, build_student
-from distill.data import tokenize
-from distill.errors import InputError
-from distill.tasks import GLUE
-from distill.trainer import TrainingConfig, resolve_layer_map
-from tests.conftest import make_tokenizer, sentences, tiny_bert
-
-LOSSES = {
-    "soft": {"soft_weight": 1.0, "hard_weight": 0.0, "hidden_weight": 0.0},
-    "hard": {"soft_weight": 0.0, "hard_weight": 1.0, "hidden_weight": 0.0},
-    "hidden": {"soft_weight": 0.0, "hard_weight": 0.0, "hidden_weight": 1.0},
-    "all": {},
-}
-
-
-def rows(count=8, seed=0):
-    import datasets
-
-    return tokenize(datasets.Dataset.from_list(sentences(count, seed)), GLUE["sst2"], make_tokenizer(), 32)
-
-
-def one_step(folder, *, batch_size=8, accumulation=1, loss="all", data=None, teacher=None, student=None, **changes):
-    """Gradients and logs of the first optimizer step, taken with plain SGD at learning rate 1: old − new weights."""
-    teacher = teacher or tiny_bert()
-    student = student or build_student(teacher, num_layers=2)
-    with torch.no_grad():
-        student.classifier.weight.mul_(0.5)  # else the student's head is the teacher's
-    before = copy.deepcopy(student.state_dict())
-    args = DistillationConfig(
-        output_dir=str(folder),
-        per_device_train_batch_size=batch_size,
-        gradient_accumulation_steps=accumulation,
-        max_steps=1,
-        optim="sgd",
-        learning_rate=1.0,
-        warmup_steps=0,
-        weight_decay=0.0,
-        max_grad_norm=0.0,
-        logging_steps=1,
-        save_strategy="no",
-        disable_tqdm=True,
-        **{**LOSSES[loss], **changes},
-    )
-    trainer = DistillationTrainer(
-        model=student,
-        teacher=teacher,
-        args=args,
-        train_dataset=rows() if data is None else data,
-        processing_class=make_tokenizer(),
-    )
-    trainer.train()
-    gradients = {name: before[name] - weight for name, weight in student.state_dict().items()}
-    return gradients, trainer.state.log_history[0]
-
-
-def relative_difference(first, second):
-    total = sum(gradient.norm() ** 2 for gradient in first.values()) ** 0.5
-    return (sum((first[name] - second[name]).norm() ** 2 for name in first) ** 0.5 / total).item()
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize(("batch_size", "accumulation"), [(4, 2), (1, 8), (3, 3)])
-def test_gradients_do_not_depend_on_accumulation(tmp_path, loss, batch_size, accumulation):
-    whole, whole_log = one_step(tmp_path, loss=loss)
-    parts, parts_log = one_step(tmp_path, loss=loss, batch_size=batch_size, accumulation=accumulation)
-    assert sum(gradient.norm() for gradient in whole.values()) > 0.01
-    assert relative_difference(whole, parts) < 1e-5
-    for key in (key for key in whole_log if key.startswith("loss")):
-        assert parts_log[key] == pytest.approx(whole_log[key], rel=1e-4)
-
-
-def test_gradients_do_not_depend_on_padding(tmp_path):
-    short = rows()
-    longest = max(short["length"])
-    padded = short.map(
-        lambda row: {
-            "input_ids": row["input_ids"] + [0] * (longest + 9 - row["length"]),
-            "token_type_ids": row["token_type_ids"] + [0] * (longest + 9 - row["length"]),
-            "attention_mask": row["attention_mask"] + [0] * (longest + 9 - row["length"]),
-        }
-    )
-    plain, plain_log = one_step(tmp_path, data=short)
-    with_padding, padded_log = one_step(tmp_path, data=padded)
-    assert relative_difference(plain, with_padding) < 1e-5
-    assert padded_log["loss/hidden"] == pytest.approx(plain_log["loss/hidden"], rel=1e-4)
-
-
-def test_the_step_equals_a_loop_written_by_hand(tmp_path):
-    """The whole step against torch alone: no Trainer, no function of ours."""
-    teacher = tiny_bert()
-    student = build_student(teacher, num_layers=2)
-    with torch.no_grad():
-        student.classifier.weight.mul_(0.5)
-    batch = make_tokenizer().pad(list(rows().remove_columns("length")), return_tensors="pt")
-    labels = batch.pop("labels")
-    ours = student(**batch, output_hidden_states=True)
-    with torch.no_grad():
-        theirs = teacher(**batch, output_hidden_states=True)
-    soft = torch.distributions.kl_divergence(
-        torch.distributions.Categorical(logits=theirs.logits / 3),
-        torch.distributions.Categorical(logits=ours.logits / 3),
-    ).mean()
-    hard = torch.nn.functional.cross_entropy(ours.logits, labels)
-    valid = batch["attention_mask"].bool()
-    pairs = [(1, 2), (2, 4)]
-    hidden = sum((ours.hidden_states[s][valid] - theirs.hidden_states[t][valid]).square().mean() for s, t in pairs) / 2
-    (0.7 * 9 * soft + 0.2 * hard + 0.1 * hidden).backward()
-    by_hand = {name: parameter.grad for name, parameter in student.named_parameters() if parameter.grad is not None}
-
-    weights = {"temperature": 3.0, "soft_weight": 0.7, "hard_weight": 0.2, "hidden_weight": 0.1}
-    ours_by_trainer, log = one_step(tmp_path, teacher=teacher, **weights)
-    assert relative_difference(by_hand, {name: ours_by_trainer[name] for name in by_hand}) < 1e-5
-    assert log["loss/soft"] == pytest.approx(9 * soft.item(), rel=1e-4)
-    assert log["loss/hard"] == pytest.approx(hard.item(), rel=1e-4)
-    assert log["loss/hidden"] == pytest.approx(hidden.item(), rel=1e-4)
-    assert log["loss"] == pytest.approx((0.7 * 9 * soft + 0.2 * hard + 0.1 * hidden).item(), rel=1e-4)
-
-
-_WORKER = """
-import sys, torch
-sys.path.insert(0, {root!r})
-from tests.test_trainer import LOSSES, one_step
-results = {{}}
-for batch_size, accumulation in ((4, 1), (2, 2), (1, 4)):
-    for loss in LOSSES:
-        results[f"{{batch_size}}x{{accumulation}} {{loss}}"] = one_step(
-            {folder!r}, batch_size=batch_size, accumulation=accumulation, loss=loss
-        )
-from accelerate import PartialState
-assert PartialState().num_processes == 2
-if PartialState().is_main_process:
-    torch.save(results, {folder!r} + "/results.pt")
-"""
-
-
-def test_two_processes_give_the_gradients_and_losses_of_one(tmp_path):
-    script = tmp_path / "worker.py"
-    script.write_text(_WORKER.format(root=str(Path(__file__).parents[1]), folder=str(tmp_path)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr
-    results = torch.load(tmp_path / "results.pt", weights_only=True)
-    assert len(results) == 12
-    for case, (gradients, log) in results.items():
-        whole, whole_log = one_step(tmp_path, loss=case.split()[1])
-        assert relative_difference(whole, gradients) < 1e-5, case
-        for key in (key for key in whole_log if key.startswith("loss")):
-            assert log[key] == pytest.approx(whole_log[key], rel=1e-4), (case, key)
-
-
-def test_logged_parts_sum_to_the_loss_in_training_and_evaluation(tmp_path):
-    teacher = tiny_bert()
-    trainer = DistillationTrainer(
-        model=build_student(teacher, num_layers=2),
-        teacher=teacher,
-        args=DistillationConfig(
-            output_dir=str(tmp_path), max_steps=6, logging_steps=3, per_device_train_batch_size=3, save_strategy="no",
-            per_device_eval_batch_size=5, soft_weight=0.3, hard_weight=0.6, hidden_weight=0.2, learning_rate=1e-3,
-        ),
-        train_dataset=rows(16),
-        eval_dataset=rows(13, seed=1),
-        processing_class=make_tokenizer(),
-    )  # fmt: skip
-    trainer.train()
-    trainer.evaluate()
-    logs = trainer.state.log_history
-    for prefix in ("loss", "eval_loss"):
-        log = next(log for log in logs if prefix in log)
-        total = 0.3 * log[f"{prefix}/soft"] + 0.6 * log[f"{prefix}/hard"] + 0.2 * log[f"{prefix}/hidden"]
-        assert total == pytest.approx(log[prefix], rel=1e-3)
-    assert sum("loss" in log for log in logs) == 2
-
-
-def test_a_student_equal_to_its_teacher_has_nothing_to_learn(tmp_path):
-    teacher = tiny_bert()
-    student = build_student(teacher)
-    args = DistillationConfig(
-        output_dir=str(tmp_path), max_steps=2, hard_weight=0.0, save_strategy="no", weight_decay=0.0, logging_steps=1
-    )
-    trainer = DistillationTrainer(
-        model=student, teacher=teacher, args=args, train_dataset=rows(), processing_class=make_tokenizer()
-    )
-    trainer.train()
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(0, abs=1e-6)
-    assert trainer.state.log_history[0]["grad_norm"] == pytest.approx(0, abs=1e-5)
+from distill.config import TrainingConfig, value_at
+from distill.errors import InputError, TrainingDiverged
+from distill.representations import Reader, Wanted, resolve_layer_map
+from tests.conftest import make_tokenizer, tiny_bert
+from tests.test_exactness import OFF, make_rows
 
 
 def test_the_teacher_does_not_change_and_every_student_weight_does(tmp_path):
@@ -201,9 +33,11 @@ def test_the_teacher_does_not_change_and_every_student_weight_does(tmp_path):
     student = build_student(teacher, num_layers=2)
     teacher_before, before = copy.deepcopy(teacher.state_dict()), copy.deepcopy(student.state_dict())
     teacher.train()  # a user's mistake
-    args = DistillationConfig(output_dir=str(tmp_path), max_steps=3, learning_rate=1e-3, warmup_steps=0)
+    args = DistillationConfig(
+        output_dir=str(tmp_path), max_steps=3, learning_rate=1e-3, warmup_steps=0, hard_weight=1.0
+    )
     trainer = DistillationTrainer(
-        model=student, teacher=teacher, args=args, train_dataset=rows(), processing_class=make_tokenizer()
+        model=student, teacher=teacher, args=args, train_dataset=make_rows(), processing_class=make_tokenizer()
     )
     trainer.train()
     assert not teacher.training
@@ -227,10 +61,12 @@ def train_narrow(folder, steps, resume=None, **changes):
         teacher=tiny_bert(),
         args=DistillationConfig(
             output_dir=str(folder), max_steps=6, save_steps=3, learning_rate=1e-3, per_device_train_batch_size=3,
-            save_total_limit=None, logging_steps=1, **changes,
+            save_total_limit=None, logging_steps=1, temperature={"from": 4, "to": 1}, soft_loss="kl", hard_weight=0.5,
+            hidden_weight={"from": 1, "to": 0.1, "shape": "cosine"}, contrastive_weight=0.1, relation_weight=0.1,
+            **changes,
         ),
-        train_dataset=rows(16),
-        eval_dataset=rows(16),
+        train_dataset=make_rows(count=16),
+        eval_dataset=make_rows(count=16),
         processing_class=make_tokenizer(),
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=resume)
@@ -240,6 +76,7 @@ def train_narrow(folder, steps, resume=None, **changes):
 def test_a_narrow_student_is_projected_saved_alone_and_resumes_exactly(tmp_path):
     trainer = train_narrow(tmp_path / "whole", 6)
     projections = trainer.model.projections.state_dict()
+    assert set(projections) == {"0_hidden_1.weight", "0_hidden_2.weight", "0_pooled.weight"}
     assert {tuple(weight.shape) for weight in projections.values()} == {(64, 32)}
     resumed = train_narrow(tmp_path / "again", 6, resume=str(tmp_path / "whole" / "checkpoint-3"))
     for name, weight in trainer.model.state_dict().items():
@@ -266,21 +103,293 @@ def test_the_best_checkpoint_of_a_projected_student_is_loaded(tmp_path):
     assert all(torch.equal(trainer.student.state_dict()[name], weight) for name, weight in best.items())
 
 
+def one_step(folder, teacher, student=None, data=None, **options):
+    """The trainer after one step of SGD at learning rate 1, and its log."""
+    options = {**OFF, "soft_weight": 1.0, "soft_loss": "kl", **options}
+    trainer = DistillationTrainer(
+        model=build_student(teacher, num_layers=2) if student is None else student,
+        teacher=teacher if "teachers" not in options else options.pop("teachers"),
+        args=DistillationConfig(
+            output_dir=str(folder), max_steps=1, optim="sgd", learning_rate=1.0, warmup_steps=0, weight_decay=0.0,
+            max_grad_norm=0.0, logging_steps=1, save_strategy="no", disable_tqdm=True, **options,
+        ),
+        train_dataset=make_rows() if data is None else data,
+        processing_class=make_tokenizer(),
+    )  # fmt: skip
+    trainer.train()
+    return trainer, trainer.state.log_history[0]
+
+
 def test_a_distilbert_student_gets_no_token_types(tmp_path):
     teacher = tiny_bert()
     student = build_student(teacher, student_arch="distilbert", num_layers=2)
     seen = []
     student.register_forward_pre_hook(lambda module, args, kwargs: seen.append(set(kwargs)), with_kwargs=True)
-    one_step(tmp_path, teacher=teacher, student=student)
+    one_step(tmp_path, teacher, student)
     assert seen
     assert all("token_type_ids" not in names and "labels" not in names for names in seen)
 
 
 def test_columns_that_no_model_takes_are_left_out(tmp_path):
-    with_text = rows().add_column("sentence", ["a"] * 8)
-    plain, _ = one_step(tmp_path)
-    with_column, _ = one_step(tmp_path, data=with_text)
-    assert relative_difference(plain, with_column) == 0
+    _, plain = one_step(tmp_path, tiny_bert())
+    _, with_column = one_step(tmp_path, tiny_bert(), data=make_rows().add_column("sentence", ["a"] * 8))
+    assert with_column["loss"] == plain["loss"]
+
+
+def test_rows_need_neither_our_columns_nor_a_mask(tmp_path):
+    """Any tokenized data set will do: no `length`, no `attention_mask`, `label` for `labels`."""
+    plain = make_rows().select_columns(["input_ids", "labels"]).rename_column("labels", "label")
+    _, log = one_step(tmp_path, tiny_bert(), data=plain, hard_weight=1.0)
+    _, full = one_step(tmp_path, tiny_bert(), hard_weight=1.0)
+    assert log["loss"] == pytest.approx(full["loss"], rel=1e-5)
+
+
+# --- teachers -------------------------------------------------------------------------------------------------------
+
+
+def test_several_teachers_share_the_weight(tmp_path):
+    """Of other depth and width, each with its own projections."""
+    first, second = tiny_bert(), tiny_bert(seed=5, hidden_size=32, num_hidden_layers=3)
+    options = {"hidden_weight": 0.5, "seed": 1}
+    student = build_student(first, num_layers=2)
+    with torch.no_grad():
+        student.classifier.weight.mul_(0.5)
+    alone = [one_step(tmp_path, teacher, copy.deepcopy(student), **options)[1] for teacher in (first, second)]
+    both, log = one_step(
+        tmp_path, first, copy.deepcopy(student), teachers=[first, second], teacher_weights=[3, 1], **options
+    )
+    assert log["loss/soft"] == pytest.approx(0.75 * alone[0]["loss/soft"] + 0.25 * alone[1]["loss/soft"], rel=1e-5)
+    assert set(both.model.projections) == {"1_hidden_1", "1_hidden_2"}
+    assert log["loss"] == pytest.approx(log["loss/soft"] + 0.5 * log["loss/hidden"], rel=1e-5)
+
+
+@pytest.mark.parametrize("column", ["teacher_logits", "teacher_probabilities"])
+def test_stored_predictions_give_the_loss_of_the_live_teacher(tmp_path, column):
+    teacher, student = tiny_bert(), tiny_bert(seed=1, num_hidden_layers=2)
+    batch = make_tokenizer().pad(list(make_rows().remove_columns(["length", "labels"])), return_tensors="pt")
+    with torch.no_grad():
+        logits = teacher(**batch).logits
+    stored = logits if column == "teacher_logits" else logits.softmax(-1)
+    rows = make_rows().add_column(column, stored.tolist())
+    trainer, log = one_step(tmp_path, teacher, copy.deepcopy(student), rows, teachers="data", temperature=3.0)
+    _, live = one_step(tmp_path, teacher, copy.deepcopy(student), temperature=3.0)
+    assert log["loss"] == pytest.approx(live["loss"], rel=1e-5)
+    assert log["loss"] > 0.01
+    without = trainer.evaluate(make_rows())  # validation rows need no stored predictions
+    assert "eval_loss" not in without
+    trainer.weights["hard"] = 1.0
+    assert set(trainer.evaluate(make_rows())) >= {"eval_loss", "eval_loss/hard"}
+
+
+def test_teachers_that_do_not_fit_are_refused_with_every_reason(tmp_path):
+    student = tiny_bert(num_hidden_layers=2)
+    wrong = tiny_bert(num_labels=3, num_attention_heads=2)
+    options = {"attention_weight": 1.0, "relation_weight": 1.0, "relation_heads": 7}
+    with pytest.raises(InputError) as error:
+        one_step(tmp_path, wrong, student, **options)
+    assert len(error.value.problems) == 3
+    for part in ("has 4 heads and the teacher 2", "relation_heads: 7 does not divide", "has 3 outputs"):
+        assert part in str(error.value)
+    with pytest.raises(InputError, match="needs a column teacher_logits or teacher_probabilities"):
+        one_step(tmp_path, tiny_bert(), student, teachers="data")
+    with pytest.raises(InputError, match="hidden_weight: needs a teacher model"):
+        one_step(tmp_path, tiny_bert(), student, teachers="data", hidden_weight=1.0)
+    with pytest.raises(InputError, match="teacher_weights: 1 for 2 teachers"):
+        one_step(tmp_path, tiny_bert(), student, teachers=[tiny_bert()] * 2, teacher_weights=[1.0])
+    with pytest.raises(InputError, match="training rows have no labels"):
+        one_step(tmp_path, tiny_bert(), student, make_rows().remove_columns("labels"), hard_weight=1.0)
+    with pytest.raises(InputError, match="no sequence classifier"):
+        one_step(tmp_path, tiny_bert(), tiny_bert().bert)
+
+
+def test_rows_without_any_label_teach_by_the_teacher_alone(tmp_path):
+    _, log = one_step(tmp_path, tiny_bert(), data=make_rows().remove_columns("labels"))
+    _, labelled = one_step(tmp_path, tiny_bert())
+    assert log["loss"] == labelled["loss"]
+
+
+# --- what is read from the models -----------------------------------------------------------------------------------
+
+FAMILIES = {
+    "bert": (BertConfig, {}),
+    "distilbert": (DistilBertConfig, {"dim": 64, "hidden_dim": 128, "n_layers": 4, "n_heads": 4}),
+    "roberta": (RobertaConfig, {}),
+    "electra": (ElectraConfig, {"embedding_size": 64}),
+    "deberta-v2": (DebertaV2Config, {}),
+    "mpnet": (MPNetConfig, {}),
+    "modernbert": (ModernBertConfig, {"pad_token_id": 0, "cls_token_id": 2, "sep_token_id": 3}),
+    "gpt2": (GPT2Config, {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 64, "pad_token_id": 0}),
+    "llama": (LlamaConfig, {"pad_token_id": 0}),
+}
+
+
+def make_family(family, **changes):
+    config_class, settings = FAMILIES[family]
+    plain = {
+        "vocab_size": 25, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "intermediate_size": 128, "max_position_embeddings": 64,
+    }  # fmt: skip
+    if family in ("distilbert", "gpt2"):
+        plain = {"vocab_size": 25}
+    torch.manual_seed(0)
+    return AutoModelForSequenceClassification.from_config(config_class(**{**plain, **settings, **changes}))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_queries_keys_and_values_are_those_that_attention_sees(family):
+    """Their softmax is the attention map that the model reports in eager attention."""
+    model = make_family(family).eval()
+    reader = Reader(model, [Wanted(relations=(2,))])
+    inputs = {"input_ids": torch.tensor([[2, 7, 8, 9, 3]]), "attention_mask": torch.ones(1, 5, dtype=torch.int64)}
+    assert model.config._attn_implementation in ("sdpa", "eager")
+    _, [read] = reader(inputs)
+    queries, keys, values = read.relations[0]
+    assert queries.shape == keys.shape == values.shape == (1, 5, 64)
+    if family in ("bert", "distilbert", "roberta", "electra"):  # no positions inside their attention
+        model.set_attn_implementation("eager")
+        attention = model(**inputs, output_attentions=True).attentions[1]
+        heads = [states.unflatten(-1, (4, 16)).transpose(1, 2) for states in (queries, keys)]
+        expected = (heads[0] @ heads[1].transpose(-1, -2) / 4).softmax(-1)
+        torch.testing.assert_close(attention, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_attention_switches_both_models_to_eager_and_says_so(tmp_path, capsys):
+    teacher = tiny_bert()
+    student = build_student(teacher, num_layers=2)
+    assert {model.config._attn_implementation for model in (teacher, student)} == {"sdpa"}
+    _, log = one_step(tmp_path, teacher, student, attention_weight=1.0)
+    assert {model.config._attn_implementation for model in (teacher, student)} == {"eager"}
+    assert log["loss/attention"] > 0
+    assert "run in eager attention" in capsys.readouterr().err
+
+
+def test_layer_maps_are_printed_when_training_starts(tmp_path, capsys):
+    one_step(tmp_path, tiny_bert(), hidden_weight=1.0, relation_weight=1.0)
+    printed = capsys.readouterr().err
+    assert "hidden loss: layers 1→2, 2→4" in printed
+    assert "relation loss: layers 2→4" in printed
+
+
+# --- schedules and divergence ---------------------------------------------------------------------------------------
+
+
+def test_schedules():
+    linear, cosine = {"from": 4.0, "to": 1.0}, {"from": 0.0, "to": 1.0, "shape": "cosine"}
+    assert [value_at(linear, at) for at in (0, 0.5, 1)] == [4.0, 2.5, 1.0]
+    assert [value_at(cosine, at) for at in (0, 0.25, 0.5, 1)] == pytest.approx([0, (1 - 0.5**0.5) / 2, 0.5, 1])
+    assert value_at(3.0, 0.7) == 3.0
+
+
+def test_a_schedule_follows_the_steps(tmp_path):
+    trainer = DistillationTrainer(
+        model=build_student(tiny_bert(), num_layers=2),
+        teacher=tiny_bert(),
+        args=DistillationConfig(
+            output_dir=str(tmp_path), max_steps=4, logging_steps=1, save_strategy="no", learning_rate=1e-3,
+            soft_weight=1.0, hidden_weight={"from": 1, "to": 0},
+        ),
+        train_dataset=make_rows(),
+        processing_class=make_tokenizer(),
+    )  # fmt: skip
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert [log["weight/hidden"] for log in logs] == pytest.approx([1, 0.75, 0.5, 0.25])
+    for log in logs:
+        assert log["loss"] == pytest.approx(log["loss/soft"] + log["weight/hidden"] * log["loss/hidden"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"temperature": {"from": 4, "too": 1}}, "temperature: to is missing"),
+        ({"temperature": {"from": 4, "to": 0}}, "temperature: both ends of a schedule should be above 0"),
+        ({"temperature": 0}, "temperature: should be greater than 0; got 0"),
+        ({"hidden_loss": "mes"}, "hidden_loss: should be 'mse', 'cosine' or 'pkd'; got 'mes'"),
+        ({"alpha": 0.3, "soft_weight": 0.2}, "soft_weight: is set by alpha; leave one of them out"),
+        ({"temperature": 3, "soft_loss": "mse"}, "temperature: has no effect on soft_loss: mse"),
+        ({"alpha": 2}, "alpha: should be less than or equal to 1"),
+    ],
+)
+def test_wrong_options_are_told_in_python_too(tmp_path, options, problem):
+    with pytest.raises(InputError) as error:
+        DistillationConfig(output_dir=str(tmp_path), **options)
+    assert problem in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "loss", "temperature"),
+    [
+        ({}, "mse", None),
+        ({"temperature": 3}, "kl", 3),
+        ({"soft_loss": "js"}, "js", 2.0),
+        ({"soft_loss": "mse"}, "mse", None),
+        ({"temperature": 5, "soft_loss": "dkd"}, "dkd", 5),
+    ],
+)
+def test_a_temperature_means_a_divergence_of_distributions(tmp_path, given, loss, temperature):
+    config = DistillationConfig(output_dir=str(tmp_path), **given)
+    assert (config.soft_loss, config.temperature) == (loss, temperature)
+    again = dataclasses.replace(config)
+    assert (again.soft_loss, again.temperature) == (loss, temperature)
+
+
+def test_alpha_is_the_share_of_the_labels(tmp_path):
+    config = DistillationConfig(output_dir=str(tmp_path), alpha=0.3)
+    assert (config.hard_weight, config.soft_weight) == (0.3, 0.7)
+
+
+def test_the_learning_rate_follows_the_width_unless_given(tmp_path):
+    for given, expected in ((None, 2e-4 * 384 / 64), (3e-5, 3e-5)):
+        args = DistillationConfig(output_dir=str(tmp_path), learning_rate=given)
+        trainer = DistillationTrainer(model=tiny_bert(), teacher=tiny_bert(), args=args)
+        assert trainer.args.learning_rate == pytest.approx(expected)
+
+
+def diverging(folder, student, **options):
+    return DistillationTrainer(
+        model=student,
+        teacher=tiny_bert(),
+        args=DistillationConfig(
+            output_dir=str(folder), max_steps=6, save_steps=2, logging_steps=1, per_device_train_batch_size=4,
+            save_total_limit=None, learning_rate=1e-3, disable_tqdm=True, hidden_weight=1.0, **options,
+        ),
+        train_dataset=make_rows(count=16),
+        processing_class=make_tokenizer(),
+    )  # fmt: skip
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_part_and_step(tmp_path):
+    student = build_student(tiny_bert(), num_layers=2)
+    calls = []
+
+    def spoil(module, inputs, output):
+        calls.append(0)
+        return output * torch.inf if len(calls) == 4 else output
+
+    student.classifier.register_forward_hook(spoil)
+    with pytest.raises(TrainingDiverged, match=r"the soft loss was NaN or infinite at step 4 of 6; .*checkpoint-2"):
+        diverging(tmp_path, student).train()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2"]
+
+
+def test_weights_that_are_not_finite_never_replace_a_checkpoint(tmp_path):
+    student = build_student(tiny_bert(), num_layers=2)
+    trainer = diverging(tmp_path, student)
+
+    class Spoil(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                student.classifier.bias.data[0] = torch.nan
+
+    trainer.add_callback(Spoil())
+    with pytest.raises(TrainingDiverged, match="a weight was NaN or infinite at step 4"):
+        trainer.train()
+    checkpoint = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    assert all(weight.isfinite().all() for weight in checkpoint.values())
+    assert not (tmp_path / "checkpoint-4").exists()
+
+
+# --- layer maps -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -290,24 +399,34 @@ def test_columns_that_no_model_takes_are_left_out(tmp_path):
         ("uniform", 4, 12, [(1, 3), (2, 6), (3, 9), (4, 12)]),
         ("uniform", 2, 5, [(1, 2), (2, 5)]),
         ([(0, 0), (3, 6)], 3, 6, [(0, 0), (3, 6)]),
+        ([(-1, -1), (1, -3)], 3, 6, [(3, 6), (1, 4)]),
+        ("last", 3, 6, [(1, 4), (2, 5), (3, 6)]),
+        ("first", 3, 6, [(1, 1), (2, 2), (3, 3)]),
+        ("uniform", 6, 3, [(1, 1), (2, 1), (3, 2), (4, 2), (5, 2), (6, 3)]),
     ],
 )
 def test_layer_maps(layer_map, student, teacher, expected):
     assert resolve_layer_map(layer_map, student, teacher) == expected
 
 
-@pytest.mark.parametrize("layer_map", [[(4, 6)], [(3, 7)], [(-1, 0)], []])
+@pytest.mark.parametrize("layer_map", [[(4, 6)], [(3, 7)], [(-5, 0)], []])
 def test_wrong_layer_maps_are_refused(layer_map):
     with pytest.raises(InputError, match=r"student 0 to 3, teacher 0 to 6"):
         resolve_layer_map(layer_map, 3, 6)
 
 
+def test_a_student_deeper_than_its_teacher_has_no_last_layers():
+    with pytest.raises(InputError, match="layer_map: last needs a teacher at least as deep"):
+        resolve_layer_map("last", 6, 3)
+    with pytest.raises(InputError, match=r"pairs are \[student 1 to 3, teacher 1 to 6\], −1 the last layer"):
+        resolve_layer_map([(0, 0)], 3, 6, name="attention_layer_map", lowest=1)
+
+
 def test_a_missing_teacher_and_nothing_to_learn_are_refused(tmp_path):
     with pytest.raises(InputError, match="teacher: missing"):
         DistillationTrainer(model=tiny_bert(), args=DistillationConfig(output_dir=str(tmp_path)))
-    nothing = DistillationConfig(output_dir=str(tmp_path), soft_weight=0, hard_weight=0, hidden_weight=0)
     with pytest.raises(InputError, match="nothing to learn"):
-        DistillationTrainer(model=tiny_bert(), teacher=tiny_bert(), args=nothing)
+        DistillationConfig(output_dir=str(tmp_path), soft_weight=0, hard_weight=0, hidden_weight=0)
 
 
 def test_finetuning_scales_the_loss_rightly_where_stock_trainer_does_not(tmp_path):
@@ -321,7 +440,7 @@ def test_finetuning_scales_the_loss_rightly_where_stock_trainer_does_not(tmp_pat
                 output_dir=str(tmp_path), max_steps=1, logging_steps=1, save_strategy="no",
                 per_device_train_batch_size=8 // accumulation, gradient_accumulation_steps=accumulation,
             )  # fmt: skip
-            data = rows() if trainer_class is DistillationTrainer else rows().remove_columns("length")
+            data = make_rows() if trainer_class is DistillationTrainer else make_rows().remove_columns("length")
             trainer = trainer_class(model=tiny_bert(), args=args, train_dataset=data, processing_class=make_tokenizer())
             trainer.train()
             losses[trainer_class, accumulation] = trainer.state.log_history[0]["loss"]

@@ -1,0 +1,275 @@
+"""What training minimises and how: TrainingArguments with our defaults, and the losses' options on top."""
+
+import copy
+import math
+import sys
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Any, Literal, get_type_hints
+
+import torch
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from transformers import TrainingArguments
+from typing_extensions import NotRequired, TypedDict  # typing's own from Python 3.12 on
+
+from distill.errors import InputError
+from distill.losses import AttentionLoss, HiddenLoss, SoftLoss
+from distill.processes import check_world_size
+from distill.representations import LayerMap
+
+
+def checked(value: Any, annotation: Any) -> Any:
+    """A value as what its annotation says.
+
+    Raises:
+        InputError: it is something else.
+    """
+    adapter: TypeAdapter = TypeAdapter(annotation, config=ConfigDict(coerce_numbers_to_str=True))
+    try:
+        return adapter.validate_python(value)
+    except ValidationError as error:
+        parts = error.errors()
+        if isinstance(value, dict):  # of a union's members only the mapping was meant
+            parts = [
+                part for part in parts if part["type"] not in ("float_type", "literal_error", "list_type")
+            ] or parts
+        else:
+            parts = [part for part in parts if part["type"] != "dict_type"] or parts
+        messages = []
+        for part in parts:
+            keyed = part["type"] in ("missing", "extra_forbidden")
+            place = "".join(f"[{item}] " for item in part["loc"] if isinstance(item, int))
+            place += f"{part['loc'][-1]} " if keyed and part["loc"] else ""
+            message = part["msg"].removeprefix("Input ").replace("Field required", "is missing")
+            messages.append(place + message.replace("Extra inputs are not permitted", "is no such key"))
+        raise InputError(f"{' or '.join(dict.fromkeys(messages))}; got {value!r}") from None
+
+
+Schedule = TypedDict(
+    "Schedule",
+    {
+        "from": Annotated[float, Field(ge=0)],
+        "to": Annotated[float, Field(ge=0)],
+        "shape": NotRequired[Literal["linear", "cosine"]],
+    },
+)
+"""A value that moves over training, from the first optimizer step to the last."""
+
+Schedule.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
+
+Weight = Annotated[float, Field(ge=0)] | Schedule
+
+
+def value_at(value: float | Schedule, progress: float) -> float:
+    """A constant, or a schedule's value.
+
+    Args:
+        progress: optimizer steps done over all steps, 0 to 1.
+    """
+    if not isinstance(value, dict):
+        return value
+    if value.get("shape", "linear") == "cosine":
+        progress = (1 - math.cos(math.pi * progress)) / 2
+    return value["from"] + (value["to"] - value["from"]) * progress
+
+
+def _inherited(name: str) -> Any:
+    """An option of transformers with its default and help, for a narrower annotation."""
+    return copy.copy(TrainingArguments.__dataclass_fields__[name])
+
+
+@dataclass
+class TrainingConfig(TrainingArguments):
+    """`transformers.TrainingArguments` with defaults for fine-tuning small encoders.
+
+    Without an accelerator `use_cpu` is set: two CPU processes that don't know it train alone, each for itself.
+
+    Raises:
+        InputError: the launcher started more processes than torch.distributed sees.
+    """
+
+    per_device_train_batch_size: Annotated[int, Field(ge=1)] = field(
+        default=32, metadata={"help": "Rows of a training batch per process."}
+    )
+    per_device_eval_batch_size: Annotated[int, Field(ge=1)] = field(
+        default=64, metadata={"help": "Rows of an evaluation batch per process."}
+    )
+    warmup_steps: Annotated[float, Field(ge=0)] = field(
+        default=0.1, metadata={"help": "Warm-up steps; below 1, their share of all steps."}
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = field(
+        default=0.01, metadata={"help": "AdamW's weight decay (not on biases and norms)."}
+    )
+    train_sampling_strategy: str = field(
+        default="group_by_length", metadata={"help": "How rows are drawn; rows of like length together by default."}
+    )
+    logging_steps: float = field(default=0.1, metadata={"help": "Steps between log lines; below 1, a share of all."})
+    save_steps: float = field(default=0.1, metadata={"help": "Steps between checkpoints; below 1, a share of all."})
+    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept."})
+    learning_rate: Annotated[float, Field(gt=0)] = _inherited("learning_rate")
+    num_train_epochs: Annotated[float, Field(gt=0)] = _inherited("num_train_epochs")
+    max_steps: Literal[-1] | Annotated[int, Field(ge=1)] = _inherited("max_steps")
+    gradient_accumulation_steps: Annotated[int, Field(ge=1)] = _inherited("gradient_accumulation_steps")
+    label_smoothing_factor: Annotated[float, Field(ge=0, lt=1)] = _inherited("label_smoothing_factor")
+    max_grad_norm: Annotated[float, Field(ge=0)] = _inherited("max_grad_norm")
+    class_weights: list[Annotated[float, Field(gt=0)]] | None = field(
+        default=None, metadata={"help": "Weight of each class in the hard loss, in the order of the labels."}
+    )
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = _inherited("adam_beta1")
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = _inherited("adam_beta2")
+    adam_epsilon: Annotated[float, Field(gt=0)] = _inherited("adam_epsilon")
+    disable_tqdm: bool | None = field(
+        default=None, metadata={"help": "No moving progress bar; by default where stderr is no terminal."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.disable_tqdm is None:
+            self.disable_tqdm = not sys.stderr.isatty()  # a moving bar fills a log file with its every move
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
+        super().__post_init__()
+        check_world_size(self.world_size)
+
+
+@dataclass
+class DistillationConfig(TrainingConfig):
+    """What a `DistillationTrainer` minimises: the weighted sum of the losses in `distill.losses`.
+
+    The defaults, the squared error of the logits alone and patience (Beyer et al. 2022), did best of what was tried
+    (recipes/README.md). A weight of 0 is off. Every weight and the temperature may be a schedule,
+    {from: 4, to: 1, shape: linear | cosine}, driven by `global_step / max_steps`.
+
+    Raises:
+        InputError: a value of the wrong type or out of range, or all weights 0.
+    """
+
+    learning_rate: Annotated[float, Field(gt=0)] | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Peak learning rate; by default 2e-4 · 384 / the student's hidden size."}
+    )
+    num_train_epochs: Annotated[float, Field(gt=0)] = field(
+        default=8.0,
+        metadata={"help": "Passes over the rows; a student gains from more of them than labels do."},
+    )
+    temperature: Annotated[float, Field(gt=0)] | Schedule | None = field(
+        default=None,
+        metadata={"help": "Softens both distributions of the soft loss, 2 if unset; a number or a schedule."},
+    )
+    alpha: Annotated[float, Field(ge=0, le=1)] | None = field(
+        default=None, metadata={"help": "Shorthand for hard_weight: alpha, soft_weight: 1 - alpha."}
+    )
+    soft_weight: Weight = field(default=1.0, metadata={"help": "Weight of the teacher's predictions."})
+    soft_loss: SoftLoss | None = field(
+        default=None,
+        metadata={
+            "help": "Divergence of predictions: mse (of the logits, without a temperature), kl (Hinton), reverse_kl, "
+            "js, dkd (decoupled). By default kl where a temperature is given, else mse; scores: squared error."
+        },
+    )
+    dkd_alpha: Annotated[float, Field(ge=0)] = field(
+        default=1.0, metadata={"help": "dkd: weight of the target class against the rest."}
+    )
+    dkd_beta: Annotated[float, Field(ge=0)] = field(
+        default=8.0, metadata={"help": "dkd: weight of the classes among the rest."}
+    )
+    hard_weight: Weight = field(default=0.0, metadata={"help": "Weight of the labels; rows without one are skipped."})
+    hidden_weight: Weight = field(default=0.0, metadata={"help": "Weight of the teacher's hidden states."})
+    hidden_loss: HiddenLoss = field(
+        default="mse",
+        metadata={"help": "Distance of hidden states: mse, cosine, or pkd (normalised first states)."},
+    )
+    layer_map: LayerMap = field(
+        default="uniform",
+        metadata={"help": "Hidden states to match: uniform, last, first, or [student, teacher] pairs; 0: embeddings."},
+    )
+    embedding_weight: Weight = field(
+        default=0.0, metadata={"help": "Weight of the embedding layer's output (squared error)."}
+    )
+    attention_weight: Weight = field(
+        default=0.0, metadata={"help": "Weight of the attention maps; switches both models to eager attention."}
+    )
+    attention_loss: AttentionLoss = field(default="mse", metadata={"help": "Distance of attention maps."})
+    attention_layer_map: LayerMap = field(default="uniform", metadata={"help": "Blocks whose attention maps match."})
+    relation_weight: Weight = field(
+        default=0.0, metadata={"help": "Weight of the relations among queries, keys and values (MiniLMv2)."}
+    )
+    relation_heads: Annotated[int, Field(ge=1)] | None = field(
+        default=None, metadata={"help": "Relation heads; by default the most up to the teacher's that fit both widths."}
+    )
+    relation_layer_map: LayerMap = field(
+        default_factory=lambda: [(-1, -1)], metadata={"help": "Blocks whose relations match; by default the last."}
+    )
+    contrastive_weight: Weight = field(
+        default=0.0, metadata={"help": "Weight of telling a row's own teacher state from those of other rows."}
+    )
+    contrastive_temperature: Annotated[float, Field(gt=0)] = field(
+        default=0.1, metadata={"help": "Temperature of the contrastive loss's similarities."}
+    )
+    contrastive_negatives: Annotated[int, Field(ge=1)] = field(
+        default=256, metadata={"help": "Training rows whose teacher states are the negatives."}
+    )
+    teacher_weights: list[Annotated[float, Field(gt=0)]] | None = field(
+        default=None, metadata={"help": "Share of each of several teachers; equal by default."}
+    )
+
+    def __post_init__(self) -> None:
+        problems = _field_problems(self)
+        if not problems and self.alpha is not None:
+            problems += self._apply_alpha(self.alpha)
+        if not problems:
+            problems += self._choose_soft_loss()
+        if not problems and not any(map(is_on, self.loss_weights.values())):
+            problems.append(f"{', '.join(f'{part}_weight' for part in PARTS)}: all are 0, so there is nothing to learn")
+        if problems:
+            raise InputError(*problems)
+        super().__post_init__()
+
+    def _choose_soft_loss(self) -> list[str]:
+        if self.soft_loss is None:
+            self.soft_loss = "mse" if self.temperature is None else "kl"
+        if self.soft_loss == "mse":
+            return ["temperature: has no effect on soft_loss: mse; leave one of them out"] * (
+                self.temperature is not None
+            )
+        self.temperature = 2.0 if self.temperature is None else self.temperature
+        if min(value_at(self.temperature, progress) for progress in (0, 1)) == 0:
+            return ["temperature: both ends of a schedule should be above 0"]
+        return []
+
+    def _apply_alpha(self, alpha: float) -> list[str]:
+        meant = {"soft_weight": 1 - alpha, "hard_weight": alpha}
+        defaults = {name: DistillationConfig.__dataclass_fields__[name].default for name in meant}
+        contradicted = [name for name in meant if getattr(self, name) not in (defaults[name], meant[name])]
+        self.soft_weight, self.hard_weight = meant["soft_weight"], meant["hard_weight"]
+        return [f"{name}: is set by alpha; leave one of them out" for name in contradicted]
+
+    @property
+    def loss_weights(self) -> dict[str, float | Schedule]:
+        """The weight of each part of the loss."""
+        return {part: getattr(self, f"{part}_weight") for part in PARTS}
+
+
+PARTS = ("soft", "hard", "hidden", "embedding", "attention", "relation", "contrastive")
+"""Of the loss; each has a `…_weight`, and `loss/…` in the log."""
+
+
+def default_learning_rate(width: int) -> float:
+    """2e-4 for a student 384 wide, and inversely with the width (Yang et al. 2022, table 3, for Adam)."""
+    return 2e-4 * 384 / width
+
+
+def is_on(weight: float | Schedule) -> bool:
+    """Whether a weight is ever above 0."""
+    return max(weight["from"], weight["to"]) > 0 if isinstance(weight, dict) else weight > 0
+
+
+def _field_problems(config: DistillationConfig) -> list[str]:
+    """Values of our own options against their annotations, for those who call from Python."""
+    annotations = get_type_hints(DistillationConfig, include_extras=True)
+    inherited = {each.name for each in fields(TrainingConfig)}
+    problems = []
+    for each in fields(DistillationConfig):
+        if each.name not in inherited:
+            try:
+                setattr(config, each.name, checked(getattr(config, each.name), annotations[each.name]))
+            except InputError as error:
+                problems.append(f"{each.name}: {error}")
+    return problems

@@ -1,0 +1,234 @@
+"""What the losses compare: which layers of a model, read in one forward, projected where widths differ."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from distill.errors import InputError
+from distill.losses import mean_pool
+from distill.student import find_blocks
+
+LayerMap = Literal["uniform", "last", "first"] | list[tuple[int, int]]
+
+# Last names of the query, key and value projections inside a block; one name is a layer that holds all three.
+_PROJECTION_NAMES: tuple[tuple[str, ...], ...] = (
+    ("query", "key", "value"),  # BERT, RoBERTa, ELECTRA, ALBERT, ViT
+    ("q_lin", "k_lin", "v_lin"),  # DistilBERT
+    ("q_proj", "k_proj", "v_proj"),  # Llama, Qwen, ViT
+    ("query_proj", "key_proj", "value_proj"),  # DeBERTa-v2
+    ("q", "k", "v"),  # MPNet
+    ("Wqkv",),  # ModernBERT
+    ("c_attn",),  # GPT-2
+)
+
+
+def resolve_layer_map(
+    layer_map: LayerMap, num_student_layers: int, num_teacher_layers: int, *, name: str = "layer_map", lowest: int = 0
+) -> list[tuple[int, int]]:
+    """Pairs (student, teacher) of layers: n is the output of block n, 0 the embeddings, −1 the last block.
+
+    `uniform` pairs student block m with teacher block m·T/S, the end of the m-th of S equal parts (TinyBERT,
+    Jiao et al. 2020, section 4.1); `last` with block T−S+m; `first` with block m.
+
+    Args:
+        lowest: 0 where the embeddings can be matched, 1 where only blocks can (attention).
+
+    Raises:
+        InputError: a pair out of range, or a student that is deeper than its teacher for `last` and `first`.
+    """
+    if isinstance(layer_map, str):
+        if layer_map != "uniform" and num_student_layers > num_teacher_layers:
+            raise InputError(
+                f"{name}: {layer_map} needs a teacher at least as deep as the student "
+                f"({num_student_layers} layers against {num_teacher_layers}); say uniform, or name the pairs"
+            )
+        teacher_blocks = {
+            "uniform": lambda block: max(1, round(block * num_teacher_layers / num_student_layers)),
+            "last": lambda block: num_teacher_layers - num_student_layers + block,
+            "first": lambda block: block,
+        }[layer_map]
+        return [(block, teacher_blocks(block)) for block in range(1, num_student_layers + 1)]
+    depths = (num_student_layers, num_teacher_layers)
+    pairs = [
+        tuple(layer + depth + 1 if layer < 0 else layer for layer, depth in zip(pair, depths, strict=True))
+        for pair in layer_map
+    ]
+    wrong = [
+        list(given)
+        for given, pair in zip(layer_map, pairs, strict=True)
+        if not all(lowest <= layer <= depth for layer, depth in zip(pair, depths, strict=True))
+    ]
+    if wrong or not pairs:
+        raise InputError(
+            f"{name}: {wrong or 'no pair'} is out of range; pairs are [student {lowest} to {num_student_layers}, "
+            f"teacher {lowest} to {num_teacher_layers}], {'0 the embeddings, ' if lowest == 0 else ''}−1 the last layer"
+        )
+    return [(student, teacher) for student, teacher in pairs]
+
+
+def show_pairs(pairs: Sequence[tuple[int, int]]) -> str:
+    """`1→2, 2→4`."""
+    return ", ".join(f"{student}→{teacher}" for student, teacher in pairs)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which of a model's representations to read; layers are numbered as in a layer map."""
+
+    hidden: tuple[int, ...] = ()
+    attention: tuple[int, ...] = ()
+    relations: tuple[int, ...] = ()
+    embedding: bool = False
+    pooled: bool = False
+
+    @property
+    def hidden_states(self) -> bool:
+        """Whether the model must return its hidden states."""
+        return bool(self.hidden) or self.embedding or self.pooled
+
+
+@dataclass
+class Representations:
+    """One forward's representations, in the order of `Wanted`."""
+
+    hidden: list[Tensor] = field(default_factory=list)
+    """Each B×T×D."""
+    attention: list[Tensor] = field(default_factory=list)
+    """Each B×H×T×T probabilities."""
+    relations: list[list[Tensor]] = field(default_factory=list)
+    """Each the queries, keys and values of a block, B×T×D."""
+    embedding: Tensor | None = None
+    pooled: Tensor | None = None
+    """B×D: the mean of the last hidden states."""
+
+
+def accepted_inputs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inputs that the model takes, labels aside (DistilBERT has no `token_type_ids`, but swallows them)."""
+    parameters = inspect.signature(model.forward).parameters
+    return {name: value for name, value in inputs.items() if name in parameters and name != "labels"}
+
+
+class Reader:
+    """Runs a model and reads representations from it.
+
+    Queries, keys and values are caught by hooks, so they are there under every attention implementation; attention
+    maps exist in eager attention alone, to which the model is switched.
+
+    Raises:
+        InputError: the model gives no attention maps, or its projections have names that are not known here.
+    """
+
+    def __init__(self, model: PreTrainedModel, wanted: Sequence[Wanted]):
+        self.model = model
+        self.wanted = wanted
+        self._caught: dict[int, dict[str, Tensor]] | None = None
+        self._names: tuple[str, ...] = ()
+        if any(each.attention for each in wanted):
+            try:
+                model.set_attn_implementation("eager")
+            except ValueError as error:
+                raise InputError(
+                    f"attention_weight: {type(model).__name__} has no eager attention ({error})"
+                ) from error
+        layers = sorted({layer for each in wanted for layer in each.relations})
+        if layers:
+            self._hook(layers)
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, list[Representations]]:
+        """The logits, and what each of `wanted` names; of a batch's tensors the model gets those that it takes."""
+        self._caught = {}
+        try:
+            outputs = self.model(
+                **accepted_inputs(self.model, inputs),
+                output_hidden_states=any(each.hidden_states for each in self.wanted),
+                output_attentions=any(each.attention for each in self.wanted),
+            )
+        finally:
+            caught, self._caught = self._caught, None
+        return outputs.logits, [self._pick(each, outputs, inputs, caught) for each in self.wanted]
+
+    def _pick(self, wanted: Wanted, outputs: Any, inputs: Mapping[str, Tensor], caught: dict) -> Representations:
+        hidden: Sequence[Tensor] = outputs.hidden_states if wanted.hidden_states else []
+        attentions: Sequence[Tensor] = outputs.attentions if wanted.attention else []
+        for kind, found, layers in (
+            ("hidden states", hidden, wanted.hidden),
+            ("attention", attentions, wanted.attention),
+        ):
+            if layers and (not found or len(found) < max(layers)):
+                raise InputError(f"{type(self.model).__name__} returned no {kind} of layer {max(layers)}")
+        return Representations(
+            hidden=[hidden[layer] for layer in wanted.hidden],
+            attention=[attentions[layer - 1] for layer in wanted.attention],
+            relations=[self._projected(caught, layer) for layer in wanted.relations],
+            embedding=hidden[0] if wanted.embedding else None,
+            pooled=mean_pool(hidden[-1], inputs["attention_mask"]) if wanted.pooled else None,
+        )
+
+    def _projected(self, caught: dict[int, dict[str, Tensor]], layer: int) -> list[Tensor]:
+        states = [caught[layer][name] for name in self._names]
+        return list(states[0].chunk(3, dim=-1)) if len(states) == 1 else states
+
+    def _hook(self, layers: list[int]) -> None:
+        _, blocks = find_blocks(self.model)
+        for layer in layers:
+            inside = {name.rpartition(".")[2]: module for name, module in blocks[layer - 1].named_modules()}
+            names = next((names for names in _PROJECTION_NAMES if all(name in inside for name in names)), None)
+            if names is None:
+                raise InputError(
+                    f"relation_weight: the query, key and value layers of {type(self.model).__name__} have names that "
+                    "are not known; set relation_weight: 0"
+                )
+            self._names = names
+            for name in names:
+                inside[name].register_forward_hook(self._catcher(layer, name))
+
+    def _catcher(self, layer: int, name: str) -> Any:
+        def catch(module: nn.Module, arguments: tuple, output: Tensor) -> None:
+            if self._caught is not None:
+                self._caught.setdefault(layer, {})[name] = output
+
+        return catch
+
+
+class ProjectedStudent(nn.Module):
+    """A student, and a linear projection for each representation whose width differs from a teacher's.
+
+    One module with one forward, so that projections are synchronised under DDP, clipped and saved in checkpoints. It
+    returns exactly what the losses use, so that DDP sees which parameters get no gradient.
+    """
+
+    def __init__(
+        self, student: PreTrainedModel, wanted: Sequence[Wanted], teacher_widths: Sequence[int], *, uses_logits: bool
+    ):
+        super().__init__()
+        self.student = student
+        self.config = student.config
+        self.reader = Reader(student, wanted)
+        self._uses_logits = uses_logits
+        self.projections = nn.ModuleDict()
+        for teacher, (each, teacher_width) in enumerate(zip(wanted, teacher_widths, strict=True)):
+            names = [f"{teacher}_hidden_{layer}" for layer in each.hidden]
+            names += [f"{teacher}_embedding"] * each.embedding + [f"{teacher}_pooled"] * each.pooled
+            for name in names if teacher_width != student.config.hidden_size else ():
+                self.projections[name] = nn.Linear(student.config.hidden_size, teacher_width, bias=False)
+
+    def forward(self, **batch: Tensor) -> dict[str, Any]:
+        """`logits` B×C, and `representations`, one for each teacher."""
+        logits, read = self.reader(batch)
+        for teacher, (wanted, found) in enumerate(zip(self.reader.wanted, read, strict=True)):
+            found.hidden = [
+                self._project(f"{teacher}_hidden_{layer}", hidden)
+                for layer, hidden in zip(wanted.hidden, found.hidden, strict=True)
+            ]
+            if found.embedding is not None:
+                found.embedding = self._project(f"{teacher}_embedding", found.embedding)
+            if found.pooled is not None:
+                found.pooled = self._project(f"{teacher}_pooled", found.pooled)
+        return {"logits": logits if self._uses_logits else logits.detach(), "representations": read}
+
+    def _project(self, name: str, state: Tensor) -> Tensor:
+        return self.projections[name](state) if name in self.projections else state

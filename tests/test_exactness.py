@@ -1,0 +1,259 @@
+"""One optimizer step depends on its rows alone: not on accumulation, processes, padding or order; nor an evaluation."""
+
+import copy
+import functools
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+
+from distill import DistillationConfig, DistillationTrainer, build_student
+from distill.config import PARTS
+from distill.data import tokenize
+from distill.tasks import GLUE
+from tests.conftest import make_tokenizer, sentences, tiny_bert
+
+OFF = {f"{part}_weight": 0.0 for part in PARTS}
+
+
+def only(part, **options):
+    return {**OFF, f"{part}_weight": 1.0, **options}
+
+
+# Options of a DistillationConfig; `kind` is what the labels are, `narrow` a student of half the width.
+CASES = {
+    "default": {},
+    "soft": only("soft"),
+    "reverse": only("soft", soft_loss="reverse_kl"),
+    "js": only("soft", soft_loss="js"),
+    "logits": only("soft", soft_loss="mse"),
+    "dkd": only("soft", soft_loss="dkd"),
+    "hard": only("hard", label_smoothing_factor=0.1),
+    "class weights": only("hard", class_weights=[0.5, 2.0]),
+    "hidden": only("hidden"),
+    "hidden, upper layers unused": only("hidden", layer_map=[(1, 3)]),
+    "cosine": only("hidden", hidden_loss="cosine"),
+    "pkd": only("hidden", hidden_loss="pkd"),
+    "embedding": only("embedding", narrow=True),
+    "attention": only("attention"),
+    "attention kl": only("attention", attention_loss="kl", attention_layer_map="last"),
+    "relation": only("relation", narrow=True),
+    "contrastive": only("contrastive", contrastive_negatives=5, narrow=True),
+    "every part": {
+        **{f"{part}_weight": 0.3 for part in PARTS},
+        **{"narrow": True, "temperature": {"from": 4, "to": 1}, "hidden_weight": {"from": 1, "to": 0.5}},
+    },
+    "regression": {"kind": "regression"},
+    "label sets": {"kind": "label sets"},
+    "label sets, dkd": only("soft", soft_loss="dkd", kind="label sets"),
+    "rows without a label": {"kind": "unlabelled", "class_weights": [0.5, 2.0]},
+    "regression without labels": {"kind": "unlabelled regression"},
+}
+
+
+@functools.cache
+def make_rows(kind="classes", count=8, seed=0):
+    data = tokenize(datasets.Dataset.from_list(sentences(count, seed)), GLUE["sst2"], make_tokenizer(), 32)
+    labels = data["labels"]
+    if kind == "unlabelled":
+        labels = [label if row % 3 else -100 for row, label in enumerate(labels)]
+    elif kind.endswith("regression"):
+        labels = [label + row / 10 for row, label in enumerate(labels)]
+    elif kind == "label sets":
+        labels = [[float(label), float(row % 2), 1.0] for row, label in enumerate(labels)]
+    if kind == "unlabelled regression":
+        labels = [label if row % 3 else float("nan") for row, label in enumerate(labels)]
+    return data.remove_columns("labels").add_column("labels", labels)
+
+
+def make_models(kind="classes", narrow=False):
+    changes = {"num_labels": 1} if kind.endswith("regression") else {}
+    if kind == "label sets":
+        changes = {"num_labels": 3, "problem_type": "multi_label_classification"}
+    teacher = tiny_bert(**changes)
+    half = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64}
+    student = tiny_bert(seed=3, **half, **changes) if narrow else build_student(teacher, num_layers=2)
+    with torch.no_grad():
+        student.classifier.weight.mul_(0.5)  # else the student's head is the teacher's
+    return teacher, student
+
+
+def train(folder, case, *, batch_size=8, accumulation=1, steps=1, change_rows=lambda rows: rows):
+    """Gradients and log of an optimizer step (plain SGD at learning rate 1: old − new weights), then an evaluation."""
+    options = dict(CASES[case])
+    kind, narrow = options.pop("kind", "classes"), options.pop("narrow", False)
+    teacher, student = make_models(kind, narrow)
+    args = DistillationConfig(
+        output_dir=str(folder), per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation,
+        per_device_eval_batch_size=batch_size, max_steps=steps, optim="sgd", learning_rate=1.0 if steps == 1 else 0.1,
+        warmup_steps=0, weight_decay=0.0, max_grad_norm=0.0, logging_steps=1, save_strategy="no", disable_tqdm=True,
+        **options,
+    )  # fmt: skip
+    rows = make_rows(kind)
+    trainer = DistillationTrainer(
+        model=student, teacher=teacher, args=args, train_dataset=rows, processing_class=make_tokenizer(),
+    )  # fmt: skip
+    evaluated = trainer.evaluate(make_rows(kind, count=7, seed=1))  # before a step, so that all have the same weights
+    trainer.train_dataset = change_rows(rows)
+    before = {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
+    trainer.train()
+    gradients = {name: before[name] - weight for name, weight in trainer.model.state_dict().items()}
+    log = next(log for log in trainer.state.log_history if "loss" in log)
+    log = {key: value for key, value in log.items() if key.startswith("loss")}
+    return gradients, log | {key: value for key, value in evaluated.items() if key.startswith("eval_loss")}
+
+
+@functools.cache
+def whole_step(case):
+    """One batch of 8 rows in one process."""
+    with tempfile.TemporaryDirectory() as folder:
+        return train(folder, case)
+
+
+def relative_difference(first, second):
+    total = sum(gradient.norm() ** 2 for gradient in first.values()) ** 0.5
+    return (sum((first[name] - second[name]).norm() ** 2 for name in first) ** 0.5 / total).item()
+
+
+def assert_equal(whole, other, what):
+    (gradients, log), (other_gradients, other_log) = whole, other
+    assert relative_difference(gradients, other_gradients) < 1e-5, what
+    assert log.keys() == other_log.keys()
+    for key, value in log.items():
+        assert other_log[key] == pytest.approx(value, rel=1e-4, abs=1e-7), (what, key)
+
+
+def pad_more(rows):
+    longest = max(rows["length"])
+    tensors = ("input_ids", "token_type_ids", "attention_mask")
+    return rows.map(lambda row: {name: row[name] + [0] * (longest + 9 - row["length"]) for name in tensors})
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_depends_on_its_rows_alone(tmp_path, case):
+    whole = gradients, log = whole_step(case)
+    assert sum(gradient.norm() for gradient in gradients.values()) > 1e-3
+    assert log["loss"] > 0
+    for batch_size, accumulation in ((4, 2), (1, 8), (3, 3)):
+        split = train(tmp_path, case, batch_size=batch_size, accumulation=accumulation)
+        assert_equal(whole, split, f"{accumulation} batches of {batch_size}")
+    assert_equal(whole, train(tmp_path, case, change_rows=pad_more), "padding")
+    shuffled = train(tmp_path, case, batch_size=4, accumulation=2, change_rows=lambda rows: rows.shuffle(seed=1))
+    assert_equal(whole, shuffled, "order")
+
+
+@pytest.mark.parametrize("case", ["every part", "default", "rows without a label", "label sets"])
+def test_parts_times_weights_are_the_loss(tmp_path, case):
+    teacher, student = make_models(CASES[case].get("kind", "classes"), CASES[case].get("narrow", False))
+    options = {key: value for key, value in CASES[case].items() if key not in ("kind", "narrow")}
+    trainer = DistillationTrainer(
+        model=student, teacher=teacher, processing_class=make_tokenizer(),
+        train_dataset=make_rows(CASES[case].get("kind", "classes"), 16),
+        args=DistillationConfig(
+            output_dir=str(tmp_path), max_steps=6, logging_steps=3, per_device_train_batch_size=3, save_strategy="no",
+            learning_rate=1e-3, disable_tqdm=True, **options,
+        ),
+    )  # fmt: skip
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert len(logs) == 2
+    for log in logs:
+        parts = [key.partition("/")[2] for key in log if key.startswith("loss/")]
+        weights = {part: log.get(f"weight/{part}", trainer.weights[part]) for part in parts}
+        assert sum(weights[part] * log[f"loss/{part}"] for part in parts) == pytest.approx(log["loss"], rel=1e-4)
+        assert set(parts) == {part for part, weight in trainer.weights.items() if weight != 0}
+
+
+_WORKER = """
+import sys, torch
+sys.path.insert(0, {root!r})
+from accelerate import PartialState
+from tests.test_exactness import CASES, train
+results = {{}}
+for case in CASES:
+    for batch_size, accumulation in ((4, 1), (3, 2)):
+        results[f"{{case}}|{{batch_size}}|{{accumulation}}"] = train(
+            {folder!r}, case, batch_size=batch_size, accumulation=accumulation
+        )
+for case in ("hidden, upper layers unused", "every part"):  # DDP finds a parameter without a gradient a step too late
+    results[f"{{case}}|steps"] = train({folder!r}, case, batch_size=4, steps=3)
+assert PartialState().num_processes == 2
+if PartialState().is_main_process:
+    torch.save(results, {folder!r} + "/results.pt")
+"""
+
+
+def test_two_processes_give_the_gradients_and_losses_of_one(tmp_path):
+    """Two real processes (gloo); with batches of 3 the last one holds 2 rows, and 4 that only fill it up."""
+    script = tmp_path / "worker.py"
+    script.write_text(_WORKER.format(root=str(Path(__file__).parents[1]), folder=str(tmp_path)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500)
+    assert done.returncode == 0, done.stderr
+    results = torch.load(tmp_path / "results.pt", weights_only=True)
+    assert len(results) == 2 * len(CASES) + 2
+    for name, found in results.items():
+        case, _, split = name.partition("|")
+        if split == "steps":
+            gradients, _ = train(tmp_path, case, steps=3)
+            assert relative_difference(gradients, found[0]) < 1e-4, name
+        else:
+            assert_equal(whole_step(case), found, name)
+
+
+def test_the_step_equals_a_loop_written_by_hand(tmp_path):
+    """The whole step against torch alone: no Trainer, no function of ours."""
+    teacher, student = make_models()
+    batch = make_tokenizer().pad(list(make_rows().remove_columns("length")), return_tensors="pt")
+    labels = batch.pop("labels")
+    ours = student(**batch, output_hidden_states=True)
+    with torch.no_grad():
+        theirs = teacher(**batch, output_hidden_states=True)
+    soft = torch.distributions.kl_divergence(
+        torch.distributions.Categorical(logits=theirs.logits / 3),
+        torch.distributions.Categorical(logits=ours.logits / 3),
+    ).mean()
+    hard = torch.nn.functional.cross_entropy(ours.logits, labels)
+    valid = batch["attention_mask"].bool()
+    pairs = [(1, 2), (2, 4)]
+    hidden = sum((ours.hidden_states[s][valid] - theirs.hidden_states[t][valid]).square().mean() for s, t in pairs) / 2
+    (0.7 * 9 * soft + 0.2 * hard + 0.1 * hidden).backward()
+    by_hand = {name: parameter.grad for name, parameter in student.named_parameters() if parameter.grad is not None}
+
+    CASES["by hand"] = {
+        "temperature": 3.0, "soft_weight": 0.7, "soft_loss": "kl", "hard_weight": 0.2, "hidden_weight": 0.1,
+        "layer_map": "uniform", "hidden_loss": "mse",
+    }  # fmt: skip
+    gradients, log = train(tmp_path, "by hand")
+    del CASES["by hand"]
+    gradients = {name.removeprefix("student."): gradient for name, gradient in gradients.items()}
+    assert relative_difference(by_hand, {name: gradients[name] for name in by_hand}) < 1e-5
+    assert log["loss/soft"] == pytest.approx(9 * soft.item(), rel=1e-4)
+    assert log["loss/hard"] == pytest.approx(hard.item(), rel=1e-4)
+    assert log["loss/hidden"] == pytest.approx(hidden.item(), rel=1e-4)
+    assert log["loss"] == pytest.approx((0.7 * 9 * soft + 0.2 * hard + 0.1 * hidden).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case not in ("hard", "class weights", "contrastive", "every part", "embedding")]
+)
+def test_a_student_equal_to_its_teacher_has_nothing_to_learn(tmp_path, case):
+    options = dict(CASES[case])
+    kind = options.pop("kind", "classes")
+    options.pop("narrow", None)
+    teacher, _ = make_models(kind)
+    student = copy.deepcopy(teacher)
+    args = DistillationConfig(
+        output_dir=str(tmp_path), max_steps=1, save_strategy="no", logging_steps=1, disable_tqdm=True,
+        **{**options, "hard_weight": 0.0},
+    )  # fmt: skip
+    trainer = DistillationTrainer(
+        model=student, teacher=teacher, args=args, train_dataset=make_rows(kind), processing_class=make_tokenizer()
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(0, abs=1e-5)
+    assert trainer.state.log_history[0]["grad_norm"] == pytest.approx(0, abs=1e-4)
