@@ -10,13 +10,16 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, PretrainedConfig, PreTrainedModel
 
+from distill.config import TrainingConfig
 from distill.console import log, results
 from distill.models import load_tokenizer
 from distill.pipeline import is_finished
 from distill.plan import Plan, PlannedStep
 from distill.quantize import quantized_size
-from distill.steps import DistillOptions, QuantizeOptions
-from distill.trainer import DistillationTrainer, TrainingConfig
+from distill.representations import show_pairs
+from distill.steps import DistillOptions, QuantizeOptions, teachers_of
+from distill.teacher import FROM_DATA
+from distill.trainer import DistillationTrainer
 
 _TIMED_BATCHES = 3
 
@@ -55,9 +58,9 @@ def print_plan(plan: Plan) -> None:
         )
         if planned.layers is not None:
             results.print(f"  source layers {', '.join(map(str, planned.layers))} (from 0)")
-        if planned.layer_pairs is not None:
-            pairs = ", ".join(f"{student}→{teacher}" for student, teacher in planned.layer_pairs)
-            results.print(f"  hidden states {pairs} (student→teacher; 0 is the embeddings)")
+        for teacher, pairs in planned.layer_pairs.items():
+            for part, layers in pairs.items():
+                results.print(f"  {part} loss: {show_pairs(layers)} (student→{teacher}; 0 is the embeddings)")
         if is_finished(planned):
             results.print("  finished already")
         elif estimate.seconds is not None and estimate.training_bytes is not None:
@@ -79,14 +82,19 @@ def estimate_step(plan: Plan, planned: PlannedStep) -> Estimate:
         weights = quantized_size(skeleton, format=options.format, double_quant=options.double_quant)
         return Estimate(num_parameters, weights, None, None, None)
     training_bytes = 16 * num_parameters
-    teacher_config = _teacher_config(plan, planned)
-    if teacher_config is not None:
-        with torch.device("meta"):
-            training_bytes += 4 * sum(parameter.numel() for parameter in _from_config(teacher_config).parameters())
-    micro_batches, steps = _count_steps(options, len(plan.data.splits["train"]))
+    teacher_configs = _teacher_configs(plan, planned)
+    with torch.device("meta"):
+        for config in teacher_configs:
+            training_bytes += 4 * sum(parameter.numel() for parameter in _from_config(config).parameters())
+    micro_batches, steps = _count_steps(options, _num_training_rows(plan, planned))
     with tempfile.TemporaryDirectory() as scratch:  # Trainer makes its output folder when it is built
-        seconds = micro_batches * _seconds_per_batch(plan, planned, options, teacher_config, scratch)
+        seconds = micro_batches * _seconds_per_batch(plan, planned, options, teacher_configs, scratch)
     return Estimate(num_parameters, 4 * num_parameters, training_bytes, steps, seconds)
+
+
+def _num_training_rows(plan: Plan, planned: PlannedStep) -> int:
+    unlabelled = plan.data.splits.get("unlabelled", [])
+    return len(plan.data.splits["train"]) + len(unlabelled) * isinstance(planned.step.options, DistillOptions)
 
 
 def _count_steps(options: TrainingConfig, num_rows: int) -> tuple[int, int]:
@@ -99,16 +107,16 @@ def _count_steps(options: TrainingConfig, num_rows: int) -> tuple[int, int]:
 
 
 def _seconds_per_batch(
-    plan: Plan, planned: PlannedStep, options: TrainingConfig, teacher_config: PretrainedConfig | None, scratch: str
+    plan: Plan, planned: PlannedStep, options: TrainingConfig, teacher_configs: list[PretrainedConfig], scratch: str
 ) -> float:
     """Mean time of a training step over batches of short, middling and long rows."""
     timed = copy.copy(options)
     timed.output_dir, timed.disable_tqdm, timed.report_to = scratch, True, []
     tokenizer = load_tokenizer(planned.tokenizer_location, plan.data.max_length)
-    rows = plan.data.tokenized("train", tokenizer)
+    rows = plan.data.training_rows(tokenizer, unlabelled=isinstance(planned.step.options, DistillOptions))
     trainer = DistillationTrainer(
         model=_from_config(planned.config),
-        teacher=None if teacher_config is None else _from_config(teacher_config),
+        teacher=[*map(_from_config, teacher_configs), *([FROM_DATA] * (FROM_DATA in teachers_of(planned.step.given)))],
         args=timed,
         train_dataset=rows,
         processing_class=tokenizer,
@@ -128,12 +136,9 @@ def _seconds_per_batch(
     return float(np.mean(seconds[1:]))
 
 
-def _teacher_config(plan: Plan, planned: PlannedStep) -> PretrainedConfig | None:
-    options = planned.step.options
-    if not isinstance(options, DistillOptions):
-        return None
-    made = plan.steps.get(options.teacher)
-    return made.config if made else plan.sources[options.teacher].config
+def _teacher_configs(plan: Plan, planned: PlannedStep) -> list[PretrainedConfig]:
+    teachers = [name for name in teachers_of(planned.step.given) if name != FROM_DATA]
+    return [plan.steps[name].config if name in plan.steps else plan.sources[name].config for name in teachers]
 
 
 def _from_config(config: PretrainedConfig) -> PreTrainedModel:

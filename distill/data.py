@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any
 
@@ -11,9 +11,12 @@ import numpy as np
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
-from distill.errors import InputError, nearest_name
+from distill.columns import MERGED_LABELS, all_hidden, checked_rows, merge_labels, name_labels
+from distill.errors import InputError
 from distill.readers import read_splits
 from distill.tasks import Task, TaskKind, glue_task, own_task
+from distill.teacher import STORED_COLUMNS
+from distill.unlabelled import read_unlabelled, sample_pairs, with_stored
 
 
 @dataclass
@@ -27,9 +30,29 @@ class DataOptions:
     )
     name: str | None = field(default=None, metadata={"help": "The Hub data set's configuration."})
     text: str | list[str] | None = field(default=None, metadata={"help": "One text column, or a list of two."})
-    label: str | None = field(default=None, metadata={"help": "The label column."})
+    label: str | list[str] | None = field(
+        default=None,
+        metadata={"help": "The label column; for multi-label one of lists, or a list of columns of zeros and ones."},
+    )
     label_names: list[str] | None = field(
         default=None, metadata={"help": "Names of the classes in the order of their ids; read from the rows if unset."}
+    )
+    unlabelled: str | None = field(
+        default=None,
+        metadata={"help": "More texts for distill steps, which only the teacher labels: a file, folder or data set."},
+    )
+    sampled_pairs: Annotated[int, Field(ge=1)] | None = field(
+        default=None,
+        metadata={
+            "help": "For two text columns: this many new pairs of training texts that are alike, as unlabelled rows."
+        },
+    )
+    teacher_logits: str | list[str] | None = field(
+        default=None,
+        metadata={"help": "For teacher: data. A column of lists, or a column a class, in the order of the labels."},
+    )
+    teacher_probabilities: str | list[str] | None = field(
+        default=None, metadata={"help": "The same for probabilities."}
     )
     max_length: Annotated[int, Field(ge=2)] = field(
         default=128, metadata={"help": "Longest row in tokens; what is longer is cut at its end."}
@@ -48,11 +71,12 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class Data:
-    """Checked rows: each split has the task's text columns and `label` (class id, or float score)."""
+    """Checked rows: each split has the task's text columns and `label` (class id, float score, or zeros and ones)."""
 
     task: Task
     splits: dict[str, datasets.Dataset]
-    """`train`, the task's validation splits, and `test` where there is a labelled one."""
+    """`train`, the task's validation splits, `test` where there is a labelled one, `unlabelled` where there are such
+    rows (class −100, score NaN)."""
     fingerprint: str
     """Changes with the rows, and with every option that chooses them."""
     train_fingerprint: str
@@ -68,6 +92,13 @@ class Data:
         if key not in self._tokenized:
             self._tokenized[key] = tokenize(self.splits[split], self.task, tokenizer, self.max_length)
         return self._tokenized[key]
+
+    def training_rows(self, tokenizer: PreTrainedTokenizerBase, *, unlabelled: bool) -> datasets.Dataset:
+        """The tokenized rows to train on, with those that only a teacher labels or without."""
+        rows = self.tokenized("train", tokenizer)
+        if not unlabelled or "unlabelled" not in self.splits:
+            return rows
+        return datasets.concatenate_datasets([rows, self.tokenized("unlabelled", tokenizer)])
 
     def scored_splits(self) -> list[tuple[str, str, str]]:
         """(split, prefix, suffix) of each split that is scored; prefix and suffix go around its metric keys."""
@@ -89,6 +120,10 @@ def load_data(task_name: str | None, options: DataOptions, *, to_score: bool = F
     found, source_fingerprint = read_splits(task, options.path, options.name)
     notes: list[str] = []
     problems: list[str] = []
+    if isinstance(options.label, list):
+        found = {split: merge_labels(rows, options.label, split, problems) for split, rows in found.items()}
+        if problems:
+            raise InputError(*problems)
     if to_score and set(found) == {"train"}:
         found = {task.validation_splits[0][0]: found["train"]}
     if "train" not in found and not to_score:
@@ -96,13 +131,21 @@ def load_data(task_name: str | None, options: DataOptions, *, to_score: bool = F
             f"data.path: no train split in {options.path or task_name}; found {', '.join(found) or 'nothing'}"
         )
 
-    task = _name_labels(task, found.get("train", next(iter(found.values()))), options, problems)
-    splits = {}
+    task = name_labels(task, found.get("train", next(iter(found.values()))), options.label_names, problems)
+    splits: dict[str, datasets.Dataset] = {}
+    stored = {name: getattr(options, name) for name in STORED_COLUMNS}
     wanted = ["train", *(split for split, _ in task.validation_splits), "test"]
     for split in [name for name in wanted if name in found]:
-        labels_hidden = split == "test" and task.label in found[split].column_names and _all_hidden(found[split], task)
+        labels_hidden = split == "test" and task.label in found[split].column_names and all_hidden(found[split], task)
         if not labels_hidden:
-            splits[split] = _checked(found[split], split, task, problems)
+            splits[split] = checked_rows(found[split], split, task, problems)
+            splits[split] = with_stored(splits[split], found[split], split, task, stored, problems)
+    if options.unlabelled is not None and not to_score:
+        unlabelled, more = read_unlabelled(options.unlabelled, task, stored, problems)
+        splits |= {} if unlabelled is None else {"unlabelled": unlabelled}
+        source_fingerprint += f" unlabelled {more}"
+    if options.sampled_pairs is not None and len(task.text) != 2:
+        problems.append("data.sampled_pairs: pairs need two text columns, and the task has one; leave it out")
     if problems:
         raise InputError(*problems)
 
@@ -113,10 +156,15 @@ def load_data(task_name: str | None, options: DataOptions, *, to_score: bool = F
             f"no validation split: {len(validation)} rows ({options.validation_fraction:.0%}) cut from train, "
             f"seed {options.seed}, stratified, equal texts kept on one side"
         )
-    for split in splits:
+    for split in [name for name in splits if name != "unlabelled"]:
         limit = options.max_train_rows if split == "train" else options.max_eval_rows
         if limit and limit < len(splits[split]):
             splits[split] = _random_part(splits[split], limit, options.seed)
+    if options.sampled_pairs is not None and not to_score:
+        pairs = sample_pairs(splits["train"], task, options.sampled_pairs, options.seed)
+        notes.append(f"{len(pairs)} unlabelled pairs sampled from the {len(splits['train'])} training rows")
+        known = [splits["unlabelled"]] if "unlabelled" in splits else []
+        splits["unlabelled"] = datasets.concatenate_datasets([*known, pairs])
     source = [task_name, source_fingerprint, asdict(task)]
     return Data(
         task=task,
@@ -135,7 +183,8 @@ def tokenize(
 
     def encode(batch: dict[str, list]) -> dict[str, list]:
         encoded = tokenizer(*(batch[column] for column in task.text), truncation=True, max_length=max_length)
-        return {**encoded, "labels": batch["label"], "length": [len(ids) for ids in encoded["input_ids"]]}
+        stored = {name: batch[name] for name in STORED_COLUMNS if name in batch}
+        return {**encoded, "labels": batch["label"], "length": [len(ids) for ids in encoded["input_ids"]], **stored}
 
     return rows.map(
         encode,
@@ -176,105 +225,19 @@ def _task(task_name: str | None, options: DataOptions) -> Task:
     if options.path is None:
         problems.append("task: missing; name a GLUE task, or say `data:` with kind, path, text and label")
     if options.kind is None:
-        problems.append("data.kind: missing; say classification or regression (or name a GLUE task under `task:`)")
+        problems.append(
+            "data.kind: missing; say classification, multi-label or regression (or name a GLUE task under `task:`)"
+        )
     text = [options.text] if isinstance(options.text, str) else options.text or ["text"]
     if len(text) > 2:
         problems.append(f"data.text: one or two columns, not {len(text)}")
     if problems or options.kind is None:
         raise InputError(*problems)
+    if isinstance(options.label, list):
+        if options.kind != "multi-label":
+            raise InputError(f"data.label: several columns are for kind: multi-label, not {options.kind}")
+        return own_task(options.kind, tuple(text), MERGED_LABELS).with_label_names(tuple(options.label))
     return own_task(options.kind, tuple(text), options.label or "label")
-
-
-# --- checking -------------------------------------------------------------------------------------------------------
-
-
-def _name_labels(task: Task, rows: datasets.Dataset, options: DataOptions, problems: list[str]) -> Task:
-    """The task with its label names: GLUE's, the user's, the data set's own, or the values found."""
-    if task.kind == "regression" or task.label_names or task.label not in rows.column_names:
-        return task
-    if options.label_names:
-        return task.with_label_names(tuple(options.label_names))
-    feature = rows.features[task.label]
-    if isinstance(feature, datasets.ClassLabel):
-        return task.with_label_names(tuple(feature.names))
-    values = {value for value in rows[task.label] if value is not None}
-    if any(isinstance(value, float) and not value.is_integer() for value in values):
-        example = next(value for value in values if not float(value).is_integer())
-        problems.append(f"data.label: column {task.label!r} holds scores like {example}; say kind: regression")
-    elif len(values) < 2:
-        problems.append(
-            f"data.label: column {task.label!r} holds {len(values)} class; classification needs two or more"
-        )
-    return task.with_label_names(tuple(str(value) for value in sorted(values, key=lambda v: (isinstance(v, str), v))))
-
-
-def _checked(rows: datasets.Dataset, split: str, task: Task, problems: list[str]) -> datasets.Dataset:
-    """The task's columns of one split with labels as ids or floats; what is wrong goes into `problems`."""
-    missing = [column for column in (*task.text, task.label) if column not in rows.column_names]
-    for column in missing:
-        key = "label" if column == task.label else "text"
-        problems.append(f"data.{key}: {split} has no column {column!r}; {nearest_name(column, rows.column_names)}")
-    if missing:
-        return rows
-    for column in task.text:
-        problem = _text_problem(rows, column)
-        if problem:
-            problems.append(f"data.text: column {column!r} of {split} {problem}")
-    labels, problem = _encode_labels(rows[task.label], task)
-    if problem:
-        problems.append(f"data.label: column {task.label!r} of {split} {problem}")
-        return rows
-    return rows.select_columns(list(task.text)).add_column("label", labels)  # type: ignore[call-arg]
-
-
-def _text_problem(rows: datasets.Dataset, column: str) -> str | None:
-    if getattr(rows.features[column], "dtype", None) not in ("string", "large_string"):
-        return f"holds no text but {getattr(rows.features[column], 'dtype', 'nested values')}"
-    texts = rows[column]
-    empty = [index for index, text in enumerate(texts) if text is None]
-    if empty:
-        return f"has no text in {len(empty)} of {len(rows)} rows (the first is row {empty[0]}); remove or fill them"
-    if not any(text.strip() for text in texts):
-        return "holds no text: every row is empty"
-    return None
-
-
-def _encode_labels(values: list[Any], task: Task) -> tuple[list, str | None]:
-    """Class ids or float scores, and what is wrong with the values."""
-    missing = [index for index, value in enumerate(values) if value is None]
-    if missing:
-        return [], f"has no label in {len(missing)} of {len(values)} rows (the first is row {missing[0]})"
-    if task.kind == "regression":
-        try:
-            scores = [float(value) for value in values]
-        except (TypeError, ValueError):
-            wrong = next(value for value in values if not isinstance(value, int | float))
-            return [], f"holds {wrong!r}, which is no number; regression needs scores"
-        if not np.isfinite(scores).all():
-            return [], "holds scores that are not finite"
-        return scores, None
-    names = task.label_names or ()
-    ids = {name: index for index, name in enumerate(names)}
-    own_values = task.name == "own" and all(name in ids for name in map(_class_name, set(values)))
-    if own_values or all(isinstance(value, str) for value in values):
-        unknown = sorted({str(value) for value in values if _class_name(value) not in ids})
-        if unknown:
-            return [], f"holds {unknown[0]!r}, which is none of the classes ({', '.join(names)})"
-        return [ids[_class_name(value)] for value in values], None
-    outside = Counter(value for value in values if value not in range(len(names)))
-    if outside:
-        value, count = outside.most_common(1)[0]
-        return [], f"holds {value!r} ({count} rows); its ids go from 0 to {len(names) - 1} ({', '.join(names)})"
-    return [int(value) for value in values], None
-
-
-def _class_name(value: Any) -> str:
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-
-
-def _all_hidden(rows: datasets.Dataset, task: Task) -> bool:
-    """GLUE's test labels are withheld: −1 in every row."""
-    return all(value == -1 or value is None for value in rows[task.label])
 
 
 # --- choosing rows --------------------------------------------------------------------------------------------------

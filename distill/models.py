@@ -24,6 +24,12 @@ from distill.errors import InputError
 from distill.sources import locate, sha256
 from distill.tasks import Task
 
+# transformers' names for our kinds.
+PROBLEM_TYPES = {
+    "classification": "single_label_classification",
+    "multi-label": "multi_label_classification",
+    "regression": "regression",
+}
 _DEFAULT_LABEL = re.compile(r"LABEL_\d+")
 # RoBERTa and what came from it: the first token's position is the padding's id + 1.
 _POSITIONS_AFTER_PADDING = {
@@ -140,7 +146,7 @@ def set_labels(config: PretrainedConfig, task: Task) -> None:
     names = task.label_names or ("score",)
     config.id2label = dict(enumerate(names))
     config.label2id = {name: index for index, name in enumerate(names)}
-    config.problem_type = "regression" if task.kind == "regression" else "single_label_classification"
+    config.problem_type = PROBLEM_TYPES[task.kind]
 
 
 def label_order(

@@ -19,6 +19,7 @@ from distill.models import size_on_disk
 from distill.plan import Plan, PlannedStep
 from distill.processes import process_state
 from distill.recipe import Recipe
+from distill.representations import show_pairs
 from distill.steps import run_step
 
 
@@ -194,8 +195,8 @@ def _parameters(planned: PlannedStep) -> str:
     parts = []
     if planned.layers is not None:
         parts.append(f"source layers {', '.join(map(str, planned.layers))}")
-    if planned.layer_pairs is not None:
-        parts.append("hidden states " + ", ".join(f"{student}→{teacher}" for student, teacher in planned.layer_pairs))
+    for teacher, pairs in planned.layer_pairs.items():
+        parts += [f"{part} {show_pairs(layers)} of {teacher}" for part, layers in pairs.items()]
     return f" ({'; '.join(parts)})" if parts else ""
 
 

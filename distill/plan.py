@@ -24,12 +24,23 @@ from distill.models import (
     set_labels,
 )
 from distill.recipe import Recipe, Step, located
-from distill.steps import DistillOptions, FinetuneOptions, QuantizeOptions, chosen_layers
+from distill.steps import (
+    DistillOptions,
+    FinetuneOptions,
+    QuantizeOptions,
+    chosen_layers,
+    is_teacher,
+    referenced_models,
+    teachers_of,
+)
 from distill.student import student_config
-from distill.trainer import resolve_layer_map
+from distill.teacher import FROM_DATA, layer_pairs
 
 # The code that decides what a step makes; a change in it reruns the step.
-_TRAINING_CODE = ("readers", "data", "tasks", "models", "student", "losses", "trainer", "steps")
+_TRAINING_CODE = (
+    *("readers", "columns", "unlabelled", "data", "tasks", "models", "student"),
+    *("config", "losses", "representations", "teacher", "objective", "trainer", "evaluation", "steps"),
+)
 _CODE = {"finetune": _TRAINING_CODE, "distill": _TRAINING_CODE, "quantize": ("models", "student", "quantize", "steps")}
 
 # Options that change what is shown or kept while a step runs, and not what it makes.
@@ -56,8 +67,8 @@ class PlannedStep:
     tokenizer_location: str
     layers: tuple[int, ...] | None
     """0-based source layers that seed the student; None for a step that keeps all."""
-    layer_pairs: tuple[tuple[int, int], ...] | None
-    """(student, teacher) hidden states that a distill step matches."""
+    layer_pairs: dict[str, dict[str, list[tuple[int, int]]]]
+    """For each teacher of a distill step the (student, teacher) layers that its losses match."""
     fingerprint: str
 
 
@@ -143,8 +154,7 @@ def _plan_step(
     given = recipe.given[name]
     problems: list[str] = []
     inputs: dict[str, _Input] = {}
-    for option in [option for option in ("teacher", "model") if given.get(option) is not None]:
-        reference = given[option]
+    for option, reference in referenced_models(given).items():
         if reference in failed:
             failed.add(name)  # told already
         elif reference in recipe.given and reference not in planned:
@@ -158,17 +168,21 @@ def _plan_step(
     if problems or step is None or name in failed:
         raise _Unplannable(problems)
 
+    if not inputs:
+        raise _Unplannable(["model: missing; with teacher: data, say what the student starts from"])
     options = step.options
     source_option = "model" if "model" in inputs else "teacher"
     source = inputs[source_option]
-    config, layers, layer_pairs = copy.deepcopy(source.config), None, None
+    config, layers = copy.deepcopy(source.config), None
+    pairs: dict[str, dict[str, list[tuple[int, int]]]] = {}
     try:
         if isinstance(options, FinetuneOptions | DistillOptions):
             layers = tuple(chosen_layers(options, config.num_hidden_layers))
             config = student_config(config, options.student_arch, list(layers))
-        if isinstance(options, DistillOptions) and options.hidden_weight:
-            num_teacher_layers = inputs["teacher"].config.num_hidden_layers
-            layer_pairs = tuple(resolve_layer_map(options.layer_map, config.num_hidden_layers, num_teacher_layers))
+        if isinstance(options, DistillOptions):
+            for teacher in [model for option, model in inputs.items() if is_teacher(option)]:
+                depths = config.num_hidden_layers, teacher.config.num_hidden_layers
+                pairs[teacher.reference] = layer_pairs(options, *depths)
     except InputError as error:
         problems += error.problems
     if len({tokenizer_fingerprint(load_tokenizer(model.tokenizer_location)) for model in inputs.values()}) > 1:
@@ -195,7 +209,7 @@ def _plan_step(
         config=config,
         tokenizer_location=source.tokenizer_location,
         layers=layers,
-        layer_pairs=layer_pairs,
+        layer_pairs=pairs,
         fingerprint=_fingerprint(step, {option: model.fingerprint for option, model in inputs.items()}, data),
     )
 
@@ -215,7 +229,7 @@ def _resolve_input(
         return _Input(reference, made.config, str(made.folder), made.tokenizer_location, made.fingerprint)
     source = _find_outside(reference, [name for name in recipe.given if name != step_name], sources)
     given = recipe.given[step_name]
-    if option == "teacher" or given["run"] == "quantize":
+    if is_teacher(option) or given["run"] == "quantize":
         problems = _classifier_problems(source, data, given.get("teacher_label_map", given.get("label_map")))
         if problems:
             raise InputError(*problems)
@@ -269,8 +283,9 @@ def _default_baseline(recipe: Recipe, data: Data | None, sources: dict[str, Mode
     """The first distill step's teacher, else the first step's input, or the first step where that has no such head."""
     steps = list(recipe.steps.values())
     for step in steps:
-        if isinstance(step.options, DistillOptions):
-            return step.options.teacher
+        teachers = [name for name in teachers_of(step.given) if name != FROM_DATA]
+        if teachers:
+            return teachers[0]
     source = sources.get(str(steps[0].options.model))
     if source is None or _classifier_problems(source, data, _label_map_of(recipe, source.reference)):
         return steps[0].name
@@ -280,7 +295,7 @@ def _default_baseline(recipe: Recipe, data: Data | None, sources: dict[str, Mode
 def _label_map_of(recipe: Recipe, reference: str) -> dict[str, str] | None:
     """The label map of the first step that takes this model with its head: as a teacher, or to quantize it."""
     for step in recipe.steps.values():
-        if isinstance(step.options, DistillOptions) and step.options.teacher == reference:
+        if isinstance(step.options, DistillOptions) and reference in teachers_of(step.given):
             return step.options.teacher_label_map
         if isinstance(step.options, QuantizeOptions) and step.options.model == reference:
             return step.options.label_map
@@ -298,6 +313,8 @@ def _fingerprint(step: Step, inputs: dict[str, str], data: Data | None) -> str:
     }
     for name in ("teacher", "model"):
         changed.pop(name, None)  # their fingerprints stand for them
+    if FROM_DATA in teachers_of(step.given):
+        inputs = {**inputs, FROM_DATA: FROM_DATA}
     if data is None:
         rows: Any = None
     elif isinstance(step.options, QuantizeOptions):

@@ -22,23 +22,30 @@ _READERS = {
 }
 
 
-def read_splits(task: Task, path: str | None, name: str | None) -> tuple[dict[str, datasets.Dataset], str]:
+def read_splits(
+    task: Task, path: str | None, name: str | None, *, key: str = "data.path"
+) -> tuple[dict[str, datasets.Dataset], str]:
     """Splits by name as they are found, and a fingerprint of their source.
 
     Args:
         task: its name says which part of GLUE, where `path` is None.
         path: a file (all of it `train`), a folder, `package:…`, or a Hub data set.
         name: the Hub data set's configuration.
+        key: of the recipe, for messages.
 
     Raises:
         InputError: nothing there, or not readable.
     """
     try:
         location = locate(path or _GLUE)
+        return _read(task, location, name if path else task.name)
     except InputError as error:
-        raise InputError(*(f"data.path: {problem}" for problem in error.problems)) from None
+        raise InputError(*(f"{key}: {problem}" for problem in error.problems)) from None
+
+
+def _read(task: Task, location: str | Path, name: str | None) -> tuple[dict[str, datasets.Dataset], str]:
     if isinstance(location, str):
-        return _read_hub(location, name if path else task.name)
+        return _read_hub(location, name)
     if location.is_file():
         files = {"train": location}
     else:
@@ -56,11 +63,11 @@ def _read_hub(path: str, name: str | None) -> tuple[dict[str, datasets.Dataset],
     except Exception as error:  # the Hub client, the network and each builder raise their own kinds
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise InputError(
-            f"data.path: {where}: no such file or folder here, and not to be had from the Hub nor from its cache "
-            f"({reason}). Without a network, give data.path a local folder with train.* and validation.* files"
+            f"{where}: no such file or folder here, and not to be had from the Hub nor from its cache "
+            f"({reason}). Without a network, give it a local folder with train.* and validation.* files"
         ) from error
     if not isinstance(loaded, dict):
-        raise InputError(f"data.path: {where} has no splits")
+        raise InputError(f"{where} has no splits")
     return dict(loaded), " ".join(f"{split} {rows._fingerprint}" for split, rows in loaded.items())
 
 
@@ -70,7 +77,7 @@ def _split_files(folder: Path, task: Task) -> dict[str, Path]:
     for split in ["train", "validation", *(name for name, _ in task.validation_splits), "test"]:
         matches = [folder / f"{split}{suffix}" for suffix in _READERS if (folder / f"{split}{suffix}").is_file()]
         if len(matches) > 1:
-            raise InputError(f"data.path: {folder} holds {' and '.join(m.name for m in matches)}; keep one of them")
+            raise InputError(f"{folder} holds {' and '.join(m.name for m in matches)}; keep one of them")
         if matches:
             files[split] = matches[0]
     if "validation" in files and task.validation_splits[0][0] != "validation":
@@ -81,19 +88,19 @@ def _split_files(folder: Path, task: Task) -> dict[str, Path]:
 def _read_file(path: Path) -> datasets.Dataset:
     suffix = next((suffix for suffix in _READERS if path.name.endswith(suffix)), None)
     if suffix is None:
-        raise InputError(f"data.path: {path}: not a {', '.join(_READERS)} file")
+        raise InputError(f"{path}: not a {', '.join(_READERS)} file")
     if path.stat().st_size == 0:
-        raise InputError(f"data.path: {path}: the file is empty")
+        raise InputError(f"{path}: the file is empty")
     try:
         rows = _READERS[suffix](str(path))
     except Exception as error:  # pyarrow, pandas and datasets raise their own kinds
         if "corresponds to no data" in str(error):
-            raise InputError(f"data.path: {path}: the file holds no rows") from None
+            raise InputError(f"{path}: the file holds no rows") from None
         cause = error.__cause__ or error
         reason = str(cause).strip().split("\n")[0] or type(cause).__name__
-        raise InputError(f"data.path: {path}: cannot be read as {suffix[1:]} ({reason})") from error
+        raise InputError(f"{path}: cannot be read as {suffix[1:]} ({reason})") from error
     if len(rows) == 0:
-        raise InputError(f"data.path: {path}: the file holds no rows")
+        raise InputError(f"{path}: the file holds no rows")
     return rows
 
 
@@ -101,9 +108,7 @@ def _read_class_folders(folder: Path) -> datasets.Dataset:
     """A folder `<class>/*.txt` as rows of `text` and `label` (the class's name)."""
     files = sorted(folder.glob("*/*.txt"))
     if not files:
-        raise InputError(
-            f"data.path: {folder}: neither train.* ({', '.join(_READERS)}) nor class folders with .txt files in it"
-        )
+        raise InputError(f"{folder}: neither train.* ({', '.join(_READERS)}) nor class folders with .txt files in it")
     texts, not_utf8 = [], []
     for path in files:
         content = path.read_bytes()

@@ -5,24 +5,29 @@ import json
 import logging
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import datasets
 import torch
 import transformers
-from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainerState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from distill.config import PARTS, DistillationConfig, TrainingConfig, is_on
 from distill.console import log
 from distill.data import Data
+from distill.evaluation import predict_logits
 from distill.metrics import compute_metrics
 from distill.models import load_classifier, load_for_finetuning, load_tokenizer
 from distill.processes import process_state
 from distill.quantize import Format, quantize_model
 from distill.student import StudentArch, build_student, choose_layers
-from distill.trainer import DistillationConfig, DistillationTrainer, TrainingConfig
+from distill.teacher import FROM_DATA, STORED_LOGITS, AnyTeacher
+from distill.trainer import DistillationTrainer
 
 # Checkpoints of a small model are less than a second apart; Trainer then sorts them by number, which is just right.
 logging.getLogger("transformers.trainer_utils").addFilter(lambda record: "mtime may not be" not in record.getMessage())
@@ -59,14 +64,25 @@ class FinetuneOptions(StudentOptions, TrainingConfig):
 class DistillOptions(StudentOptions, DistillationConfig):
     """Train a student against a teacher."""
 
-    teacher: str = field(
-        kw_only=True, metadata={"help": "The fine-tuned teacher: a Hub id, a folder, package:…, or an earlier step."}
+    teacher: str | list[str] = field(
+        kw_only=True,
+        metadata={
+            "help": "The fine-tuned teacher, or several: a Hub id, a folder, package:…, an earlier step; data stands "
+            "for predictions in the rows (data.teacher_logits, data.teacher_probabilities)."
+        },
     )
     model: str | None = field(
         default=None, metadata={"help": "What the student starts from; by default layers of the teacher."}
     )
     teacher_label_map: dict[str, str] | None = field(
         default=None, metadata={"help": "The teacher's label names → the task's, where they differ."}
+    )
+    cache_teacher: Literal["auto", "none"] = field(
+        default="auto",
+        metadata={
+            "help": "auto: where only the teacher's predictions are compared, it runs once over the rows and not in "
+            "every epoch."
+        },
     )
 
 
@@ -99,6 +115,26 @@ class Made:
     """Trainer's log lines."""
 
 
+def referenced_models(given: Mapping[str, Any]) -> dict[str, str]:
+    """The models that a step's options name: `teacher`, `teacher 2`, …, `model`."""
+    models = {
+        "teacher" if number == 1 else f"teacher {number}": reference
+        for number, reference in enumerate((each for each in teachers_of(given) if each != FROM_DATA), start=1)
+    }
+    return models | ({"model": given["model"]} if given.get("model") is not None else {})
+
+
+def is_teacher(option: str) -> bool:
+    """Whether a key of `referenced_models` names a teacher."""
+    return option.startswith("teacher")
+
+
+def teachers_of(given: Mapping[str, Any]) -> list[str]:
+    """The teachers that a step's options name, predictions in the rows (`data`) among them."""
+    teacher = given.get("teacher") or []
+    return [teacher] if isinstance(teacher, str) else list(teacher)
+
+
 def run_step(options: Options, inputs: dict[str, str], data: Data, folder: Path) -> Made:
     """Make one model folder.
 
@@ -118,16 +154,26 @@ def finetune(options: FinetuneOptions, inputs: dict[str, str], data: Data, folde
     """Train `inputs["model"]`, or a student cut from it, on the labels."""
     transformers.set_seed(options.seed)  # a new head is drawn here
     model = load_for_finetuning(inputs["model"], data.task)
-    return _train(_cut_student(model, options), None, options, data, inputs["model"], folder)
+    return _train(_cut_student(model, options), [], options, data, inputs["model"], folder)
 
 
 def distill(options: DistillOptions, inputs: dict[str, str], data: Data, folder: Path) -> Made:
     """Train a student, cut from `inputs["model"]` or else from the teacher, against `inputs["teacher"]`."""
     transformers.set_seed(options.seed)
-    teacher = load_classifier(inputs["teacher"], data.task, label_map=options.teacher_label_map, dtype=torch.float32)
-    source = load_for_finetuning(inputs["model"], data.task) if "model" in inputs else teacher
-    student = _cut_student(source, options)
-    return _train(student, teacher, options, data, inputs.get("model", inputs["teacher"]), folder)
+    teachers: list[AnyTeacher] = []
+    models = (location for option, location in inputs.items() if is_teacher(option))
+    for reference in teachers_of(options.__dict__):
+        teachers.append(
+            FROM_DATA
+            if reference == FROM_DATA
+            else load_classifier(next(models), data.task, label_map=options.teacher_label_map, dtype=torch.float32)
+        )
+    started_from = inputs.get("model") or inputs["teacher"]
+    if "model" in inputs:
+        source = load_for_finetuning(inputs["model"], data.task)
+    else:
+        source = next(teacher for teacher in teachers if isinstance(teacher, PreTrainedModel))
+    return _train(_cut_student(source, options), teachers, options, data, started_from, folder)
 
 
 def quantize(options: QuantizeOptions, inputs: dict[str, str], data: Data, folder: Path) -> Made:
@@ -162,24 +208,30 @@ def _cut_student(source: PreTrainedModel, options: FinetuneOptions | DistillOpti
 
 def _train(
     model: PreTrainedModel,
-    teacher: PreTrainedModel | None,
+    teachers: list[AnyTeacher],
     options: TrainingConfig,
     data: Data,
     tokenizer_from: str,
     folder: Path,
 ) -> Made:
     tokenizer = load_tokenizer(tokenizer_from, data.max_length)
-    validation = data.task.validation_splits[0][0]
+    train_rows = data.training_rows(tokenizer, unlabelled=bool(teachers))
+    validation_rows = data.tokenized(data.task.validation_splits[0][0], tokenizer)
+    if isinstance(options, DistillOptions) and len(teachers) == 1 and _compares_predictions_alone(options):
+        train_rows, validation_rows = (
+            _with_teacher_logits(teachers[0], rows, tokenizer, options) for rows in (train_rows, validation_rows)
+        )
+        teachers = [FROM_DATA]
     clock = _Clock()
     checkpoint = last_checkpoint(Path(options.output_dir))
     if checkpoint is not None:
         options = _with_step_counts(options, checkpoint)
     trainer = DistillationTrainer(
         model=model,
-        teacher=teacher,
+        teacher=teachers,
         args=options,
-        train_dataset=data.tokenized("train", tokenizer),
-        eval_dataset=data.tokenized(validation, tokenizer),
+        train_dataset=train_rows,
+        eval_dataset=validation_rows,
         processing_class=tokenizer,
         compute_metrics=lambda output: compute_metrics(data.task, output.predictions, output.label_ids),
         callbacks=[clock],
@@ -194,8 +246,26 @@ def _train(
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.save_model(str(folder))
     seconds = clock.seconds()
-    rows = len(data.splits["train"]) * (trainer.state.epoch or 0)
+    rows = len(trainer.train_dataset) * (trainer.state.epoch or 0)
     return Made(seconds, rows / seconds, trainer.accelerator.num_processes, trainer.state.log_history)
+
+
+def _compares_predictions_alone(options: DistillOptions) -> bool:
+    others = set(PARTS) - {"soft", "hard"}
+    return options.cache_teacher == "auto" and not any(is_on(options.loss_weights[part]) for part in others)
+
+
+def _with_teacher_logits(
+    teacher: AnyTeacher, rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, options: DistillOptions
+) -> datasets.Dataset:
+    """The rows with the teacher's logits in a column; as they are where their predictions came with the data."""
+    if isinstance(teacher, str):
+        return rows
+    teacher.to(options.device)
+    logits = predict_logits(
+        teacher, rows, tokenizer, batch_size=options.per_device_eval_batch_size, text="Teacher", bf16=options.bf16
+    )
+    return rows.add_column(STORED_LOGITS, logits.tolist())  # type: ignore[call-arg]
 
 
 def last_checkpoint(folder: Path) -> Path | None:

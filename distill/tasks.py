@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from distill.errors import InputError, nearest_name
 
-TaskKind = Literal["classification", "regression"]
+TaskKind = Literal["classification", "multi-label", "regression"]
 
 
 @dataclass(frozen=True)
@@ -92,4 +92,6 @@ def own_task(kind: TaskKind, text: tuple[str, ...], label: str) -> Task:
     """A task on a user's own columns; its label names are read from the data."""
     if kind == "regression":
         return Task("own", kind, text, label, metrics=("pearson", "spearmanr"), primary_metric="pearson")
+    if kind == "multi-label":
+        return Task("own", kind, text, label, metrics=("f1_micro", "f1_macro", "accuracy"), primary_metric="f1_micro")
     return Task("own", kind, text, label, metrics=("accuracy", "f1_macro", "roc_auc"))

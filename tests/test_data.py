@@ -2,6 +2,7 @@ import gzip
 import json
 
 import datasets
+import numpy as np
 import pytest
 
 from distill.data import DataOptions, load_data, tokenizer_fingerprint
@@ -207,3 +208,126 @@ def test_rows_are_cut_and_counted(sst2_folder):
     assert max(tokenized["length"]) == 5
     assert tokenized["length"] == [len(ids) for ids in tokenized["input_ids"]]
     assert data.tokenized("train", make_tokenizer()) is tokenized
+
+
+def test_unlabelled_rows_join_those_that_a_teacher_labels(tmp_path, sst2_folder, tokenizer):
+    write_rows(tmp_path / "more.jsonl", [{"sentence": "the film was bad", "other": 1}] * 3)
+    data = load_data("sst2", DataOptions(path=str(sst2_folder), unlabelled=str(tmp_path / "more.jsonl")))
+    assert list(data.splits["unlabelled"]["label"]) == [-100] * 3
+    assert len(data.training_rows(tokenizer, unlabelled=True)) == 99
+    assert list(data.training_rows(tokenizer, unlabelled=True)["labels"])[96:] == [-100] * 3
+    assert len(data.training_rows(tokenizer, unlabelled=False)) == 96
+    assert [split for split, _, _ in data.scored_splits()] == ["validation"]
+    plain = load_data("sst2", DataOptions(path=str(sst2_folder)))
+    write_rows(tmp_path / "more.jsonl", [{"sentence": "another"}])
+    changed = load_data("sst2", DataOptions(path=str(sst2_folder), unlabelled=str(tmp_path / "more.jsonl")))
+    assert len({data.train_fingerprint, plain.train_fingerprint, changed.train_fingerprint}) == 3
+
+
+def pairs_of_questions(folder, kind="qqp"):
+    words = ["how", "why", "when", "cook", "rice", "code", "python", "sleep", "well", "fast"]
+    texts = [f"{a} {b} {c}" for a in words[:3] for b in words[3:] for c in words[3:] if b != c]
+    label = (lambda row: row % 2) if kind == "qqp" else (lambda row: row % 6 * 1.0)
+    names = ("question1", "question2") if kind == "qqp" else ("sentence1", "sentence2")
+    rows = [
+        {names[0]: texts[row], names[1]: texts[(row * 7 + 1) % len(texts)], "label": label(row)}
+        for row in range(len(texts))
+    ]
+    write_rows(folder / "train.jsonl", rows)
+    write_rows(folder / "validation.jsonl", rows[:20])
+    return rows
+
+
+@pytest.mark.parametrize("task", ["qqp", "stsb"])
+def test_sampled_pairs_are_new_alike_and_seeded(tmp_path, task):
+    rows = pairs_of_questions(tmp_path, task)
+    names = list(rows[0])[:2]
+    data = load_data(task, DataOptions(path=str(tmp_path), sampled_pairs=150))
+    pairs = list(zip(*(data.splits["unlabelled"][name] for name in names), strict=True))
+    assert len(set(pairs)) == len(pairs) == 150
+    assert not set(pairs) & {(row[names[0]], row[names[1]]) for row in rows}
+    overlap = [len(set(first.split()) & set(second.split())) for first, second in pairs]
+    assert sum(overlap) / len(overlap) > 1.5  # of three words; random pairs share 0.9
+    assert all(first != second for first, second in pairs)
+    labels = data.splits["unlabelled"]["label"]
+    assert all(label == -100 for label in labels) if task == "qqp" else np.isnan(list(labels)).all()
+    again = load_data(task, DataOptions(path=str(tmp_path), sampled_pairs=150))
+    assert list(again.splits["unlabelled"]) == list(data.splits["unlabelled"]) or task == "stsb"
+    assert "150 unlabelled pairs" in " ".join(data.notes)
+
+
+def test_sampled_pairs_need_two_columns(sst2_folder):
+    with pytest.raises(InputError, match="pairs need two text columns"):
+        load_data("sst2", DataOptions(path=str(sst2_folder), sampled_pairs=10))
+
+
+@pytest.mark.parametrize("columns", ["p", ["p0", "p1"]])
+def test_stored_predictions_become_a_column(tmp_path, tokenizer, columns):
+    rows = [{"text": "a good film", "label": row % 2, "p": [0.75, 0.25], "p0": 0.75, "p1": 0.25} for row in range(8)]
+    write_rows(tmp_path / "train.jsonl", rows)
+    write_rows(tmp_path / "validation.jsonl", [{"text": "bad", "label": 0}, {"text": "good", "label": 1}])
+    options = DataOptions(kind="classification", path=str(tmp_path), text="text", teacher_probabilities=columns)
+    data = load_data(None, options)
+    assert data.tokenized("train", tokenizer)["teacher_probabilities"][0] == [0.75, 0.25]
+    assert "teacher_probabilities" not in data.tokenized("validation", tokenizer).column_names
+
+
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        ({"p": [0.5, 0.6]}, "a sum that is not 1"),
+        ({"p": [0.5]}, "1 values in row 0, but there are 2 outputs"),
+        ({"p": [0.5, None]}, "no number|not finite"),
+        ({"q": [0.5, 0.5]}, "train has no column 'p'; did you mean|train has no column 'p'; known"),
+    ],
+)
+def test_wrong_stored_predictions(tmp_path, stored, message):
+    write_rows(tmp_path / "train.jsonl", [{"text": "a", "label": row % 2, **stored} for row in range(8)])
+    options = DataOptions(kind="classification", path=str(tmp_path), text="text", teacher_probabilities="p")
+    with pytest.raises(InputError, match=message):
+        load_data(None, options)
+
+
+def test_unlabelled_rows_without_the_text_column(tmp_path, sst2_folder):
+    write_rows(tmp_path / "more.jsonl", [{"sentense": "x"}])
+    with pytest.raises(InputError, match=r"train has no text column 'sentence'; did you mean 'sentense'\?"):
+        load_data("sst2", DataOptions(path=str(sst2_folder), unlabelled=str(tmp_path / "more.jsonl")))
+    with pytest.raises(InputError, match=r"data\.unlabelled: .*nowhere"):
+        load_data("sst2", DataOptions(path=str(sst2_folder), unlabelled="./nowhere"))
+
+
+LABEL_SETS = [{"text": f"row {row}", "tags": [["a"], ["a", "b"], []][row % 3]} for row in range(12)]
+
+
+@pytest.mark.parametrize("form", ["names", "ids", "columns"])
+def test_label_sets_from_lists_and_from_columns(tmp_path, form):
+    rows, label = LABEL_SETS, "tags"
+    if form == "ids":
+        rows = [{**row, "tags": ["ab".index(tag) for tag in row["tags"]]} for row in rows]
+    elif form == "columns":
+        rows = [{"text": row["text"], "a": int("a" in row["tags"]), "b": int("b" in row["tags"])} for row in rows]
+        label = ["a", "b"]
+    write_rows(tmp_path / "train.jsonl", rows)
+    data = load_data(None, DataOptions(kind="multi-label", path=str(tmp_path), text="text", label=label))
+    assert data.task.label_names == (("0", "1") if form == "ids" else ("a", "b"))
+    found = dict(zip(data.splits["train"]["text"], data.splits["train"]["label"], strict=True))
+    expected = {row["text"]: [float("a" in row["tags"]), float("b" in row["tags"])] for row in LABEL_SETS}
+    assert all(labels == expected[text] for text, labels in found.items())
+    assert {1.0, 0.0} == {value for labels in found.values() for value in labels}
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        (LABEL_SETS, {"kind": "classification", "label": "tags"}, "holds lists; say kind: multi-label"),
+        ([{"text": "x", "tags": "a"}] * 9, {"kind": "multi-label", "label": "tags"}, "holds no lists"),
+        ([{"text": "x", "a": 2, "b": 0}] * 9, {"kind": "multi-label", "label": ["a", "b"]}, "holds 2; zeros and ones"),
+        ([{"text": "x", "a": 1, "b": 0}] * 9, {"kind": "multi-label", "label": ["a", "c"]}, "no column 'c'"),
+        ([{"text": "x", "a": 1, "b": 0}] * 9, {"kind": "classification", "label": ["a", "b"]}, "are for kind: multi"),
+        (LABEL_SETS, {"kind": "multi-label", "label": "tags", "label_names": ["a", "c"]}, "holds 'b', which is none"),
+    ],
+)
+def test_wrong_label_sets(tmp_path, rows, options, message):
+    write_rows(tmp_path / "train.jsonl", rows)
+    with pytest.raises(InputError, match=message):
+        load_data(None, DataOptions(path=str(tmp_path), text="text", **options))
