@@ -15,8 +15,8 @@ def compute_metrics(task: Task, logits: np.ndarray, labels: np.ndarray, suffix: 
     """The task's metrics of one split.
 
     Args:
-        logits: classification B×C; regression B×1 or B.
-        labels: B class ids, or B scores.
+        logits: B×C; regression B×1 or B.
+        labels: B class ids, B scores, or B×C zeros and ones of label sets.
         suffix: appended to every key (`_mm` for MNLI's mismatched split).
     """
     predictions = predict(task, logits)
@@ -28,13 +28,22 @@ def compute_metrics(task: Task, logits: np.ndarray, labels: np.ndarray, suffix: 
             if task.num_labels == 2 and len(np.unique(labels)) == 2:  # undefined otherwise
                 results |= RocAuc().compute(predictions=logits[:, 1] - logits[:, 0], references=labels)
         else:
-            results |= METRICS[name]().compute(predictions=predictions, references=labels)
+            results |= METRICS[name](predictions.ndim).compute(predictions=predictions, references=labels)
     return {key + suffix: float(value) for key, value in results.items()}
 
 
+def primary_score(task: Task, predictions: np.ndarray, labels: np.ndarray) -> float:
+    """The task's primary metric of class ids or scores (B), without `evaluate`'s checks: quick enough to resample."""
+    names = [name for name in task.metrics if name in METRICS] if task.primary_metric == "average" else []
+    scores = [METRICS[name].score(labels, predictions) for name in names or [task.primary_metric]]
+    return float(np.mean(scores))
+
+
 def predict(task: Task, logits: np.ndarray) -> np.ndarray:
-    """Class ids (B) of logits B×C, or the scores (B) of a regression."""
-    return logits.reshape(-1) if task.kind == "regression" else logits.argmax(-1)
+    """Class ids (B) of logits B×C, the scores (B) of a regression, or zeros and ones B×C for sets of labels."""
+    if task.kind == "regression":
+        return logits.reshape(-1)
+    return (logits > 0).astype(int) if task.kind == "multi-label" else logits.argmax(-1)
 
 
 class _OfflineMetric(evaluate.Metric):
@@ -43,11 +52,14 @@ class _OfflineMetric(evaluate.Metric):
     dtype = "int64"
     score: Callable[..., float]
 
-    def __init__(self) -> None:
+    def __init__(self, dimensions: int = 1) -> None:
+        self._dimensions = dimensions  # 2 for sets of labels
         super().__init__(keep_in_memory=True)
 
     def _info(self) -> evaluate.MetricInfo:
-        features = {"predictions": datasets.Value(self.dtype), "references": datasets.Value(self.dtype)}
+        value = datasets.Value(self.dtype)
+        of_a_row = value if self._dimensions == 1 else datasets.List(value)
+        features = {"predictions": of_a_row, "references": of_a_row}
         return evaluate.MetricInfo(
             description=type(self).__doc__ or "",
             citation="",
@@ -73,6 +85,15 @@ class F1(_OfflineMetric):
 
     key = "f1"
     score = staticmethod(lambda references, predictions: sk.f1_score(references, predictions, zero_division=0))
+
+
+class MicroF1(_OfflineMetric):
+    """F1 of all decisions of all labels together."""
+
+    key = "f1_micro"
+    score = staticmethod(
+        lambda references, predictions: sk.f1_score(references, predictions, average="micro", zero_division=0)
+    )
 
 
 class MacroF1(_OfflineMetric):
@@ -116,7 +137,7 @@ class Spearman(_OfflineMetric):
 
 
 METRICS: dict[str, type[_OfflineMetric]] = {
-    metric.key: metric for metric in (Accuracy, F1, MacroF1, MatthewsCorrelation, RocAuc, Pearson, Spearman)
+    metric.key: metric for metric in (Accuracy, F1, MicroF1, MacroF1, MatthewsCorrelation, RocAuc, Pearson, Spearman)
 }
 
 

@@ -14,7 +14,7 @@ from distill.benchmark import as_row, benchmark_models, environment, slower_or_n
 from distill.card import write_model_card
 from distill.console import results
 from distill.errors import InputError
-from distill.evaluation import Evaluation, agreement, evaluate_model, interval_method
+from distill.evaluation import Evaluation, agreement, evaluate_model, interval_method, paired_difference
 from distill.models import load_classifier, load_tokenizer
 from distill.pipeline import is_finished, read_record, write_atomically
 from distill.plan import Plan, code_fingerprint
@@ -62,6 +62,7 @@ def write_report(plan: Plan) -> dict[str, Any]:
         "environment": environment() | {"benchmark": asdict(plan.recipe.benchmark)},
         "baseline": plan.baseline,
         "models": models,
+        "comparisons": _comparisons(plan, evaluations, fingerprints, cache),
     }
     write_atomically(plan.recipe.output_dir / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     _draw(report, plan.recipe.output_dir / "report.png")
@@ -96,6 +97,8 @@ def print_report(report: dict[str, Any]) -> None:
         table.add_row(*(row[index] for index in shown))
     results.print(table)
     results.print(f"[dim]{_units(report)}[/]")
+    for line in _comparison_lines(report):
+        results.print(line)
     for remark in remarks(report):
         results.print(f"[yellow]![/] {remark}")
 
@@ -136,6 +139,27 @@ def _benchmarks(
     if known is None:
         known = {name: as_row(name, result) for name, result in benchmark_models(locations, options).items()}
         _write_cache(cache / "benchmark.json", key, known)
+    return known
+
+
+def _comparisons(
+    plan: Plan, evaluations: dict[str, Evaluation], fingerprints: dict[str, str], cache: Path
+) -> list[dict[str, Any]]:
+    """What the first distilled model gained over every other trained one, on the same rows."""
+    trained = [name for name in evaluations if name in plan.steps and plan.steps[name].step.run != "quantize"]
+    student = next((name for name in trained if plan.steps[name].step.run == "distill"), None)
+    if student is None:
+        return []
+    key = _key(fingerprints, plan.data.fingerprint, [code_fingerprint(module) for module in _SCORING_CODE])
+    known = _read_cache(cache / "comparisons.json", key)
+    if known is None:
+        labels = plan.data.splits[plan.data.task.validation_splits[0][0]]["label"]
+        known = []
+        for other in [name for name in trained if name != student]:
+            predictions = evaluations[student].predictions, evaluations[other].predictions
+            difference, interval = paired_difference(plan.data.task, *predictions, labels)
+            known.append({"model": student, "over": other, "difference": difference, "interval": list(interval)})
+        _write_cache(cache / "comparisons.json", key, known)
     return known
 
 
@@ -212,6 +236,17 @@ def _rows(report: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+def _comparison_lines(report: dict[str, Any]) -> list[str]:
+    """One sentence for each comparison."""
+    lines = []
+    for each in report["comparisons"]:
+        low, high = each["interval"]
+        verdict = " (a tie)" if low <= 0 <= high else ""
+        interval = f"95 % interval {low:+.4f} to {high:+.4f}"
+        lines.append(f"{each['model']} − {each['over']}: {each['difference']:+.4f}, {interval}{verdict}")
+    return lines
+
+
 def _units(report: dict[str, Any]) -> str:
     bench, device = report["environment"]["benchmark"], report["models"][0]["device"]
     return (
@@ -236,12 +271,21 @@ def _markdown(plan: Plan, report: dict[str, Any]) -> str:
         f"retention and agreement are against {report['baseline']}; {_units(report)}.",
         "\n".join(f"| {' | '.join(row)} |" for row in table),
         "![accuracy against size and latency](report.png)",
-        "\n".join(f"- {remark}" for remark in remarks(report))
+        *(
+            [f"On the same rows (paired bootstrap):\n\n{_as_list(_comparison_lines(report))}"]
+            if report["comparisons"]
+            else []
+        ),
+        _as_list(remarks(report))
         or "No compressed model is larger than the one it was made from, and none more than 5 % slower.",
         *([f"Data: {'; '.join(plan.data.notes)}."] if plan.data.notes else []),
         f"Measured on {report['models'][0]['device']} in alternating rounds, medians: {environment_line}.",
     ]
     return "\n\n".join(lines) + "\n"
+
+
+def _as_list(lines: list[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def _draw(report: dict[str, Any], path: Path) -> None:

@@ -222,8 +222,26 @@ def test_a_folder_that_lost_its_weights_is_made_again(tmp_path, pretrained, sst2
     assert run_plan(plan(path), only=["teacher"]) == ["teacher"]
 
 
-def test_a_killed_run_resumes_and_ends_with_the_same_bytes(tmp_path, pretrained, sst2_folder):
-    steps = STEPS.partition("  student-alone")[0].replace("num_layers: 2", "num_layers: 2, save_steps: 2")
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory, tokenizer):
+    """A pretrained model of half the teacher's width."""
+    folder = tmp_path_factory.mktemp("narrow")
+    changes = {"hidden_size": 32, "num_hidden_layers": 2, "initializer_range": 0.05, "hidden_dropout_prob": 0.1}
+    tiny_bert(seed=4, **changes).bert.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("losses", ["predictions", "everything"])
+def test_a_killed_run_resumes_and_ends_with_the_same_bytes(tmp_path, pretrained, narrow, sst2_folder, losses):
+    """Weights, optimizer, data order, and with every loss projections and schedules."""
+    changes = {
+        "predictions": "num_layers: 2, save_steps: 2, soft_loss: kl, hard_weight: 0.5",
+        "everything": f"model: {narrow}, save_steps: 2, temperature: {{{{from: 4, to: 1}}}}, soft_loss: kl, "
+        "hidden_weight: {{from: 1, to: 0.1, shape: cosine}}, relation_weight: 0.1, attention_weight: 0.1, "
+        "contrastive_weight: 0.1",
+    }[losses]
+    steps = STEPS.partition("  student-alone")[0].replace("num_layers: 2", changes)
     whole, killed = (write_recipe(tmp_path / name, pretrained, sst2_folder, steps) for name in ("whole", "killed"))
     run_plan(plan(whole))
 
@@ -341,7 +359,72 @@ steps:
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "student")
     assert (model.config.hidden_size, model.config.num_labels, model.config.problem_type) == (32, 1, "regression")
     log = read_record(tmp_path / "run" / "student")["log"][0]
-    assert {"loss/soft", "loss/hard", "loss/hidden"} <= set(log)
+    assert {key for key in log if key.startswith("loss/")} == {"loss/soft"}
+
+
+def test_label_sets_through_a_whole_run(tmp_path, pretrained):
+    rows = [
+        {"review": row["sentence"], "tags": ["long"] * (len(row["sentence"]) > 30) + ["good"] * row["label"]}
+        for row in sentences(150)
+    ]
+    write_rows(tmp_path / "train.jsonl", rows)
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"""
+output_dir: {tmp_path / "run"}
+data: {{kind: multi-label, path: {tmp_path / "train.jsonl"}, text: review, label: tags, max_length: 24}}
+benchmark: {{sequence_length: 16, throughput_batch_size: 2, rounds: 1}}
+steps:
+  teacher: {{run: finetune, model: {pretrained}, max_steps: 150, learning_rate: 2e-3, per_device_train_batch_size: 8}}
+  student: {{run: distill, teacher: teacher, num_layers: 2, max_steps: 60, learning_rate: 1e-3, soft_loss: kl}}
+""")
+    made = plan(recipe)
+    run_plan(made)
+    report = write_report(made)
+    assert report["metric"] == "f1_micro"
+    assert [model["metrics"]["f1_micro"] > 0.8 for model in report["models"]] == [True, True]
+    assert report["models"][1]["agreement"] > 0.7
+    found = pipeline("text-classification", str(tmp_path / "run" / "student"), top_k=None)(["a good film"])[0]
+    assert {each["label"] for each in found} == {"good", "long"}
+    assert sum(each["score"] for each in found) != pytest.approx(1)  # each label has a probability of its own
+
+
+def test_a_run_with_several_teachers_stored_predictions_and_unlabelled_rows(tmp_path, pretrained, sst2_folder):
+    rows = [{**row, "no": 0.9 - 0.8 * row["label"], "yes": 0.1 + 0.8 * row["label"]} for row in sentences(60)]
+    write_rows(tmp_path / "rows" / "train.jsonl", rows)
+    write_rows(tmp_path / "rows" / "validation.jsonl", sentences(20, seed=1))
+    write_rows(tmp_path / "more.jsonl", [{**row, "label": None} for row in rows[:24]])
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"""
+task: sst2
+output_dir: {tmp_path / "run"}
+data:
+  path: {tmp_path / "rows"}
+  unlabelled: {tmp_path / "more.jsonl"}
+  teacher_probabilities: [no, yes]
+  max_length: 24
+benchmark: {{sequence_length: 16, throughput_batch_size: 2, rounds: 1}}
+steps:
+  first: {{run: finetune, model: {pretrained}, max_steps: 40, learning_rate: 2e-3, per_device_train_batch_size: 8}}
+  second: {{run: finetune, model: {pretrained}, max_steps: 30, learning_rate: 2e-3, seed: 2}}
+  of-columns: {{run: distill, teacher: data, model: {pretrained}, num_layers: 2, num_train_epochs: 1}}
+  of-three:
+    {{run: distill, teacher: [first, data, second], teacher_weights: [2, 1, 1], num_layers: 2, num_train_epochs: 1,
+      hidden_weight: 0.5, hard_weight: 0.5}}
+""")
+    made = plan(recipe)
+    run_plan(made)
+    report = write_report(made)
+    models = {model["name"]: model for model in report["models"]}
+    assert report["baseline"] == "first"
+    assert models["of-three"]["parents"] == ["first", "second"]
+    record = read_record(tmp_path / "run" / "of-three")
+    assert record["layer_pairs"] == {name: {"hidden": [[1, 2], [2, 4]]} for name in ("first", "second")}
+    logs = [log for log in record["log"] if "loss" in log]
+    assert {"loss/soft", "loss/hard", "loss/hidden"} <= set(logs[-1])
+    steps = read_record(tmp_path / "run" / "first"), record  # 60 labelled rows, and 24 more for the distilled one
+    assert [round(step["samples_per_second"] * step["train_seconds"]) for step in steps][1] == 84
+    compared = {each["over"] for each in report["comparisons"]}
+    assert compared == {"first", "second", "of-three"}
 
 
 def test_no_token_is_written(tmp_path, pretrained, sst2_folder):
@@ -377,7 +460,7 @@ def test_no_token_is_written(tmp_path, pretrained, sst2_folder):
         (
             """
   t: {{run: finetune, model: {pretrained}}}
-  s: {{run: distill, teacher: t, num_layers: 2, layer_map: [[3, 4]]}}
+  s: {{run: distill, teacher: t, num_layers: 2, hidden_weight: 1, layer_map: [[3, 4]]}}
   q: {{run: quantize, model: t, format: nf4}}
   again: {{run: quantize, model: q, format: int8}}
   on-top: {{run: finetune, model: q}}
