@@ -109,10 +109,10 @@ def stored_logits(batch: Mapping[str, Tensor], problem: ProblemType) -> Tensor:
     if STORED_LOGITS in batch:
         logits = batch[STORED_LOGITS].float()
         return logits.unsqueeze(-1) if logits.ndim == 1 else logits
-    probabilities = batch[STORED_PROBABILITIES].double().clamp(1e-12, 1 - 1e-12)
+    probabilities = batch[STORED_PROBABILITIES].float()
     if problem == "multi_label_classification":
-        return probabilities.logit().float()
-    return probabilities.log().float()
+        return probabilities.logit(eps=1e-6)
+    return probabilities.clamp(min=1e-12).log()
 
 
 def layer_pairs(

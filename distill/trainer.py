@@ -339,7 +339,7 @@ class _Sums:
 
     def add(self, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         for name, pair in pairs.items():
-            added = torch.stack(pair).detach().double()
+            added = torch.stack(pair).detach()
             self.totals[name] = self.totals[name] + added if name in self.totals else added
 
     def reduced(self, accelerator: Any) -> dict[str, tuple[float, float]]:
