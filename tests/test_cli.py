@@ -330,7 +330,7 @@ def test_check_tells_what_a_recipe_will_do_and_writes_nothing(tmp_path, pretrain
     recipe.write_text(
         f"task: sst2\noutput_dir: {tmp_path / 'out'}\ndata: {{path: {sst2_folder}, max_length: 24}}\nsteps:\n"
         f"  teacher: {{run: finetune, model: {pretrained}, num_train_epochs: 2}}\n"
-        "  student: {run: distill, teacher: teacher, student_arch: distilbert}\n"
+        "  student: {run: distill, teacher: teacher, student_arch: distilbert, hidden_weight: 1}\n"
         "  q: {run: quantize, model: student, format: int8}\n"
     )
     assert main(["check", str(recipe)]) == 0

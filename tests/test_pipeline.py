@@ -159,7 +159,7 @@ def test_an_edited_step_reruns_with_what_depends_on_it(finished):
     assert fresh(**{"data.max_train_rows": "50"}) == {
         "teacher", "student", "student-alone", "student-int8", "student-nf4",
     }  # fmt: skip
-    assert fresh(**{"student.temperature": "2.0"}) == set()  # its default, said aloud
+    assert fresh(**{"student.soft_weight": "1.0"}) == set()  # its default, said aloud
     assert fresh(**{"student.logging_steps": "1"}) == set()  # shows more, makes the same
     assert fresh(**{"data.max_eval_rows": "20"}) == set()  # scores fewer rows, trains on the same
 
