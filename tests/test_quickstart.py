@@ -69,6 +69,7 @@ def test_sst2_distilled_from_minilm(shared, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     arguments = ["run", "recipes/glue/minilm/sst2.yaml", "--output_dir", str(tmp_path / "run")]
     arguments += ["--data.path", str(shared / "glue" / "sst2"), "--data.max_train_rows", "2000"]
+    arguments += ["--student.max_steps", "300", "--student-alone.max_steps", "30", "--student-copied.max_steps", "30"]
     assert main(arguments) == 0
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     models = {model["name"]: model for model in report["models"]}
