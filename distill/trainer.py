@@ -59,6 +59,11 @@ class DistillationTrainer(transformers.Trainer):
         args = DistillationConfig(output_dir="distilled") if args is None else args
         self.student = model
         self.problem_type = problem_type(model)
+        if args.class_weights is not None and (
+            self.problem_type == "regression" or len(args.class_weights) != model.config.num_labels
+        ):
+            outputs = "a score" if self.problem_type == "regression" else f"{model.config.num_labels} classes"
+            raise InputError(f"class_weights: {len(args.class_weights)} weights, but the model predicts {outputs}")
         self.weights = args.loss_weights if isinstance(args, DistillationConfig) else {"hard": 1.0}
         self.teachers: list[Teacher] = []
         if isinstance(args, DistillationConfig):
@@ -184,6 +189,8 @@ class DistillationTrainer(transformers.Trainer):
         batch = dict(batch)
         ids = batch["input_ids"]
         batch.setdefault("attention_mask", torch.ones_like(ids))
+        if "labels" in batch and self.problem_type != "single_label_classification":
+            batch["labels"] = batch["labels"].float()  # whole numbers are scores, or zeros and ones, here
         if _COUNTED_ROWS not in batch:
             loader = self.accelerator.gradient_state
             real = len(ids)

@@ -202,6 +202,27 @@ def test_teachers_that_do_not_fit_are_refused_with_every_reason(tmp_path):
         one_step(tmp_path, tiny_bert(), tiny_bert().bert)
 
 
+@pytest.mark.parametrize(
+    "changes", [{"num_labels": 1}, {"num_labels": 3, "problem_type": "multi_label_classification"}]
+)
+def test_whole_numbers_are_scores_or_decisions_where_the_model_says_so(tmp_path, changes):
+    """As classes, scores of a model with one output would cost nothing at all."""
+    labels = [row % 4 for row in range(8)] if changes["num_labels"] == 1 else [[row % 2, 1, 0] for row in range(8)]
+    floats = [float(label) if isinstance(label, int) else [float(each) for each in label] for label in labels]
+    plain = make_rows().remove_columns("labels")
+    logs = [
+        one_step(tmp_path, tiny_bert(**changes), data=plain.add_column("labels", given), hard_weight=1.0)[1]
+        for given in (labels, floats)
+    ]
+    assert logs[0]["loss/hard"] == logs[1]["loss/hard"] > 0.1
+
+
+def test_class_weights_are_one_a_class(tmp_path):
+    for changes, message in (({}, "3 weights, but the model predicts 2 classes"), ({"num_labels": 1}, "a score")):
+        with pytest.raises(InputError, match=message):
+            one_step(tmp_path, tiny_bert(**changes), class_weights=[1.0, 2.0, 3.0])
+
+
 def test_rows_without_any_label_teach_by_the_teacher_alone(tmp_path):
     _, log = one_step(tmp_path, tiny_bert(), data=make_rows().remove_columns("labels"))
     _, labelled = one_step(tmp_path, tiny_bert())
