@@ -144,6 +144,8 @@ def load_data(task_name: str | None, options: DataOptions, *, to_score: bool = F
         unlabelled, more = read_unlabelled(options.unlabelled, task, stored, problems)
         splits |= {} if unlabelled is None else {"unlabelled": unlabelled}
         source_fingerprint += f" unlabelled {more}"
+    if options.sampled_pairs is not None and any(stored.values()):
+        problems.append("data.sampled_pairs: new pairs have no stored predictions; leave one of them out")
     if options.sampled_pairs is not None and len(task.text) != 2:
         problems.append("data.sampled_pairs: pairs need two text columns, and the task has one; leave it out")
     if problems:

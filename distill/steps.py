@@ -26,7 +26,7 @@ from distill.models import load_classifier, load_for_finetuning, load_tokenizer
 from distill.processes import process_state
 from distill.quantize import Format, quantize_model
 from distill.student import StudentArch, build_student, choose_layers
-from distill.teacher import FROM_DATA, STORED_LOGITS, AnyTeacher
+from distill.teacher import FROM_DATA, STORED_COLUMNS, STORED_LOGITS, AnyTeacher
 from distill.trainer import DistillationTrainer
 
 # Checkpoints of a small model are less than a second apart; Trainer then sorts them by number, which is just right.
@@ -265,7 +265,8 @@ def _with_teacher_logits(
     logits = predict_logits(
         teacher, rows, tokenizer, batch_size=options.per_device_eval_batch_size, text="Teacher", bf16=options.bf16
     )
-    return rows.add_column(STORED_LOGITS, logits.tolist())  # type: ignore[call-arg]
+    others = [name for name in STORED_COLUMNS if name in rows.column_names]  # of another teacher, for `teacher: data`
+    return rows.remove_columns(others).add_column(STORED_LOGITS, logits.tolist())  # type: ignore[call-arg]
 
 
 def last_checkpoint(folder: Path) -> Path | None:

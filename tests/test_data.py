@@ -256,6 +256,12 @@ def test_sampled_pairs_are_new_alike_and_seeded(tmp_path, task):
     assert "150 unlabelled pairs" in " ".join(data.notes)
 
 
+def test_sampled_pairs_have_no_stored_predictions(tmp_path):
+    pairs_of_questions(tmp_path)
+    with pytest.raises(InputError, match="new pairs have no stored predictions"):
+        load_data("qqp", DataOptions(path=str(tmp_path), sampled_pairs=10, teacher_logits="label"))
+
+
 def test_sampled_pairs_need_two_columns(sst2_folder):
     with pytest.raises(InputError, match="pairs need two text columns"):
         load_data("sst2", DataOptions(path=str(sst2_folder), sampled_pairs=10))

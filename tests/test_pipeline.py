@@ -407,6 +407,7 @@ steps:
   first: {{run: finetune, model: {pretrained}, max_steps: 40, learning_rate: 2e-3, per_device_train_batch_size: 8}}
   second: {{run: finetune, model: {pretrained}, max_steps: 30, learning_rate: 2e-3, seed: 2}}
   of-columns: {{run: distill, teacher: data, model: {pretrained}, num_layers: 2, num_train_epochs: 1}}
+  of-one: {{run: distill, teacher: first, num_layers: 2, num_train_epochs: 1}}
   of-three:
     {{run: distill, teacher: [first, data, second], teacher_weights: [2, 1, 1], num_layers: 2, num_train_epochs: 1,
       hidden_weight: 0.5, hard_weight: 0.5}}
@@ -424,7 +425,7 @@ steps:
     steps = read_record(tmp_path / "run" / "first"), record  # 60 labelled rows, and 24 more for the distilled one
     assert [round(step["samples_per_second"] * step["train_seconds"]) for step in steps][1] == 84
     compared = {each["over"] for each in report["comparisons"]}
-    assert compared == {"first", "second", "of-three"}
+    assert compared == {"first", "second", "of-one", "of-three"}
 
 
 def test_no_token_is_written(tmp_path, pretrained, sst2_folder):
