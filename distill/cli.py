@@ -19,7 +19,7 @@ from distill.benchmark import BenchmarkOptions, as_row, benchmark_models, enviro
 from distill.check import print_plan
 from distill.console import escape, log, results
 from distill.data import DataOptions, load_data
-from distill.errors import InputError, nearest_name
+from distill.errors import InputError, TrainingDiverged, nearest_name
 from distill.evaluation import evaluate_model
 from distill.models import find_model, load_classifier, load_tokenizer
 from distill.pipeline import run_plan
@@ -51,6 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for problem in error.problems:
             log.print(f"[red]error:[/] {escape(problem)}")
         return 2
+    except TrainingDiverged as error:
+        log.print(f"[red]error:[/] {escape(str(error))}")
+        return 1
     except KeyboardInterrupt:
         log.print("stopped; the same command goes on from the last checkpoint")
         return 1

@@ -325,6 +325,19 @@ def test_missing_steps_do_not_hide_other_problems(tmp_path, capsys):
     assert error.count("error:") == 3
 
 
+def test_a_training_that_diverges_ends_with_its_part_and_step(tmp_path, pretrained, sst2_folder, capsys):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"task: sst2\noutput_dir: {tmp_path / 'out'}\ndata: {{path: {sst2_folder}, max_length: 24}}\nsteps:\n"
+        f"  a: {{run: finetune, model: {pretrained}, max_steps: 30, learning_rate: 1e30, max_grad_norm: 0}}\n"
+    )
+    assert main(["run", str(recipe)]) == 1
+    err = capsys.readouterr().err
+    assert "NaN or infinite at step" in err
+    assert "Lower learning_rate" in err
+    assert "Traceback" not in err
+
+
 def test_check_tells_what_a_recipe_will_do_and_writes_nothing(tmp_path, pretrained, sst2_folder, capsys):
     recipe = tmp_path / "r.yaml"
     recipe.write_text(
