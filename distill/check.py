@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, PretrainedConfig, PreTrainedModel
 
+from distill.cache import show_bytes
 from distill.config import TrainingConfig
 from distill.console import log, results
 from distill.models import load_tokenizer
@@ -36,6 +37,8 @@ class Estimate:
     optimizer_steps: int | None
     seconds: float | None
     """Of its training, from batches timed on this machine."""
+    cache_bytes: int = 0
+    """Of its teachers' outputs, on disk."""
 
 
 def print_plan(plan: Plan) -> None:
@@ -69,7 +72,9 @@ def print_plan(plan: Plan) -> None:
                 f"  {estimate.optimizer_steps} optimizer steps, about {_duration(estimate.seconds)}; "
                 f"{estimate.training_bytes / 1e6:.0f} MB for weights, gradients and optimizer, activations on top"
             )
-    results.print(f"\nabout {_duration(total)} of training on this machine; teacher outputs cached: 0 bytes")
+            if estimate.cache_bytes:
+                results.print(f"  {show_bytes(estimate.cache_bytes)} of teacher outputs cached on disk")
+    results.print(f"\nabout {_duration(total)} of training on this machine")
 
 
 def estimate_step(plan: Plan, planned: PlannedStep) -> Estimate:
@@ -86,30 +91,19 @@ def estimate_step(plan: Plan, planned: PlannedStep) -> Estimate:
     with torch.device("meta"):
         for config in teacher_configs:
             training_bytes += 4 * sum(parameter.numel() for parameter in _from_config(config).parameters())
-    micro_batches, steps = _count_steps(options, _num_training_rows(plan, planned))
     with tempfile.TemporaryDirectory() as scratch:  # Trainer makes its output folder when it is built
-        seconds = micro_batches * _seconds_per_batch(plan, planned, options, teacher_configs, scratch)
-    return Estimate(num_parameters, 4 * num_parameters, training_bytes, steps, seconds)
+        return Estimate(
+            num_parameters,
+            4 * num_parameters,
+            training_bytes,
+            *_timed(plan, planned, options, teacher_configs, scratch),
+        )
 
 
-def _num_training_rows(plan: Plan, planned: PlannedStep) -> int:
-    unlabelled = plan.data.splits.get("unlabelled", [])
-    return len(plan.data.splits["train"]) + len(unlabelled) * isinstance(planned.step.options, DistillOptions)
-
-
-def _count_steps(options: TrainingConfig, num_rows: int) -> tuple[int, int]:
-    """(micro-batches of one process, optimizer steps)."""
-    batches = math.ceil(num_rows / (options.per_device_train_batch_size * options.world_size))
-    steps = math.ceil(math.ceil(batches / options.gradient_accumulation_steps) * options.num_train_epochs)
-    if options.max_steps > 0:
-        return options.max_steps * options.gradient_accumulation_steps, options.max_steps
-    return math.ceil(batches * options.num_train_epochs), steps
-
-
-def _seconds_per_batch(
+def _timed(
     plan: Plan, planned: PlannedStep, options: TrainingConfig, teacher_configs: list[PretrainedConfig], scratch: str
-) -> float:
-    """Mean time of a training step over batches of short, middling and long rows."""
+) -> tuple[int, float, int]:
+    """(optimizer steps, seconds, bytes of cached teachers), from training steps over short, middling and long rows."""
     timed = copy.copy(options)
     timed.output_dir, timed.disable_tqdm, timed.report_to = scratch, True, []
     tokenizer = load_tokenizer(planned.tokenizer_location, plan.data.max_length)
@@ -125,15 +119,33 @@ def _seconds_per_batch(
     order, size = np.argsort(rows["length"]), options.per_device_train_batch_size
     collate = DataCollatorWithPadding(tokenizer)
     inputs = rows.remove_columns("length")
-    seconds = []
+    plans = trainer.planned_caches()
+    in_steps, in_caches = [], []
     for position in [0.5, *((np.arange(_TIMED_BATCHES) + 0.5) / _TIMED_BATCHES)]:  # the first one warms up
         start = int(position * max(len(rows) - size, 0))
         batch = collate([inputs[int(index)] for index in order[start : start + size]])
         began = time.perf_counter()
         trainer.training_step(trainer.model, batch, trainer._get_num_items_in_batch([batch], options.device))
         trainer.optimizer.step()
-        seconds.append(time.perf_counter() - began)
-    return float(np.mean(seconds[1:]))
+        trainer.optimizer.zero_grad()
+        stepped = time.perf_counter()
+        for teacher, cached in plans:
+            if cached.layout is not None:
+                teacher.outputs(trainer._completed(batch))
+        in_caches.append(time.perf_counter() - stepped)
+        in_steps.append(stepped - began - in_caches[-1])
+    micro_batches, steps = _count_steps(options, len(trainer.get_train_dataloader()))
+    batches_to_cache = len(rows) / size / options.world_size
+    seconds = micro_batches * np.mean(in_steps[1:]) + batches_to_cache * np.mean(in_caches[1:])
+    return steps, float(seconds), sum(cached.size for _, cached in plans)
+
+
+def _count_steps(options: TrainingConfig, batches_of_an_epoch: int) -> tuple[int, int]:
+    """(micro-batches of one process, optimizer steps)."""
+    if options.max_steps > 0:
+        return options.max_steps * options.gradient_accumulation_steps, options.max_steps
+    steps = math.ceil(math.ceil(batches_of_an_epoch / options.gradient_accumulation_steps) * options.num_train_epochs)
+    return math.ceil(batches_of_an_epoch * options.num_train_epochs), steps
 
 
 def _teacher_configs(plan: Plan, planned: PlannedStep) -> list[PretrainedConfig]:

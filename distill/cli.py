@@ -80,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("recipe", type=Path)
     run.add_argument("--only", nargs="+", metavar="STEP", help="run these steps alone, without a report")
+    run.add_argument("--profile", action="store_true", help="write where the steps' time goes into their run folders")
     run.add_argument("--force", action="store_true", help="run finished steps again")
     run.add_argument("--accelerate_config", metavar="NAME", help="launch with accelerate_configs/NAME.yaml (or a path)")
     run.set_defaults(command=_run)
@@ -147,15 +148,20 @@ def _run(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     if arguments.accelerate_config:
         _launch(arguments, overrides)
         return
-    run_recipe(arguments.recipe, overrides, only=arguments.only, force=arguments.force)
+    run_recipe(arguments.recipe, overrides, only=arguments.only, force=arguments.force, profile=arguments.profile)
 
 
 def run_recipe(
-    path: Path, overrides: dict[str, str] | None = None, *, only: list[str] | None = None, force: bool = False
+    path: Path,
+    overrides: dict[str, str] | None = None,
+    *,
+    only: list[str] | None = None,
+    force: bool = False,
+    profile: bool = False,
 ) -> None:
     """Run a recipe's unfinished steps, then (unless `only` some were asked for) write and print the report."""
     plan = make_plan(load_recipe(path, overrides, draft=True))
-    run_plan(plan, only=only, force=force)
+    run_plan(plan, only=only, force=force, profile=profile)
     state = process_state()
     if only is None and state.is_main_process:
         print_report(write_report(plan))
@@ -252,9 +258,11 @@ def _launch(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
         "distill.cli",
     ]
     command += ["run", str(arguments.recipe), *(["--only", *arguments.only] if arguments.only else [])]
-    command += ["--force"] * arguments.force + [
-        part for key, value in overrides.items() for part in (f"--{key}", value)
-    ]
+    command += (
+        ["--force"] * arguments.force
+        + ["--profile"] * arguments.profile
+        + [part for key, value in overrides.items() for part in (f"--{key}", value)]
+    )
     status = subprocess.run(command, check=False).returncode
     if status:
         sys.exit(status)

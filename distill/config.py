@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from typing_extensions import NotRequired, TypedDict  # typing's own from Python 3.12 on
 
 from distill.errors import InputError
+from distill.hardware import has_bf16
 from distill.losses import AttentionLoss, HiddenLoss, SoftLoss
 from distill.processes import check_world_size
 from distill.representations import LayerMap
@@ -117,6 +118,19 @@ class TrainingConfig(TrainingArguments):
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = _inherited("adam_beta1")
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = _inherited("adam_beta2")
     adam_epsilon: Annotated[float, Field(gt=0)] = _inherited("adam_epsilon")
+    max_tokens_per_batch: Annotated[int, Field(ge=1)] | None = field(
+        default=None,
+        metadata={"help": "Tokens of a training batch per process, padding too, instead of a number of rows."},
+    )
+    bf16: bool | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Matrix products in bfloat16; by default where the hardware has them."}
+    )
+    freeze_embeddings: bool = field(
+        default=False, metadata={"help": "Leave the word embeddings as they are: less memory, shorter steps on a CPU."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Leave NaN out of the logged loss; here such a loss stops the training."}
+    )
     disable_tqdm: bool | None = field(
         default=None, metadata={"help": "No moving progress bar; by default where stderr is no terminal."}
     )
@@ -126,6 +140,8 @@ class TrainingConfig(TrainingArguments):
             self.disable_tqdm = not sys.stderr.isatty()  # a moving bar fills a log file with its every move
         if not torch.accelerator.is_available():
             self.use_cpu = True
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and has_bf16()
         super().__post_init__()
         check_world_size(self.world_size)
 
@@ -205,6 +221,23 @@ class DistillationConfig(TrainingConfig):
     )
     contrastive_negatives: Annotated[int, Field(ge=1)] = field(
         default=256, metadata={"help": "Training rows whose teacher states are the negatives."}
+    )
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = field(
+        default=0.0,
+        metadata={"help": "The student's dropout while it learns; null leaves what its config says."},
+    )
+    cache_teacher: Literal["auto", "none", "logits", "hidden", "relations"] = field(
+        default="auto",
+        metadata={
+            "help": "What of the teacher is computed once and kept on disk, logits or also the states that are "
+            "compared; auto decides by passes over the rows, size and disk; none runs it in every step."
+        },
+    )
+    cache_limit_gb: Annotated[float, Field(gt=0)] = field(
+        default=10.0, metadata={"help": "Most that all cached teachers may take on disk, in GB."}
+    )
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "Where teachers are cached; by default `distill` in HF_HOME."}
     )
     teacher_weights: list[Annotated[float, Field(gt=0)]] | None = field(
         default=None, metadata={"help": "Share of each of several teachers; equal by default."}

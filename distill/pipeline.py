@@ -23,12 +23,13 @@ from distill.representations import show_pairs
 from distill.steps import run_step
 
 
-def run_plan(plan: Plan, *, only: list[str] | None = None, force: bool = False) -> list[str]:
+def run_plan(plan: Plan, *, only: list[str] | None = None, force: bool = False, profile: bool = False) -> list[str]:
     """Make every model of the plan that is not finished.
 
     Args:
         only: run these steps alone; what they start from must be finished.
         force: run them even if they are finished, from their beginning.
+        profile: write where the time of their training steps goes into the run folders.
 
     Returns:
         Names of the steps that ran.
@@ -55,7 +56,7 @@ def run_plan(plan: Plan, *, only: list[str] | None = None, force: bool = False) 
         if state.is_main_process:
             _prepare_folder(planned, discard=force)
         state.wait_for_everyone()
-        made = run_step(planned.step.options, planned.inputs, plan.data, planned.folder)
+        made = run_step(planned.step.options, planned.inputs, plan.data, planned.folder, profile=profile)
         state.wait_for_everyone()
         if state.is_main_process:
             seconds = time.perf_counter() - clock

@@ -38,8 +38,8 @@ from distill.teacher import FROM_DATA, layer_pairs
 
 # The code that decides what a step makes; a change in it reruns the step.
 _TRAINING_CODE = (
-    *("readers", "columns", "unlabelled", "data", "tasks", "models", "student"),
-    *("config", "losses", "representations", "teacher", "objective", "trainer", "evaluation", "steps"),
+    *("readers", "columns", "unlabelled", "data", "tasks", "models", "student", "batches", "cache", "hardware"),
+    *("config", "losses", "representations", "teacher", "objective", "trainer", "steps"),
 )
 _CODE = {"finetune": _TRAINING_CODE, "distill": _TRAINING_CODE, "quantize": ("models", "student", "quantize", "steps")}
 
@@ -48,7 +48,16 @@ _NOT_IN_FINGERPRINT = {
     *("logging_strategy", "logging_steps", "logging_first_step", "report_to", "run_name", "project", "disable_tqdm"),
     *("log_level", "log_level_replica", "log_on_each_node", "save_strategy", "save_steps", "save_total_limit"),
     *("save_on_each_node", "per_device_eval_batch_size", "dataloader_num_workers", "dataloader_pin_memory"),
-    *("dataloader_prefetch_factor", "push_to_hub", "hub_token", "hub_model_id", "hub_strategy", "hub_private_repo"),
+    *(
+        "dataloader_prefetch_factor",
+        "cache_dir",
+        "cache_limit_gb",
+        "push_to_hub",
+        "hub_token",
+        "hub_model_id",
+        "hub_strategy",
+        "hub_private_repo",
+    ),
 }
 
 

@@ -105,6 +105,16 @@ class Representations:
     pooled: Tensor | None = None
     """B×D: the mean of the last hidden states."""
 
+    def cloned(self) -> "Representations":
+        """The same values in memory of their own."""
+        return Representations(
+            hidden=[state.clone() for state in self.hidden],
+            attention=[state.clone() for state in self.attention],
+            relations=[[state.clone() for state in states] for states in self.relations],
+            embedding=None if self.embedding is None else self.embedding.clone(),
+            pooled=None if self.pooled is None else self.pooled.clone(),
+        )
+
 
 def accepted_inputs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inputs that the model takes, labels aside (DistilBERT has no `token_type_ids`, but swallows them)."""
@@ -215,6 +225,13 @@ class ProjectedStudent(nn.Module):
             names += [f"{teacher}_embedding"] * each.embedding + [f"{teacher}_pooled"] * each.pooled
             for name in names if teacher_width != student.config.hidden_size else ():
                 self.projections[name] = nn.Linear(student.config.hidden_size, teacher_width, bias=False)
+
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        """The student's; Trainer asks for it, by the second name in transformers 5.17."""
+        known = getattr(self.student, "activation_checkpointing_enable", self.student.gradient_checkpointing_enable)
+        known(**options)
+
+    gradient_checkpointing_enable = activation_checkpointing_enable
 
     def forward(self, **batch: Tensor) -> dict[str, Any]:
         """`logits` B×C, and `representations`, one for each teacher."""

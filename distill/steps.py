@@ -10,23 +10,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import datasets
 import torch
 import transformers
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainerState
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from distill.config import PARTS, DistillationConfig, TrainingConfig, is_on
+from distill.config import DistillationConfig, TrainingConfig
 from distill.console import log
 from distill.data import Data
-from distill.evaluation import predict_logits
 from distill.metrics import compute_metrics
 from distill.models import load_classifier, load_for_finetuning, load_tokenizer
 from distill.processes import process_state
+from distill.profiling import StepProfile
 from distill.quantize import Format, quantize_model
 from distill.student import StudentArch, build_student, choose_layers
-from distill.teacher import FROM_DATA, STORED_COLUMNS, STORED_LOGITS, AnyTeacher
+from distill.teacher import FROM_DATA, AnyTeacher
 from distill.trainer import DistillationTrainer
 
 # Checkpoints of a small model are less than a second apart; Trainer then sorts them by number, which is just right.
@@ -76,13 +75,6 @@ class DistillOptions(StudentOptions, DistillationConfig):
     )
     teacher_label_map: dict[str, str] | None = field(
         default=None, metadata={"help": "The teacher's label names → the task's, where they differ."}
-    )
-    cache_teacher: Literal["auto", "none"] = field(
-        default="auto",
-        metadata={
-            "help": "auto: where only the teacher's predictions are compared, it runs once over the rows and not in "
-            "every epoch."
-        },
     )
 
 
@@ -135,29 +127,34 @@ def teachers_of(given: Mapping[str, Any]) -> list[str]:
     return [teacher] if isinstance(teacher, str) else list(teacher)
 
 
-def run_step(options: Options, inputs: dict[str, str], data: Data, folder: Path) -> Made:
+def run_step(options: Options, inputs: dict[str, str], data: Data, folder: Path, *, profile: bool = False) -> Made:
     """Make one model folder.
 
     Args:
         options: of the verb to run.
         inputs: for each option that names a model, where `from_pretrained` finds it.
         folder: the run folder; may hold `checkpoints/` of a run that was cut off.
+        profile: write a `StepProfile` of the training into the folder.
     """
     if isinstance(options, QuantizeOptions):
         return quantize(options, inputs, data, folder)
     if isinstance(options, DistillOptions):
-        return distill(options, inputs, data, folder)
-    return finetune(options, inputs, data, folder)
+        return distill(options, inputs, data, folder, profile=profile)
+    return finetune(options, inputs, data, folder, profile=profile)
 
 
-def finetune(options: FinetuneOptions, inputs: dict[str, str], data: Data, folder: Path) -> Made:
+def finetune(
+    options: FinetuneOptions, inputs: dict[str, str], data: Data, folder: Path, *, profile: bool = False
+) -> Made:
     """Train `inputs["model"]`, or a student cut from it, on the labels."""
     transformers.set_seed(options.seed)  # a new head is drawn here
     model = load_for_finetuning(inputs["model"], data.task)
-    return _train(_cut_student(model, options), [], options, data, inputs["model"], folder)
+    return _train(_cut_student(model, options), [], options, data, inputs["model"], folder, profile)
 
 
-def distill(options: DistillOptions, inputs: dict[str, str], data: Data, folder: Path) -> Made:
+def distill(
+    options: DistillOptions, inputs: dict[str, str], data: Data, folder: Path, *, profile: bool = False
+) -> Made:
     """Train a student, cut from `inputs["model"]` or else from the teacher, against `inputs["teacher"]`."""
     transformers.set_seed(options.seed)
     teachers: list[AnyTeacher] = []
@@ -173,7 +170,7 @@ def distill(options: DistillOptions, inputs: dict[str, str], data: Data, folder:
         source = load_for_finetuning(inputs["model"], data.task)
     else:
         source = next(teacher for teacher in teachers if isinstance(teacher, PreTrainedModel))
-    return _train(_cut_student(source, options), teachers, options, data, started_from, folder)
+    return _train(_cut_student(source, options), teachers, options, data, started_from, folder, profile)
 
 
 def quantize(options: QuantizeOptions, inputs: dict[str, str], data: Data, folder: Path) -> Made:
@@ -213,15 +210,11 @@ def _train(
     data: Data,
     tokenizer_from: str,
     folder: Path,
+    profile: bool,
 ) -> Made:
     tokenizer = load_tokenizer(tokenizer_from, data.max_length)
     train_rows = data.training_rows(tokenizer, unlabelled=bool(teachers))
     validation_rows = data.tokenized(data.task.validation_splits[0][0], tokenizer)
-    if isinstance(options, DistillOptions) and len(teachers) == 1 and _compares_predictions_alone(options):
-        train_rows, validation_rows = (
-            _with_teacher_logits(teachers[0], rows, tokenizer, options) for rows in (train_rows, validation_rows)
-        )
-        teachers = [FROM_DATA]
     clock = _Clock()
     checkpoint = last_checkpoint(Path(options.output_dir))
     if checkpoint is not None:
@@ -234,7 +227,7 @@ def _train(
         eval_dataset=validation_rows,
         processing_class=tokenizer,
         compute_metrics=lambda output: compute_metrics(data.task, output.predictions, output.label_ids),
-        callbacks=[clock],
+        callbacks=[clock, *([StepProfile(folder)] if profile else [])],
     )
     if options.disable_tqdm:
         trainer.remove_callback(PrinterCallback)
@@ -248,25 +241,6 @@ def _train(
     seconds = clock.seconds()
     rows = len(trainer.train_dataset) * (trainer.state.epoch or 0)
     return Made(seconds, rows / seconds, trainer.accelerator.num_processes, trainer.state.log_history)
-
-
-def _compares_predictions_alone(options: DistillOptions) -> bool:
-    others = set(PARTS) - {"soft", "hard"}
-    return options.cache_teacher == "auto" and not any(is_on(options.loss_weights[part]) for part in others)
-
-
-def _with_teacher_logits(
-    teacher: AnyTeacher, rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, options: DistillOptions
-) -> datasets.Dataset:
-    """The rows with the teacher's logits in a column; as they are where their predictions came with the data."""
-    if isinstance(teacher, str):
-        return rows
-    teacher.to(options.device)
-    logits = predict_logits(
-        teacher, rows, tokenizer, batch_size=options.per_device_eval_batch_size, text="Teacher", bf16=options.bf16
-    )
-    others = [name for name in STORED_COLUMNS if name in rows.column_names]  # of another teacher, for `teacher: data`
-    return rows.remove_columns(others).add_column(STORED_LOGITS, logits.tolist())  # type: ignore[call-arg]
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -2,6 +2,8 @@
 
 import copy
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -29,6 +31,26 @@ _DISTILBERT_NAMES = {
     ".output.dense.": ".ffn.lin2.",
     ".output.LayerNorm.": ".output_layer_norm.",
 }
+
+
+@contextmanager
+def dropout(model: nn.Module, probability: float | None) -> Iterator[None]:
+    """Train with another dropout than the config says; the model has its own again afterwards.
+
+    Args:
+        probability: None changes nothing.
+    """
+    before: list[tuple[nn.Module, str, float]] = []
+    for module in model.modules() if probability is not None else ():
+        known = ["p"] if isinstance(module, nn.Dropout) else [name for name in vars(module) if "dropout" in name]
+        before += [(module, name, value) for name in known if isinstance(value := getattr(module, name), float)]
+    for module, name, _ in before:
+        setattr(module, name, probability)
+    try:
+        yield
+    finally:
+        for module, name, value in before:
+            setattr(module, name, value)
 
 
 def build_student(

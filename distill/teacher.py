@@ -1,14 +1,17 @@
 """Teachers: models that are matched with a student layer by layer, or predictions that the rows carry."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 from transformers import PreTrainedModel
 
+from distill.cache import TEACHER_OUTPUTS, Layout, TeacherCache, restored
 from distill.config import PARTS, DistillationConfig, is_on
 from distill.errors import InputError
 from distill.representations import Reader, Representations, Wanted, resolve_layer_map
@@ -29,6 +32,8 @@ class Teacher:
     problem: ProblemType
     share: float
     """Of the teachers' weight; the shares of all teachers sum to 1."""
+    number: int = 0
+    """Its position among the teachers."""
     model: PreTrainedModel | None = None
     """None for predictions that the rows carry."""
     student_wants: Wanted = field(default_factory=Wanted)
@@ -39,15 +44,30 @@ class Teacher:
     """N×D pooled states of other rows, for the contrastive loss."""
     pairs: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     """For each loss that matches layers, (student, teacher) layers."""
+    cache: TeacherCache | None = None
+    """Of its outputs over the training rows."""
+    autocast: Callable[[], AbstractContextManager] = nullcontext
+    """Of the trainer; Accelerate puts its own around the student's forward alone."""
 
-    def outputs(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Representations]:
-        """Logits and representations of a batch, without gradients."""
+    def outputs(self, batch: Mapping[str, Any]) -> tuple[Tensor, Representations]:
+        """Logits and representations of a batch, without gradients: those that it carries, or else computed."""
         if self.model is None or self.reader is None:
             return stored_logits(batch, self.problem), Representations()
+        stored = batch.get(TEACHER_OUTPUTS, {}).get(str(self.number))
+        if stored is not None:
+            return restored(stored, self.reader.wanted[0], batch["attention_mask"])
         self.model.eval()  # whatever was called on it since
-        with torch.no_grad():  # not inference_mode: the student's backward keeps these tensors
-            logits, representations = self.reader(batch)
-        return logits, representations[0]
+        with record_function("teacher"), torch.inference_mode(), self.autocast():
+            logits, (shown,) = self.reader(batch)
+        # Outside of inference mode, as the student's backward may keep them.
+        return logits.clone(), shown.cloned()
+
+    @property
+    def layout(self) -> Layout | None:
+        """What a cache would hold of it; None where there is nothing to store, or attention maps are compared."""
+        if self.model is None or self.reader is None or self.reader.wanted[0].attention:
+            return None
+        return Layout(self.reader.wanted[0], self.model.config.num_labels, self.model.config.hidden_size)
 
 
 def problem_type(model: PreTrainedModel) -> ProblemType:
@@ -85,7 +105,7 @@ def match_teachers(
     if len(shares) != len(teachers):
         problems.append(f"teacher_weights: {len(shares)} for {len(teachers)} teachers; one each")
     problem = problem_type(student)
-    matched = []
+    matched: list[Teacher] = []
     for teacher, share in zip(teachers, shares, strict=False):
         if isinstance(teacher, str):
             if teacher != FROM_DATA:
@@ -93,10 +113,10 @@ def match_teachers(
             if all(isinstance(each, str) for each in teachers) and set(on) - {"soft", "hard"}:
                 needing = [f"{part}_weight" for part in on if part not in ("soft", "hard")]
                 problems.append(f"{', '.join(needing)}: needs a teacher model, but there are only columns; set it to 0")
-            matched.append(Teacher(problem, share / sum(shares)))
+            matched.append(Teacher(problem, share / sum(shares), len(matched)))
             continue
         try:
-            matched.append(_match(student, teacher, problem, config, on, share / sum(shares)))
+            matched.append(_match(student, teacher, problem, config, on, share / sum(shares), len(matched)))
         except InputError as error:
             problems += error.problems
     if problems:
@@ -146,6 +166,7 @@ def _match(
     config: DistillationConfig,
     on: Sequence[str],
     share: float,
+    number: int,
 ) -> Teacher:
     pairs = layer_pairs(config, student.config.num_hidden_layers, teacher.config.num_hidden_layers)
     problems: list[str] = []
@@ -178,6 +199,7 @@ def _match(
     return Teacher(
         problem=problem,
         share=share,
+        number=number,
         model=teacher.requires_grad_(False),
         student_wants=wanted(0),
         reader=Reader(teacher, [wanted(1)]),

@@ -1,6 +1,7 @@
 """`DistillationTrainer`: transformers' Trainer with teachers, and with losses that add up exactly."""
 
 import inspect
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,19 +11,25 @@ import numpy as np
 import safetensors.torch
 import torch
 import transformers
+from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
+from torch.profiler import record_function
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
+from distill.batches import COUNTED_ROWS, WINDOW, LengthBatches, NumberedBatches, NumberedRows, row_lengths
+from distill.cache import TEACHER_OUTPUTS, CachePlan, Outputs, build_cache, plan_cache
 from distill.config import DistillationConfig, TrainingConfig, default_learning_rate, is_on, value_at
 from distill.console import log
 from distill.errors import InputError, TrainingDiverged
+from distill.hardware import fast_attention, keep_freed_memory
 from distill.objective import COUNTS, Part, against_labels, against_teacher, count
 from distill.representations import ProjectedStudent, accepted_inputs, show_pairs
+from distill.student import dropout
 from distill.teacher import STORED_COLUMNS, AnyTeacher, Teacher, match_teachers, problem_type
 
 _PROJECTIONS_FILE = "projections.safetensors"
-_COUNTED_ROWS = "counted_rows"  # of a batch: B booleans, false for rows that only fill up the last batch of a process
 
 
 class DistillationTrainer(transformers.Trainer):
@@ -72,12 +79,15 @@ class DistillationTrainer(transformers.Trainer):
             if args.learning_rate is None:
                 args.learning_rate = default_learning_rate(model.config.hidden_size)
             transformers.set_seed(args.seed)  # projections are drawn here
+        if args.freeze_embeddings:
+            model.get_input_embeddings().requires_grad_(False)
         uses_logits = is_on(self.weights["hard"]) or is_on(self.weights.get("soft", 0))
         trained: nn.Module = model
         if self.teachers:
             wanted = [each.student_wants for each in self.teachers]
             widths = [(each.model or model).config.hidden_size for each in self.teachers]
             trained = ProjectedStudent(model, wanted, widths, uses_logits=uses_logits)
+        self._collates_otherwise = trainer_arguments.get("data_collator") is not None
         super().__init__(
             model=trained,
             args=args,
@@ -92,6 +102,7 @@ class DistillationTrainer(transformers.Trainer):
         for each in self.teachers:
             if each.model is not None:
                 each.model.to(self.accelerator.device)
+            each.autocast = self.accelerator.autocast
         self._logged = _Sums()
         self._evaluated = _Sums()
         self._first_bad_step: dict[str, Tensor] = {}
@@ -100,13 +111,103 @@ class DistillationTrainer(transformers.Trainer):
                 each.negatives = self._read_negatives(each)
 
     def train(self, *arguments: Any, **options: Any) -> TrainOutput:
-        """Trainer's, also after an evaluation."""
+        """Trainer's, also after an evaluation; with teachers cached, and on a CPU with its attention and memory."""
         if self.model_wrapped is self.model:
             # An evaluation has marked the model as prepared, and Accelerate would leave out DDP: processes that share
             # no gradients, each training alone (seen with transformers 5.23, accelerate 1.15).
             self.model._is_accelerate_prepared = False
             self.accelerator._models.clear()
-        return super().train(*arguments, **options)
+        if self.args.device.type == "cpu":
+            keep_freed_memory()
+        lengths = row_lengths(self.train_dataset, self.args.length_column_name)
+        models = [self.student, *(each.model for each in self.teachers if each.model is not None)]
+        longest = sys.maxsize if lengths is None else int(lengths.max())
+        probability = self.args.dropout if isinstance(self.args, DistillationConfig) else None
+        with fast_attention(models, longest, self.args.device), dropout(self.student, probability):
+            self._cache_teachers()
+            return super().train(*arguments, **options)
+
+    # --- rows and cached teachers -----------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches of like length (see `LengthBatches`), with what is cached of the teachers."""
+        lengths = row_lengths(self.train_dataset, self.args.length_column_name)
+        if lengths is None or not self._draws_batches:
+            return super().get_train_dataloader()
+        loader = DataLoader(
+            NumberedRows(self._remove_unused_columns(self.train_dataset, "training")),
+            batch_sampler=LengthBatches(
+                lengths,
+                self._train_batch_size,
+                max_tokens=self.args.max_tokens_per_batch,
+                seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+                num_processes=self.args.world_size,
+                process_index=self.args.process_index,
+                window=1 if self.args.train_sampling_strategy == "random" else WINDOW,
+            ),
+            collate_fn=NumberedBatches(self.data_collator, self._cached_outputs),
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+        )
+        # The batches are dealt to the processes already.
+        return prepare_data_loader(loader, self.args.device, num_processes=1, process_index=0, put_on_device=True)
+
+    @property
+    def _draws_batches(self) -> bool:
+        ours = self.args.train_sampling_strategy in ("group_by_length", "random")
+        return ours and not self.args.dataloader_drop_last
+
+    def _cached_outputs(self, numbers: list[int]) -> dict[str, Any]:
+        found = {str(each.number): each.cache.read(numbers) for each in self.teachers if each.cache is not None}
+        return {TEACHER_OUTPUTS: found} if found else {}
+
+    def planned_caches(self) -> list[tuple[Teacher, CachePlan]]:
+        """Each teacher that is a model, with what `train` will cache of it, or why it will not.
+
+        Raises:
+            InputError: `cache_teacher` asks for what can't be.
+        """
+        if not isinstance(self.args, DistillationConfig):
+            return []
+        lengths = row_lengths(self.train_dataset, self.args.length_column_name)
+        rows_of_a_step = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        passes = self.args.num_train_epochs
+        if self.args.max_steps > 0 and lengths is not None:
+            passes = self.args.max_steps * rows_of_a_step / len(lengths)
+        unfit = None
+        if lengths is None or not self._draws_batches:
+            unfit = "the rows are not drawn by their lengths"
+        elif self._collates_otherwise and self.args.cache_teacher == "auto":
+            unfit = "a data_collator may change the rows"
+        return [
+            (each, plan_cache(self.args, each.layout, lengths, passes=passes, unfit=unfit))
+            for each in self.teachers
+            if each.model is not None
+        ]
+
+    def _cache_teachers(self) -> None:
+        for teacher, plan in self.planned_caches():
+            teacher.cache = None
+            if self.is_world_process_zero():
+                log.print(f"      {plan}")
+            if plan.layout is None or teacher.model is None:
+                continue
+            rows = self._remove_unused_columns(self.train_dataset, "teacher")
+
+            def outputs(numbers: list[int], teacher: Teacher = teacher, rows: Any = rows) -> tuple[Outputs, Tensor]:
+                batch = self._collated(rows, numbers)
+                return teacher.outputs(batch), batch["attention_mask"]
+
+            teacher.cache = build_cache(
+                teacher.model, plan, rows, outputs,
+                batch_size=self.args.per_device_eval_batch_size,
+                precision="bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "fp32",
+                process_index=self.args.process_index,
+                num_processes=self.args.world_size,
+                wait=self.accelerator.wait_for_everyone,
+            )  # fmt: skip
 
     # --- the loss ---------------------------------------------------------------------------------------------------
 
@@ -125,8 +226,10 @@ class DistillationTrainer(transformers.Trainer):
         inputs = self._completed(inputs)
         if num_items_in_batch is None:
             num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
-        outputs = model(**inputs) if self.teachers else model(**accepted_inputs(self.student, inputs))
-        parts = self._parts(outputs, inputs, training=model.training)
+        with record_function("student forward"):
+            outputs = model(**inputs) if self.teachers else model(**accepted_inputs(self.student, inputs))
+        with record_function("losses"):
+            parts = self._parts(outputs, inputs, training=model.training)
         weights = {name: value_at(self.weights[name], self._progress) for name in parts}
         losses = {name: part.total / _count_of(part, num_items_in_batch) for name, part in parts.items()}
         if model.training:
@@ -140,8 +243,13 @@ class DistillationTrainer(transformers.Trainer):
         loss = torch.stack(weighted).sum() if weighted else outputs["logits"].sum() * 0
         return (loss, {"logits": outputs["logits"]}) if return_outputs else loss
 
+    def training_step(self, *arguments: Any, **options: Any) -> Tensor:
+        """Trainer's, named in a profile."""
+        with record_function("training step"):
+            return super().training_step(*arguments, **options)
+
     def _parts(self, outputs: Mapping[str, Any], inputs: dict[str, Tensor], *, training: bool) -> dict[str, Part]:
-        counted = inputs[_COUNTED_ROWS]
+        counted = inputs[COUNTED_ROWS]
         parts: dict[str, Part] = {}
         if is_on(self.weights["hard"]) and "labels" in inputs:
             parts |= against_labels(self.args, outputs["logits"], inputs, counted)
@@ -169,7 +277,8 @@ class DistillationTrainer(transformers.Trainer):
     ) -> tuple[list[dict[str, Tensor]], Tensor]:
         """The micro-batches of one optimizer step, and its rows, tokens and labels over all processes."""
         # One by one: only while a batch is the newest does the loader know whether it is the last.
-        batches = [self._completed(batch) for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        with record_function("data"):
+            batches = [self._completed(batch) for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         counts = self._get_num_items_in_batch(batches, device)
         if self.accelerator.num_processes > 1:
             counts = self.accelerator.reduce(counts, reduction="sum")
@@ -178,7 +287,7 @@ class DistillationTrainer(transformers.Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
         batches = map(self._completed, batch_samples)
-        counts = [count(self.args, batch, batch[_COUNTED_ROWS]).to(device) for batch in batches]
+        counts = [count(self.args, batch, batch[COUNTED_ROWS]).to(device) for batch in batches]
         return torch.stack(counts).sum(0) if counts else torch.zeros(COUNTS, device=device)
 
     def _completed(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -191,12 +300,12 @@ class DistillationTrainer(transformers.Trainer):
         batch.setdefault("attention_mask", torch.ones_like(ids))
         if "labels" in batch and self.problem_type != "single_label_classification":
             batch["labels"] = batch["labels"].float()  # whole numbers are scores, or zeros and ones, here
-        if _COUNTED_ROWS not in batch:
+        if COUNTED_ROWS not in batch:
             loader = self.accelerator.gradient_state
             real = len(ids)
             if loader.end_of_dataloader and loader.remainder > 0:
                 real = loader.remainder - self.accelerator.process_index * len(ids)
-            batch[_COUNTED_ROWS] = torch.arange(len(ids), device=ids.device) < real
+            batch[COUNTED_ROWS] = torch.arange(len(ids), device=ids.device) < real
         return batch
 
     _signature_columns: list[str] | None

@@ -1,10 +1,16 @@
 """Tiny models and data, made here: no network."""
 
+import atexit
 import json
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before the first import of huggingface_hub
+# Before the first import of huggingface_hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="distill-tests-")  # no run's cache is found, and none left behind
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 import pytest
 import torch

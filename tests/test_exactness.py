@@ -91,7 +91,7 @@ def train(folder, case, *, batch_size=8, accumulation=1, steps=1, change_rows=la
         output_dir=str(folder), per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation,
         per_device_eval_batch_size=batch_size, max_steps=steps, optim="sgd", learning_rate=1.0 if steps == 1 else 0.1,
         warmup_steps=0, weight_decay=0.0, max_grad_norm=0.0, logging_steps=1, save_strategy="no", disable_tqdm=True,
-        **options,
+        bf16=False, **options,
     )  # fmt: skip
     rows = make_rows(kind)
     trainer = DistillationTrainer(
@@ -155,7 +155,7 @@ def test_parts_times_weights_are_the_loss(tmp_path, case):
         train_dataset=make_rows(CASES[case].get("kind", "classes"), 16),
         args=DistillationConfig(
             output_dir=str(tmp_path), max_steps=6, logging_steps=3, per_device_train_batch_size=3, save_strategy="no",
-            learning_rate=1e-3, disable_tqdm=True, **options,
+            learning_rate=1e-3, disable_tqdm=True, bf16=False, **options,
         ),
     )  # fmt: skip
     trainer.train()
@@ -248,7 +248,7 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn(tmp_path, case):
     teacher, _ = make_models(kind)
     student = copy.deepcopy(teacher)
     args = DistillationConfig(
-        output_dir=str(tmp_path), max_steps=1, save_strategy="no", logging_steps=1, disable_tqdm=True,
+        output_dir=str(tmp_path), max_steps=1, save_strategy="no", logging_steps=1, disable_tqdm=True, bf16=False,
         **{**options, "hard_weight": 0.0},
     )  # fmt: skip
     trainer = DistillationTrainer(

@@ -1,0 +1,174 @@
+"""Cached teachers: the same losses as live ones, found again, resumed, refused above a limit."""
+
+import numpy as np
+import pytest
+import torch
+
+from distill import DistillationConfig, DistillationTrainer
+from distill.cache import Layout, TeacherCache
+from distill.errors import InputError
+from distill.representations import Wanted
+from distill.teacher import Teacher
+from tests.conftest import make_tokenizer
+from tests.test_exactness import CASES, make_models, make_rows, relative_difference
+
+CACHED = sorted(case for case in CASES if "attention" not in case and case not in ("every part", "hard"))
+
+SGD = {"optim": "sgd", "learning_rate": 0.02, "max_grad_norm": 1.0}
+
+
+def make_trainer(folder, case="default", count=40, **options):
+    options = {**CASES[case], "epochs": 3, **options}
+    kind, narrow = options.pop("kind", "classes"), options.pop("narrow", False)
+    teacher, student = make_models(kind, narrow)
+    args = DistillationConfig(
+        output_dir=str(folder / "run"), cache_dir=str(folder / "cache"), per_device_train_batch_size=8,
+        per_device_eval_batch_size=4, num_train_epochs=options.pop("epochs"), save_strategy="no", logging_steps=1,
+        disable_tqdm=True, bf16=options.pop("bf16", False), **options,
+    )  # fmt: skip
+    return DistillationTrainer(
+        model=student, teacher=teacher, args=args, train_dataset=make_rows(kind, count),
+        processing_class=make_tokenizer(),
+    )  # fmt: skip
+
+
+def losses(trainer):
+    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+
+def count_forwards(monkeypatch):
+    calls = []
+    original = Teacher.outputs
+
+    def counted(self, batch):
+        if "teacher_outputs" not in batch:
+            calls.append(len(batch["input_ids"]))
+        return original(self, batch)
+
+    monkeypatch.setattr(Teacher, "outputs", counted)
+    return calls
+
+
+@pytest.mark.parametrize("case", CACHED)
+def test_cached_and_live_teachers_give_the_same_training(tmp_path, case):
+    live = make_trainer(tmp_path, case, cache_teacher="none", **SGD)  # Adam would take noise around 0 for a gradient
+    live.train()
+    cached = make_trainer(tmp_path, case, cache_teacher="relations", **SGD)
+    cached.train()
+    assert (tmp_path / "cache").is_dir()
+    assert len(losses(live)) == 15
+    np.testing.assert_allclose(losses(cached), losses(live), rtol=2e-3, atol=1e-6)  # states are stored in 16 bits
+    assert relative_difference(live.model.state_dict(), cached.model.state_dict()) < 1e-3
+
+
+def test_the_teacher_runs_once_over_the_rows_and_never_again(tmp_path, monkeypatch, capsys):
+    calls = count_forwards(monkeypatch)
+    make_trainer(tmp_path, "hidden").train()
+    assert sum(calls) == 40
+    assert "caching the teacher's logits and hidden states" in capsys.readouterr().err
+    calls.clear()
+    trainer = make_trainer(tmp_path, "hidden")
+    trainer.train()
+    assert not calls
+    assert "found in the cache" in capsys.readouterr().err
+    trainer.evaluate(make_rows(count=7, seed=1))  # other rows: computed
+    assert sum(calls) == 7
+
+
+@pytest.mark.parametrize("changed", ["teacher", "rows", "losses", "precision"])
+def test_what_changes_the_outputs_changes_the_cache(tmp_path, changed, monkeypatch):
+    make_trainer(tmp_path, "hidden").train()
+    calls = count_forwards(monkeypatch)
+    trainer = make_trainer(
+        tmp_path, "embedding" if changed == "losses" else "hidden", 39 if changed == "rows" else 40,
+        **({"bf16": True} if changed == "precision" else {}),
+    )  # fmt: skip
+    if changed == "teacher":
+        with torch.no_grad():
+            trainer.teachers[0].model.classifier.bias[0] += 1e-3
+    trainer.train()
+    assert sum(calls) == (39 if changed == "rows" else 40)
+
+
+def test_a_killed_build_resumes(tmp_path, monkeypatch):
+    monkeypatch.setattr("distill.cache._CHUNK_BYTES", 4096)
+    make_trainer(tmp_path, "hidden").train()
+    (folder,) = (tmp_path / "cache").iterdir()
+    chunks = sorted(folder.glob("chunk-*.arrow"))
+    assert len(chunks) > 3
+    whole = {path.name: path.read_bytes() for path in chunks}
+    for path in chunks[1:]:
+        path.unlink()
+    (folder / "chunk-00001.arrow.123.partial").write_bytes(b"half")
+    calls = count_forwards(monkeypatch)
+    make_trainer(tmp_path, "hidden").train()
+    assert 0 < sum(calls) < 40
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
+
+
+def test_processes_share_the_work(tmp_path, monkeypatch):
+    """Two shares of a cache, computed one after the other, are the cache that one process makes."""
+    monkeypatch.setattr("distill.cache._CHUNK_BYTES", 4096)
+    make_trainer(tmp_path, "hidden").train()
+    (folder,) = (tmp_path / "cache").iterdir()
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for path in list(folder.iterdir())[::2]:
+        path.unlink()
+    calls = count_forwards(monkeypatch)
+    make_trainer(tmp_path, "hidden").train()
+    assert sum(calls) < 40
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
+
+
+def test_auto_says_what_it_decided(tmp_path, capsys):
+    for options, said in [
+        ({"epochs": 1}, "runs in every step: 1.0 passes over the rows are too few"),
+        ({"cache_limit_gb": 1e-9}, "runs in every step: a cache would take"),
+        ({"cache_teacher": "none"}, "runs in every step: cache_teacher is none"),
+        ({"train_sampling_strategy": "sequential"}, "runs in every step: the rows are not drawn by their lengths"),
+        ({"train_sampling_strategy": "random"}, "caching the teacher's logits: 1.0 kB in"),
+        ({}, "caching the teacher's logits: 1.0 kB in"),
+    ]:
+        make_trainer(tmp_path, **options).train()
+        assert said in capsys.readouterr().err, options
+
+
+@pytest.mark.parametrize(
+    ("case", "options", "message"),
+    [
+        ("hidden", {"cache_teacher": "logits"}, "compare logits and hidden states; say hidden, auto or none"),
+        ("attention", {"cache_teacher": "relations"}, "attention maps are compared, which are not cached; say auto"),
+        ("hidden", {"cache_teacher": "hidden", "cache_limit_gb": 1e-6}, r"hidden would take .* above cache_limit_gb"),
+    ],
+)
+def test_what_cannot_be_cached_is_refused(tmp_path, case, options, message):
+    with pytest.raises(InputError, match=message):
+        make_trainer(tmp_path, case, **options).train()
+
+
+def test_a_limit_makes_room_by_deleting_the_oldest(tmp_path):
+    stranger = tmp_path / "cache" / "notes"
+    stranger.mkdir(parents=True)
+    make_trainer(tmp_path, "hidden").train()
+    (first,) = [path for path in (tmp_path / "cache").iterdir() if path != stranger]
+    size = sum(path.stat().st_size for path in first.iterdir())
+    make_trainer(tmp_path, "hidden", count=39, cache_limit_gb=1.5 * size / 1e9).train()
+    left = set((tmp_path / "cache").iterdir())
+    assert stranger in left
+    assert first not in left
+    assert len(left) == 2
+
+
+def test_size_is_predicted(tmp_path):
+    trainer = make_trainer(tmp_path, "hidden", 400)
+    ((_, plan),) = trainer.planned_caches()
+    trainer.train()
+    (folder,) = (tmp_path / "cache").iterdir()
+    assert sum(path.stat().st_size for path in folder.iterdir()) == pytest.approx(plan.size, rel=0.02)
+
+
+def test_a_cache_that_lacks_rows_is_told(tmp_path):
+    make_trainer(tmp_path).train()
+    (folder,) = (tmp_path / "cache").iterdir()
+    with pytest.raises(InputError, match="lacks rows"):
+        TeacherCache(folder, Layout(Wanted(), 2, 64), 41)

@@ -1,0 +1,202 @@
+"""What makes training fast must not change what is trained, and must be undone."""
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from distill import DistillationConfig, DistillationTrainer
+from distill.config import TrainingConfig
+from distill.hardware import fast_attention, has_bf16, keep_freed_memory
+from distill.pipeline import run_plan
+from distill.student import dropout
+from tests.conftest import make_tokenizer, tiny_bert
+from tests.test_exactness import make_models, make_rows, only, relative_difference
+from tests.test_pipeline import plan, write_recipe
+
+
+def train(folder, student=None, teacher=None, callbacks=(), count=24, **options):
+    made_teacher, made_student = make_models()
+    student, teacher = student or made_student, teacher or made_teacher
+    args = DistillationConfig(
+        output_dir=str(folder), per_device_train_batch_size=8, save_strategy="no", disable_tqdm=True,
+        **{"max_steps": 4, "learning_rate": 1e-3, "cache_teacher": "none", "bf16": False, **options},
+    )  # fmt: skip
+    trainer = DistillationTrainer(
+        model=student, teacher=teacher, args=args, train_dataset=make_rows(count=count), callbacks=list(callbacks),
+        processing_class=make_tokenizer(),
+    )  # fmt: skip
+    trainer.train()
+    return trainer
+
+
+class Watch(TrainerCallback):
+    """What holds while the model is trained."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.dropout = {module.p for module in model.modules() if isinstance(module, nn.Dropout)}
+        self.attention = model.config._attn_implementation
+
+
+def test_bf16_follows_the_hardware_and_an_explicit_word_stands(tmp_path, monkeypatch):
+    for supported in (True, False):
+        monkeypatch.setattr("distill.config.has_bf16", lambda supported=supported: supported)
+        assert DistillationConfig(output_dir=str(tmp_path)).bf16 is supported
+        assert TrainingConfig(output_dir=str(tmp_path), bf16=False).bf16 is False
+        assert TrainingConfig(output_dir=str(tmp_path), bf16=True).bf16 is True
+    assert isinstance(has_bf16(), bool)
+
+
+def test_the_teacher_computes_in_the_precision_of_the_training(tmp_path):
+    """Accelerate's autocast covers the student's forward alone; a teacher called beside it would be in float32."""
+    for bf16, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        teacher, _ = make_models()
+        seen = set()
+        teacher.bert.encoder.layer[0].output.dense.register_forward_hook(lambda m, i, o, seen=seen: seen.add(o.dtype))
+        train(tmp_path, teacher=teacher, bf16=bf16)
+        assert seen == {expected}
+
+
+def test_attention_and_dropout_are_the_models_own_again(tmp_path):
+    teacher = tiny_bert(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.2)
+    student = copy.deepcopy(teacher)
+    watch = Watch()
+    train(tmp_path, student, teacher, [watch])
+    assert watch.dropout == {0.0}
+    assert watch.attention == ("eager" if not torch.cuda.is_available() else "sdpa")
+    assert {module.p for module in student.modules() if isinstance(module, nn.Dropout)} == {0.1, 0.2}
+    assert student.config._attn_implementation == teacher.config._attn_implementation == "sdpa"
+    train(tmp_path, student, teacher, [watch], dropout=None)
+    assert watch.dropout == {0.1, 0.2}
+    train(tmp_path, student, teacher, [watch], dropout=0.3)
+    assert watch.dropout == {0.3}
+
+
+def test_dropout_reaches_models_that_keep_it_as_a_number():
+    module = nn.Module()
+    module.attention_dropout, module.dropout_name, module.drop = 0.1, "x", nn.Dropout(0.2)
+    with dropout(module, 0.0):
+        assert (module.attention_dropout, module.drop.p) == (0.0, 0.0)
+    assert (module.attention_dropout, module.dropout_name, module.drop.p) == (0.1, "x", 0.2)
+
+
+def test_long_rows_keep_the_attention_that_saves_memory():
+    model = tiny_bert()
+    with fast_attention([model], 129, torch.device("cpu")):
+        assert model.config._attn_implementation == "sdpa"
+    with fast_attention([model], 128, torch.device("cpu")):
+        assert model.config._attn_implementation == "eager"
+    with fast_attention([model], 128, torch.device("cuda")):
+        assert model.config._attn_implementation == "sdpa"
+
+
+def test_frozen_embeddings_stay_and_the_rest_learns(tmp_path):
+    teacher, student = make_models()
+    before = copy.deepcopy(student.state_dict())
+    train(tmp_path, student, teacher, freeze_embeddings=True)
+    after = student.state_dict()
+    assert torch.equal(
+        before["bert.embeddings.word_embeddings.weight"], after["bert.embeddings.word_embeddings.weight"]
+    )
+    assert not torch.equal(before["classifier.weight"], after["classifier.weight"])
+
+
+@pytest.mark.parametrize("case", ["soft", "hidden", "relation"])
+def test_gradient_checkpointing_changes_no_weight(tmp_path, case):
+    weights = []
+    for checkpointing in (False, True):
+        trainer = train(tmp_path, gradient_checkpointing=checkpointing, **only(case))
+        weights.append(trainer.student.state_dict())
+    assert relative_difference(*weights) < 1e-6
+
+
+def test_a_token_budget_trains_on_every_row(tmp_path):
+    seen = []
+
+    class Rows(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append(state.global_step)
+
+    trainer = train(tmp_path, max_tokens_per_batch=40, max_steps=-1, num_train_epochs=2, callbacks=[Rows()])
+    per_epoch = len(trainer.get_train_dataloader())
+    assert len(seen) == 2 * per_epoch
+    assert trainer.state.epoch == 2
+    for batch in trainer.get_train_dataloader():
+        assert batch["input_ids"].numel() <= 40
+
+
+def test_a_profile_adds_up(tmp_path, pretrained, sst2_folder):
+    steps = "\n  teacher: {{run: finetune, model: {pretrained}, max_steps: 2}}"
+    steps += "\n  student: {{run: distill, teacher: teacher, num_layers: 2, max_steps: 12, cache_teacher: none}}\n"
+    path = write_recipe(tmp_path / "profile", pretrained, sst2_folder, steps)
+    made = plan(path)
+    run_plan(made, profile=True)
+    folder = made.steps["student"].folder
+    rows = [line.strip("| ").split(" | ") for line in (folder / "profile.md").read_text().splitlines()[2:]]
+    times = {name: float(milliseconds) for name, milliseconds, _ in rows}
+    whole = times.pop("all")
+    assert set(times) >= {"data", "teacher", "student forward", "losses", "backward", "optimizer"}
+    assert min(times.values()) > 0
+    assert sum(times.values()) == pytest.approx(whole, abs=0.05)
+    trace = json.loads((folder / "profile.json").read_text())
+    assert sum(event.get("name") == "teacher" for event in trace["traceEvents"]) >= 5
+
+
+_MEMORY = """
+import sys
+sys.path.insert(0, {root!r})
+import datasets, numpy as np
+from transformers import TrainerCallback
+from distill import DistillationConfig, DistillationTrainer, build_student
+from tests.conftest import make_tokenizer, tiny_bert
+
+def anonymous():
+    lines = open("/proc/self/status").read().splitlines()
+    return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) / 1024
+
+class Peak(TrainerCallback):
+    found = 0
+    def on_step_end(self, args, state, control, **kwargs):
+        self.found = max(self.found, anonymous())
+
+generator = np.random.default_rng(0)
+ids = generator.integers(5, 20, ({rows}, 32)).astype("int32")
+rows = datasets.Dataset.from_dict({{"input_ids": ids, "labels": generator.integers(0, 2, {rows})}})
+teacher = tiny_bert()
+peak = Peak()
+trainer = DistillationTrainer(
+    model=build_student(teacher, num_layers=2), teacher=teacher, train_dataset=rows, processing_class=make_tokenizer(),
+    args=DistillationConfig(
+        output_dir={folder!r}, cache_dir={folder!r}, max_steps=40, hidden_weight=1.0, cache_teacher="hidden",
+        save_strategy="no", report_to=[], per_device_eval_batch_size=256,
+    ), callbacks=[peak],
+)
+trainer.train()
+print("PEAK", peak.found)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells what memory is anonymous")
+def test_memory_does_not_grow_with_cached_rows(tmp_path):
+    """40,000 rows of hidden states are 330 MB; they stay on disk."""
+    peaks = {}
+    for rows in (1_000, 40_000):
+        folder = tmp_path / str(rows)
+        script = _MEMORY.format(root=str(Path(__file__).parents[1]), rows=rows, folder=str(folder))
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=300)
+        assert done.returncode == 0, done.stderr
+        peaks[rows] = float(done.stdout.split("PEAK")[1])
+        stored = sum(path.stat().st_size for path in folder.rglob("chunk-*.arrow"))
+        assert stored > rows * 32 * 2 * 64 * 2
+    assert peaks[40_000] < 1.1 * peaks[1_000]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc")
+def test_freed_memory_is_kept_where_the_c_library_can():
+    assert keep_freed_memory() in (True, False)
