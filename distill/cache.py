@@ -181,12 +181,11 @@ def restored(stored: dict[str, Tensor], wanted: Wanted, attention_mask: Tensor) 
     """Logits and representations of a batch from what `TeacherCache.read` gave; padding is 0."""
     if "states" not in stored:
         return stored["logits"], Representations(pooled=stored.get("pooled"))
-    valid = attention_mask.bool()
+    valid = attention_mask.bool().unsqueeze(-1)
     layers = []
     for layer in stored["states"].unbind(1):
-        padded = layer.new_zeros(*valid.shape, layer.shape[-1])
-        padded[valid] = layer
-        layers.append(padded)
+        padded = layer.new_zeros(*attention_mask.shape, layer.shape[-1])
+        layers.append(padded.masked_scatter_(valid, layer))  # unlike indexing, a GPU's host does not wait for it
     hidden, rest = layers[: len(wanted.hidden)], layers[len(wanted.hidden) :]
     embedding = rest.pop(0) if wanted.embedding else None
     relations = [rest[start : start + 3] for start in range(0, len(rest), 3)]

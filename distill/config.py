@@ -125,6 +125,10 @@ class TrainingConfig(TrainingArguments):
     bf16: bool | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "Matrix products in bfloat16; by default where the hardware has them."}
     )
+    packing: bool = field(
+        default=False,
+        metadata={"help": "Rows of a batch one after the other without padding; pays where lengths in it differ much."},
+    )
     freeze_embeddings: bool = field(
         default=False, metadata={"help": "Leave the word embeddings as they are: less memory, shorter steps on a CPU."}
     )

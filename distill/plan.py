@@ -38,7 +38,19 @@ from distill.teacher import FROM_DATA, layer_pairs
 
 # The code that decides what a step makes; a change in it reruns the step.
 _TRAINING_CODE = (
-    *("readers", "columns", "unlabelled", "data", "tasks", "models", "student", "batches", "cache", "hardware"),
+    *(
+        "readers",
+        "columns",
+        "unlabelled",
+        "data",
+        "tasks",
+        "models",
+        "student",
+        "batches",
+        "cache",
+        "hardware",
+        "packing",
+    ),
     *("config", "losses", "representations", "teacher", "objective", "trainer", "steps"),
 )
 _CODE = {"finetune": _TRAINING_CODE, "distill": _TRAINING_CODE, "quantize": ("models", "student", "quantize", "steps")}

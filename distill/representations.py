@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from distill.errors import InputError
 from distill.losses import mean_pool
+from distill.packing import unpacked
 from distill.student import find_blocks
 
 LayerMap = Literal["uniform", "last", "first"] | list[tuple[int, int]]
@@ -170,16 +171,17 @@ class Reader:
         ):
             if layers and (not found or len(found) < max(layers)):
                 raise InputError(f"{type(self.model).__name__} returned no {kind} of layer {max(layers)}")
+        mask = inputs["attention_mask"]
         return Representations(
-            hidden=[hidden[layer] for layer in wanted.hidden],
+            hidden=[unpacked(hidden[layer], mask) for layer in wanted.hidden],
             attention=[attentions[layer - 1] for layer in wanted.attention],
-            relations=[self._projected(caught, layer) for layer in wanted.relations],
-            embedding=hidden[0] if wanted.embedding else None,
-            pooled=mean_pool(hidden[-1], inputs["attention_mask"]) if wanted.pooled else None,
+            relations=[self._projected(caught, layer, mask) for layer in wanted.relations],
+            embedding=unpacked(hidden[0], mask) if wanted.embedding else None,
+            pooled=mean_pool(unpacked(hidden[-1], mask), mask) if wanted.pooled else None,
         )
 
-    def _projected(self, caught: dict[int, dict[str, Tensor]], layer: int) -> list[Tensor]:
-        states = [caught[layer][name] for name in self._names]
+    def _projected(self, caught: dict[int, dict[str, Tensor]], layer: int, mask: Tensor) -> list[Tensor]:
+        states = [unpacked(caught[layer][name], mask) for name in self._names]
         return list(states[0].chunk(3, dim=-1)) if len(states) == 1 else states
 
     def _hook(self, layers: list[int]) -> None:

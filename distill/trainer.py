@@ -3,6 +3,7 @@
 import inspect
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
 from torch.profiler import record_function
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import DataCollatorWithPadding, PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
 from distill.batches import COUNTED_ROWS, WINDOW, LengthBatches, NumberedBatches, NumberedRows, row_lengths
@@ -25,6 +26,7 @@ from distill.console import log
 from distill.errors import InputError, TrainingDiverged
 from distill.hardware import fast_attention, keep_freed_memory
 from distill.objective import COUNTS, Part, against_labels, against_teacher, count
+from distill.packing import packed
 from distill.representations import ProjectedStudent, accepted_inputs, show_pairs
 from distill.student import dropout
 from distill.teacher import STORED_COLUMNS, AnyTeacher, Teacher, match_teachers, problem_type
@@ -88,6 +90,11 @@ class DistillationTrainer(transformers.Trainer):
             widths = [(each.model or model).config.hidden_size for each in self.teachers]
             trained = ProjectedStudent(model, wanted, widths, uses_logits=uses_logits)
         self._collates_otherwise = trainer_arguments.get("data_collator") is not None
+        tokenizer = trainer_arguments.get("processing_class")
+        if args.device.type == "cuda" and tokenizer is not None and not self._collates_otherwise:
+            trainer_arguments["data_collator"] = DataCollatorWithPadding(
+                tokenizer, pad_to_multiple_of=8
+            )  # tensor cores
         super().__init__(
             model=trained,
             args=args,
@@ -123,7 +130,8 @@ class DistillationTrainer(transformers.Trainer):
         models = [self.student, *(each.model for each in self.teachers if each.model is not None)]
         longest = sys.maxsize if lengths is None else int(lengths.max())
         probability = self.args.dropout if isinstance(self.args, DistillationConfig) else None
-        with fast_attention(models, longest, self.args.device), dropout(self.student, probability):
+        packing = packed(models) if self.args.packing else nullcontext()
+        with fast_attention(models, longest, self.args.device), dropout(self.student, probability), packing:
             self._cache_teachers()
             return super().train(*arguments, **options)
 

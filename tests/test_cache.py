@@ -22,9 +22,9 @@ def make_trainer(folder, case="default", count=40, **options):
     kind, narrow = options.pop("kind", "classes"), options.pop("narrow", False)
     teacher, student = make_models(kind, narrow)
     args = DistillationConfig(
-        output_dir=str(folder / "run"), cache_dir=str(folder / "cache"), per_device_train_batch_size=8,
-        per_device_eval_batch_size=4, num_train_epochs=options.pop("epochs"), save_strategy="no", logging_steps=1,
-        disable_tqdm=True, bf16=options.pop("bf16", False), **options,
+        output_dir=str(folder / "run"), cache_dir=str(folder / "cache"), save_strategy="no", logging_steps=1,
+        disable_tqdm=True, num_train_epochs=options.pop("epochs"),
+        **{"per_device_train_batch_size": 8, "per_device_eval_batch_size": 4, "bf16": False, **options},
     )  # fmt: skip
     return DistillationTrainer(
         model=student, teacher=teacher, args=args, train_dataset=make_rows(kind, count),

@@ -91,7 +91,7 @@ def train(folder, case, *, batch_size=8, accumulation=1, steps=1, change_rows=la
         output_dir=str(folder), per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation,
         per_device_eval_batch_size=batch_size, max_steps=steps, optim="sgd", learning_rate=1.0 if steps == 1 else 0.1,
         warmup_steps=0, weight_decay=0.0, max_grad_norm=0.0, logging_steps=1, save_strategy="no", disable_tqdm=True,
-        bf16=False, **options,
+        bf16=False, cache_teacher="none", **options,
     )  # fmt: skip
     rows = make_rows(kind)
     trainer = DistillationTrainer(
@@ -172,6 +172,8 @@ _WORKER = """
 import sys, torch
 sys.path.insert(0, {root!r})
 from accelerate import PartialState
+import distill.cache
+distill.cache._CHUNK_BYTES = 4096
 from tests.test_exactness import CASES, train
 results = {{}}
 for case in CASES:
@@ -181,6 +183,11 @@ for case in CASES:
         )
 for case in ("hidden, upper layers unused", "every part"):  # DDP finds a parameter without a gradient a step too late
     results[f"{{case}}|steps"] = train({folder!r}, case, batch_size=4, steps=3)
+from tests.test_cache import SGD, losses, make_trainer
+from pathlib import Path
+cached = make_trainer(Path({folder!r}), "hidden", 42, cache_teacher="hidden", **SGD, per_device_train_batch_size=4)
+cached.train()
+results["cached"] = losses(cached)
 assert PartialState().num_processes == 2
 if PartialState().is_main_process:
     torch.save(results, {folder!r} + "/results.pt")
@@ -195,6 +202,7 @@ def test_two_processes_give_the_gradients_and_losses_of_one(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500)
     assert done.returncode == 0, done.stderr
     results = torch.load(tmp_path / "results.pt", weights_only=True)
+    _assert_one_cache_for_both(tmp_path, results.pop("cached"))
     assert len(results) == 2 * len(CASES) + 2
     for name, found in results.items():
         case, _, split = name.partition("|")
@@ -203,6 +211,18 @@ def test_two_processes_give_the_gradients_and_losses_of_one(tmp_path):
             assert relative_difference(gradients, found[0]) < 1e-4, name
         else:
             assert_equal(whole_step(case), found, name)
+
+
+def _assert_one_cache_for_both(folder, found):
+    """Each process computed its share; one process finds all of it, and learns the same from the same steps."""
+    from tests.test_cache import SGD, losses, make_trainer
+
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("chunk-*.arrow")}
+    assert len(before) > 1
+    trainer = make_trainer(folder, "hidden", 42, cache_teacher="hidden", **SGD)
+    trainer.train()
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("chunk-*.arrow")} == before
+    assert losses(trainer) == pytest.approx(found, rel=1e-4)
 
 
 def test_the_step_equals_a_loop_written_by_hand(tmp_path):

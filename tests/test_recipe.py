@@ -219,3 +219,13 @@ def test_anchors_and_unicode(tmp_path):
     )
     assert recipe.steps["b"].options.model == "org/x"
     assert recipe.output_dir == Path("läufe")
+
+
+def test_a_merged_mapping_may_be_overridden(tmp_path):
+    path = tmp_path / "merge.yaml"
+    path.write_text(
+        "output_dir: x\nsteps:\n  a: &a {run: finetune, model: m, seed: 1}\n  b: &b\n    <<: *a\n    seed: 2\n"
+        "  c:\n    <<: *b\n    model: n\n"
+    )
+    steps = load_recipe(path).steps
+    assert [(step.options.model, step.options.seed) for step in steps.values()] == [("m", 1), ("m", 2), ("n", 2)]
