@@ -132,7 +132,7 @@ class DistillationTrainer(transformers.Trainer):
         probability = self.args.dropout if isinstance(self.args, DistillationConfig) else None
         packing = packed(models) if self.args.packing else nullcontext()
         with fast_attention(models, longest, self.args.device), dropout(self.student, probability), packing:
-            self._cache_teachers()
+            self.cache_teachers()
             return super().train(*arguments, **options)
 
     # --- rows and cached teachers -----------------------------------------------------------------------------------
@@ -183,7 +183,7 @@ class DistillationTrainer(transformers.Trainer):
         rows_of_a_step = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         passes = self.args.num_train_epochs
         if self.args.max_steps > 0 and lengths is not None:
-            passes = self.args.max_steps * rows_of_a_step / len(lengths)
+            passes = self.args.max_steps * min(rows_of_a_step, len(lengths)) / len(lengths)
         unfit = None
         if lengths is None or not self._draws_batches:
             unfit = "the rows are not drawn by their lengths"
@@ -195,7 +195,8 @@ class DistillationTrainer(transformers.Trainer):
             if each.model is not None
         ]
 
-    def _cache_teachers(self) -> None:
+    def cache_teachers(self) -> None:
+        """Compute what is planned, or find it; `train` does so by itself."""
         for teacher, plan in self.planned_caches():
             teacher.cache = None
             if self.is_world_process_zero():

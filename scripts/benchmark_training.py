@@ -42,7 +42,7 @@ from distill.config import TrainingConfig
 from distill.console import log, progress, results
 from distill.data import DataOptions, load_data
 from distill.errors import InputError
-from distill.hardware import has_bf16
+from distill.hardware import fast_attention, has_bf16
 from distill.losses import hard_loss, hidden_loss, soft_loss
 from distill.models import find_model, load_tokenizer
 
@@ -95,6 +95,7 @@ def main() -> None:
     parser.add_argument("--teacher-layers", type=int, default=6)
     parser.add_argument("--student-layers", type=int, default=3)
     parser.add_argument("--data", default=str(_SST2) if _SST2.is_dir() else _ARTICLES, help="rows whose lengths count")
+    parser.add_argument("--tokenizer", default=_TOKENIZER, help="a model folder whose tokenizer cuts them into tokens")
     parser.add_argument("--full-rows", action="store_true", help="every row of 128 tokens, in place of real lengths")
     parser.add_argument("--only", nargs="+", choices=sorted(_WHAT), help="these variants alone")
     arguments = parser.parse_args()
@@ -112,12 +113,13 @@ def main() -> None:
                 rate = run()
                 if round_number > 0:  # the first one warms up
                     rates[name].append(rate)
-    _print(arguments, work, {name: statistics.median(found) for name, found in rates.items()}, rates)
+        cache = _cache_rates(work, arguments.rounds)
+    _print(arguments, work, rates, cache)
 
 
 def _work(arguments: argparse.Namespace, folder: str) -> Work:
     transformers.set_seed(0)
-    tokenizer = load_tokenizer(str(find_model(_TOKENIZER).location), 128)
+    tokenizer = load_tokenizer(find_model(arguments.tokenizer).location, 128)
     options = DataOptions(path=arguments.data, max_train_rows=arguments.batches * _BATCH)
     task = "sst2" if Path(arguments.data).is_dir() else None
     if task is None:
@@ -128,8 +130,9 @@ def _work(arguments: argparse.Namespace, folder: str) -> Work:
         rows = rows.map(_filled, load_from_cache_file=False, keep_in_memory=True)
     size = arguments.hidden_size
     config = BertConfig(
-        vocab_size=30522, hidden_size=size, num_hidden_layers=arguments.teacher_layers, intermediate_size=4 * size,
-        num_attention_heads=12 if size == 384 else size // 64, num_labels=data.task.num_labels,
+        vocab_size=max(len(tokenizer), 30522), hidden_size=size, num_labels=data.task.num_labels,
+        num_hidden_layers=arguments.teacher_layers, intermediate_size=4 * size,
+        num_attention_heads=12 if size == 384 else max(1, size // 64),
     )  # fmt: skip
     device = torch.device(arguments.device)
     teacher = BertForSequenceClassification(config).to(device).eval()
@@ -229,7 +232,7 @@ class _UsualTrainer(transformers.Trainer):
 
 def _usual(work: Work, **padding: Any) -> Callable[[], float]:
     arguments = transformers.TrainingArguments(**_arguments(work), learning_rate=_OPTIONS["learning_rate"])
-    rows = work.rows.select(range(_BATCH * (3 if padding else 10)))  # a step of these takes long enough
+    rows = _some(work.rows, 3 if padding else 10)
     trainer = _UsualTrainer(
         model=work.student(dropout=0.1),
         args=arguments,
@@ -238,6 +241,11 @@ def _usual(work: Work, **padding: Any) -> Callable[[], float]:
     )
     trainer.teacher = work.teacher
     return _epochs(trainer)
+
+
+def _some(rows: datasets.Dataset, batches: int) -> datasets.Dataset:
+    """Fewer rows for the variants whose steps take long."""
+    return rows.select(range(min(_BATCH * batches, len(rows))))
 
 
 # --- (g): by hand ---------------------------------------------------------------------------------------------------
@@ -303,7 +311,7 @@ def _textbrewer(work: Work) -> Callable[[], float]:
     def adaptor(batch: dict[str, Any], outputs: Any) -> dict[str, Any]:
         return {"logits": outputs.logits, "hidden": outputs.hidden_states, "losses": outputs.loss}
 
-    rows = work.rows.select(range(_BATCH * 10))
+    rows = _some(work.rows, 10)
 
     def run() -> float:
         work.teacher.config.output_hidden_states = student.config.output_hidden_states = True
@@ -331,10 +339,42 @@ def _textbrewer(work: Work) -> Callable[[], float]:
     return run
 
 
+# --- building a cache -----------------------------------------------------------------------------------------------
+
+
+def _cache_rates(work: Work, rounds: int) -> dict[str, float]:
+    """Rows per second of caching logits, and of the teacher's forward alone over the same batches."""
+    rates: dict[str, list[float]] = {"build": [], "forward": []}
+    rows = work.rows.remove_columns("length")
+    order = sorted(range(len(rows)), key=list(work.rows["length"]).__getitem__)
+    collate = DataCollatorWithPadding(work.tokenizer)
+    starts = range(0, len(order), 64)
+    batches = [collate([rows[row] for row in order[start : start + 64]]).to(work.device) for start in starts]
+    for number in range(rounds + 1):
+        config = DistillationConfig(
+            **_arguments(work), cache_teacher="logits", cache_dir=f"{work.folder}/built {number}"
+        )
+        trainer = DistillationTrainer(work.student(dropout=0.0), work.teacher, config, **_data(work))
+        with fast_attention([work.teacher], max(work.rows["length"]), work.device):
+            started = time.perf_counter()
+            trainer.cache_teachers()
+            built = time.perf_counter()
+            with torch.inference_mode(), torch.autocast(work.device.type, torch.bfloat16, enabled=has_bf16()):
+                for batch in batches:
+                    logits = work.teacher(**{key: value for key, value in batch.items() if key != "labels"}).logits
+                logits.sum().item()  # a GPU has then finished
+            forwarded = time.perf_counter()
+        if number > 0:
+            rates["build"].append(len(rows) / (built - started))
+            rates["forward"].append(len(rows) / (forwarded - built))
+    return {name: statistics.median(found) for name, found in rates.items()}
+
+
 # --- what is printed ------------------------------------------------------------------------------------------------
 
 
-def _print(arguments: argparse.Namespace, work: Work, medians: dict[str, float], rates: dict[str, list[float]]) -> None:
+def _print(arguments: argparse.Namespace, work: Work, rates: dict[str, list[float]], cache: dict[str, float]) -> None:
+    medians = {name: statistics.median(found) for name, found in rates.items()}
     tokens = sum(work.rows["length"]) / len(work.rows)
     around = environment()
     device = around["gpu"] if arguments.device == "cuda" else around["cpu"]
@@ -349,8 +389,11 @@ def _print(arguments: argparse.Namespace, work: Work, medians: dict[str, float],
         spread = f"{min(rates[variant]):.1f}–{max(rates[variant]):.1f}"
         table.add_row(_WHAT[variant], f"{rate:.1f}", spread, f"{rate / first:.2f}")
     results.print(table)
+    share = cache["build"] / cache["forward"]
+    results.print(f"logits cached at {cache['build']:.0f} rows/s, {share:.2f} of the teacher's forward alone")
     found = {
         "rows_per_second": {name: round(medians[name], 2) if name in medians else None for name in _WHAT},
+        "cache": {name: round(rate, 2) for name, rate in cache.items()},
         "device": device,
         "threads": around["threads"],
         "tokens_per_row": round(tokens, 2),

@@ -36,6 +36,12 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _in_float32(monkeypatch) -> None:
+    """Numbers are compared in float32 on every machine, unless a test says bf16 itself."""
+    monkeypatch.setattr("distill.config.has_bf16", lambda: False)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     return SHARED

@@ -269,6 +269,7 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn(tmp_path, case):
     student = copy.deepcopy(teacher)
     args = DistillationConfig(
         output_dir=str(tmp_path), max_steps=1, save_strategy="no", logging_steps=1, disable_tqdm=True, bf16=False,
+        cache_teacher="none",
         **{**options, "hard_weight": 0.0},
     )  # fmt: skip
     trainer = DistillationTrainer(
