@@ -181,11 +181,10 @@ def restored(stored: dict[str, Tensor], wanted: Wanted, attention_mask: Tensor) 
     """Logits and representations of a batch from what `TeacherCache.read` gave; padding is 0."""
     if "states" not in stored:
         return stored["logits"], Representations(pooled=stored.get("pooled"))
-    valid = attention_mask.bool().unsqueeze(-1)
-    layers = []
-    for layer in stored["states"].unbind(1):
-        padded = layer.new_zeros(*attention_mask.shape, layer.shape[-1])
-        layers.append(padded.masked_scatter_(valid, layer))  # unlike indexing, a GPU's host does not wait for it
+    states = stored["states"].flatten(1)
+    padded = states.new_zeros(*attention_mask.shape, states.shape[-1])
+    padded.masked_scatter_(attention_mask.bool().unsqueeze(-1), states)  # unlike indexing, no GPU's host waits for it
+    layers = list(padded.chunk(stored["states"].shape[1], dim=-1))
     hidden, rest = layers[: len(wanted.hidden)], layers[len(wanted.hidden) :]
     embedding = rest.pop(0) if wanted.embedding else None
     relations = [rest[start : start + 3] for start in range(0, len(rest), 3)]

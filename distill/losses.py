@@ -175,8 +175,10 @@ def hidden_loss(
     """
 
     def squared_error(student: Tensor, teacher: Tensor) -> Tensor:
-        difference = (student.float() - teacher.float()).masked_fill(mask.unsqueeze(-1) == 0, 0.0)
-        return _mean(difference.square().mean(-1), mask, count)
+        padding = mask.unsqueeze(-1) == 0
+        student, teacher = (states.float().masked_fill(padding, 0.0) for states in (student, teacher))
+        total = F.mse_loss(student, teacher, reduction="sum") / student.shape[-1]
+        return total / _at_least_one(mask.sum() if count is None else count)
 
     return _over_layers(squared_error, student_hidden, teacher_hidden)
 

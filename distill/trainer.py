@@ -16,10 +16,10 @@ from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
 from torch.profiler import record_function
 from torch.utils.data import DataLoader
-from transformers import DataCollatorWithPadding, PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
-from distill.batches import COUNTED_ROWS, WINDOW, LengthBatches, NumberedBatches, NumberedRows, row_lengths
+from distill.batches import COUNTED_ROWS, WINDOW, LengthBatches, Reader, RowNumbers, row_lengths
 from distill.cache import TEACHER_OUTPUTS, CachePlan, Outputs, build_cache, plan_cache
 from distill.config import DistillationConfig, TrainingConfig, default_learning_rate, is_on, value_at
 from distill.console import log
@@ -90,11 +90,6 @@ class DistillationTrainer(transformers.Trainer):
             widths = [(each.model or model).config.hidden_size for each in self.teachers]
             trained = ProjectedStudent(model, wanted, widths, uses_logits=uses_logits)
         self._collates_otherwise = trainer_arguments.get("data_collator") is not None
-        tokenizer = trainer_arguments.get("processing_class")
-        if args.device.type == "cuda" and tokenizer is not None and not self._collates_otherwise:
-            trainer_arguments["data_collator"] = DataCollatorWithPadding(
-                tokenizer, pad_to_multiple_of=8
-            )  # tensor cores
         super().__init__(
             model=trained,
             args=args,
@@ -142,8 +137,15 @@ class DistillationTrainer(transformers.Trainer):
         lengths = row_lengths(self.train_dataset, self.args.length_column_name)
         if lengths is None or not self._draws_batches:
             return super().get_train_dataloader()
+        read = self._reader(self.train_dataset, "training")
+
+        def collate(numbers: list[int]) -> dict[str, Any]:
+            cached = {str(each.number): each.cache.read(numbers) for each in self.teachers if each.cache is not None}
+            every = torch.ones(len(numbers), dtype=torch.bool)  # no process is filled up
+            return {**read(numbers), COUNTED_ROWS: every, **({TEACHER_OUTPUTS: cached} if cached else {})}
+
         loader = DataLoader(
-            NumberedRows(self._remove_unused_columns(self.train_dataset, "training")),
+            RowNumbers(len(lengths)),
             batch_sampler=LengthBatches(
                 lengths,
                 self._train_batch_size,
@@ -153,7 +155,7 @@ class DistillationTrainer(transformers.Trainer):
                 process_index=self.args.process_index,
                 window=1 if self.args.train_sampling_strategy == "random" else WINDOW,
             ),
-            collate_fn=NumberedBatches(self.data_collator, self._cached_outputs),
+            collate_fn=collate,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
             persistent_workers=self.args.dataloader_persistent_workers,
@@ -167,9 +169,13 @@ class DistillationTrainer(transformers.Trainer):
         ours = self.args.train_sampling_strategy in ("group_by_length", "random")
         return ours and not self.args.dataloader_drop_last
 
-    def _cached_outputs(self, numbers: list[int]) -> dict[str, Any]:
-        found = {str(each.number): each.cache.read(numbers) for each in self.teachers if each.cache is not None}
-        return {TEACHER_OUTPUTS: found} if found else {}
+    def _reader(self, rows: Any, what_for: str) -> Reader:
+        """Reads batches of rows that hold only what models and losses take."""
+        if isinstance(rows, datasets.Dataset):
+            rows = self._remove_unused_columns(rows, what_for)
+        tokenizer = None if self._collates_otherwise else self.processing_class
+        multiple = 8 if self.args.device.type == "cuda" else 1  # tensor cores
+        return Reader(rows, self.data_collator, tokenizer, pad_to_multiple_of=multiple)
 
     def planned_caches(self) -> list[tuple[Teacher, CachePlan]]:
         """Each teacher that is a model, with what `train` will cache of it, or why it will not.
@@ -203,14 +209,14 @@ class DistillationTrainer(transformers.Trainer):
                 log.print(f"      {plan}")
             if plan.layout is None or teacher.model is None:
                 continue
-            rows = self._remove_unused_columns(self.train_dataset, "teacher")
+            read = self._reader(self.train_dataset, "teacher")
 
-            def outputs(numbers: list[int], teacher: Teacher = teacher, rows: Any = rows) -> tuple[Outputs, Tensor]:
-                batch = self._collated(rows, numbers)
+            def outputs(numbers: list[int], teacher: Teacher = teacher, read: Reader = read) -> tuple[Outputs, Tensor]:
+                batch = self._completed(self._prepare_inputs(read(numbers)))
                 return teacher.outputs(batch), batch["attention_mask"]
 
             teacher.cache = build_cache(
-                teacher.model, plan, rows, outputs,
+                teacher.model, plan, self.train_dataset, outputs,
                 batch_size=self.args.per_device_eval_batch_size,
                 precision="bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "fp32",
                 process_index=self.args.process_index,
@@ -341,17 +347,13 @@ class DistillationTrainer(transformers.Trainer):
     def _read_negatives(self, teacher: Teacher) -> Tensor:
         """For the contrastive loss: the teacher's pooled states (N×D) of rows spread over the whole training set."""
         dataset = self.train_dataset if self.train_dataset is not None else self.eval_dataset
-        if isinstance(dataset, datasets.Dataset):
-            dataset = self._remove_unused_columns(dataset, "negatives")
+        read = self._reader(dataset, "negatives")
         wanted = min(self.args.contrastive_negatives, len(dataset))
         rows = np.linspace(0, len(dataset) - 1, wanted).round().astype(int).tolist()
         size = self.args.per_device_eval_batch_size
         batches = [rows[start : start + size] for start in range(0, len(rows), size)]
-        pooled = [teacher.outputs(self._collated(dataset, batch))[1].pooled for batch in batches]
-        return torch.cat([each for each in pooled if each is not None])
-
-    def _collated(self, dataset: Any, rows: list[int]) -> dict[str, Tensor]:
-        return self._completed(self._prepare_inputs(self.data_collator([dataset[row] for row in rows])))
+        found = [teacher.outputs(self._completed(self._prepare_inputs(read(batch))))[1].pooled for batch in batches]
+        return torch.cat([pooled for pooled in found if pooled is not None])
 
     # --- the log ----------------------------------------------------------------------------------------------------
 

@@ -2,9 +2,11 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from transformers import DataCollatorWithPadding
 
-from distill.batches import LengthBatches, row_lengths
+from distill.batches import LengthBatches, Reader, row_lengths
 from distill.errors import InputError
+from tests.conftest import make_tokenizer
 
 
 def lengths_like_sst2(count=5000, seed=0):
@@ -89,3 +91,33 @@ def test_lengths_are_read_from_a_column_or_the_ids():
     assert row_lengths(rows.select([2, 0]), "length").tolist() == [1, 2]
     assert row_lengths(rows.add_column("length", [5, 6, 7]), "length").tolist() == [5, 6, 7]
     assert row_lengths(torch.utils.data.TensorDataset(torch.zeros(3)), "length") is None
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("label", ["label", "labels"])
+@pytest.mark.parametrize("drop", [[], ["attention_mask"], ["token_type_ids"]])
+def test_rows_are_padded_as_by_the_librarys_collator(side, label, drop):
+    tokenizer = make_tokenizer()
+    tokenizer.padding_side = side
+    texts = ["a good film", "the plot was very bad", "nice"] * 4
+    rows = datasets.Dataset.from_dict(
+        {**tokenizer(texts), label: [index % 3 for index in range(12)], "teacher_logits": [[0.5, -1.0]] * 12,
+         "score": [0.25] * 12}
+    ).remove_columns(drop)  # fmt: skip
+    for multiple in (1, 8):
+        collate = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=multiple)
+        for chosen in (rows, rows.shuffle(seed=0), datasets.concatenate_datasets([rows, rows])):
+            ours = Reader(chosen, collate, tokenizer, pad_to_multiple_of=multiple)([5, 0, 7, 2])
+            theirs = collate([chosen[index] for index in [5, 0, 7, 2]])
+            assert ours.keys() == theirs.keys()
+            for name, tensor in theirs.items():
+                assert ours[name].dtype == tensor.dtype
+                assert torch.equal(ours[name], tensor), name
+
+
+def test_other_rows_and_collators_are_left_to_the_collator():
+    rows = [{"input_ids": [number]} for number in range(5)]
+    read = Reader(rows, lambda chosen: {"chosen": [row["input_ids"] for row in chosen]}, make_tokenizer())
+    assert read([3, 1]) == {"chosen": [[3], [1]]}
+    dataset = datasets.Dataset.from_list(rows)
+    assert Reader(dataset, lambda chosen: {"count": len(chosen)}, None)([3, 1]) == {"count": 2}
