@@ -7,11 +7,13 @@ import datasets
 import numpy as np
 import pyarrow.compute
 import torch
+from accelerate.data_loader import prepare_data_loader
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import BatchSampler, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
+from distill.config import TrainingConfig
 from distill.errors import InputError
 
 COUNTED_ROWS = "counted_rows"
@@ -204,6 +206,36 @@ class Reader:
         filled = np.full(taken.shape, filler, dtype=np.int64)
         filled[taken] = column.flatten().to_numpy()
         return torch.from_numpy(filled)
+
+
+def length_loader(
+    collate: Callable[[list[int]], dict[str, Any]], lengths: NDArray[np.int64], args: TrainingConfig, batch_size: int
+) -> DataLoader:
+    """This process's batches of rows of like length, on its device.
+
+    Args:
+        collate: makes a batch of the rows with these numbers.
+        lengths: tokens of each row.
+    """
+    loader = DataLoader(
+        RowNumbers(len(lengths)),
+        batch_sampler=LengthBatches(
+            lengths,
+            batch_size,
+            max_tokens=args.max_tokens_per_batch,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            num_processes=args.world_size,
+            process_index=args.process_index,
+            window=1 if args.train_sampling_strategy == "random" else WINDOW,
+        ),
+        collate_fn=collate,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=args.dataloader_pin_memory,
+        persistent_workers=args.dataloader_persistent_workers,
+        prefetch_factor=args.dataloader_prefetch_factor,
+    )
+    # The batches are dealt to the processes already.
+    return prepare_data_loader(loader, args.device, num_processes=1, process_index=0, put_on_device=True)
 
 
 def _holds_numbers(rows: Any) -> bool:

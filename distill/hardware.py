@@ -1,14 +1,18 @@
 """What the machine does fast, and how to let it."""
 
 import ctypes
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
 _LONGEST_EAGER = 128
+_CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+_kept: list[bool] = []
 
 
 def has_bf16() -> bool:
@@ -18,6 +22,16 @@ def has_bf16() -> bool:
     if torch.accelerator.is_available():
         return False
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def use_available_cores() -> None:
+    """No more threads than the cores that this process may use; a container's quota is not seen by torch."""
+    cores = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    if _CPU_QUOTA.is_file():
+        quota, _, period = _CPU_QUOTA.read_text().strip().partition(" ")
+        cores = cores if quota == "max" else min(cores, int(quota) / int(period))
+    if torch.get_num_threads() > cores:
+        torch.set_num_threads(max(1, round(cores)))
 
 
 def keep_freed_memory() -> bool:
@@ -30,7 +44,16 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
     trim_threshold, mmap_max = -1, -4  # of malloc.h
-    return mallopt is not None and mallopt(mmap_max, 0) == 1 and mallopt(trim_threshold, 2**31 - 1) == 1
+    kept = mallopt is not None and mallopt(mmap_max, 0) == 1 and mallopt(trim_threshold, 2**31 - 1) == 1
+    _kept.append(kept)
+    return kept
+
+
+def allocator() -> str:
+    """What gives this process its memory, for the record of a measurement."""
+    preloaded = os.environ.get("LD_PRELOAD")
+    name = Path(preloaded.split(":")[0]).name if preloaded else "the C library's"
+    return f"{name}, keeping what is freed" if any(_kept) else name
 
 
 @contextmanager

@@ -12,22 +12,22 @@ import numpy as np
 import safetensors.torch
 import torch
 import transformers
-from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
 from torch.profiler import record_function
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
-from distill.batches import COUNTED_ROWS, WINDOW, LengthBatches, Reader, RowNumbers, row_lengths
+from distill.batches import COUNTED_ROWS, Reader, length_loader, row_lengths
 from distill.cache import TEACHER_OUTPUTS, CachePlan, Outputs, build_cache, plan_cache
 from distill.config import DistillationConfig, TrainingConfig, default_learning_rate, is_on, value_at
 from distill.console import log
-from distill.errors import InputError, TrainingDiverged
-from distill.hardware import fast_attention, keep_freed_memory
+from distill.errors import InputError
+from distill.hardware import fast_attention, keep_freed_memory, use_available_cores
+from distill.monitoring import Announcement, DivergenceWatch, Sums
 from distill.objective import COUNTS, Part, against_labels, against_teacher, count
 from distill.packing import packed
-from distill.representations import ProjectedStudent, accepted_inputs, show_pairs
+from distill.representations import ProjectedStudent, accepted_inputs
 from distill.student import dropout
 from distill.teacher import STORED_COLUMNS, AnyTeacher, Teacher, match_teachers, problem_type
 
@@ -93,7 +93,7 @@ class DistillationTrainer(transformers.Trainer):
         super().__init__(
             model=trained,
             args=args,
-            callbacks=[_Announcement(self.teachers), *(trainer_arguments.pop("callbacks", None) or [])],
+            callbacks=[Announcement(self.teachers), *(trainer_arguments.pop("callbacks", None) or [])],
             **trainer_arguments,
         )
         # Our losses are divided by the whole step's counts, so Trainer must not divide by the accumulation steps too.
@@ -105,9 +105,9 @@ class DistillationTrainer(transformers.Trainer):
             if each.model is not None:
                 each.model.to(self.accelerator.device)
             each.autocast = self.accelerator.autocast
-        self._logged = _Sums()
-        self._evaluated = _Sums()
-        self._first_bad_step: dict[str, Tensor] = {}
+        self._logged = Sums()
+        self._evaluated = Sums()
+        self._watch = DivergenceWatch(args)
         for each in self.teachers:
             if each.student_wants.pooled:
                 each.negatives = self._read_negatives(each)
@@ -120,6 +120,7 @@ class DistillationTrainer(transformers.Trainer):
             self.model._is_accelerate_prepared = False
             self.accelerator._models.clear()
         if self.args.device.type == "cpu":
+            use_available_cores()
             keep_freed_memory()
         lengths = row_lengths(self.train_dataset, self.args.length_column_name)
         models = [self.student, *(each.model for each in self.teachers if each.model is not None)]
@@ -144,25 +145,7 @@ class DistillationTrainer(transformers.Trainer):
             every = torch.ones(len(numbers), dtype=torch.bool)  # no process is filled up
             return {**read(numbers), COUNTED_ROWS: every, **({TEACHER_OUTPUTS: cached} if cached else {})}
 
-        loader = DataLoader(
-            RowNumbers(len(lengths)),
-            batch_sampler=LengthBatches(
-                lengths,
-                self._train_batch_size,
-                max_tokens=self.args.max_tokens_per_batch,
-                seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
-                num_processes=self.args.world_size,
-                process_index=self.args.process_index,
-                window=1 if self.args.train_sampling_strategy == "random" else WINDOW,
-            ),
-            collate_fn=collate,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
-            persistent_workers=self.args.dataloader_persistent_workers,
-            prefetch_factor=self.args.dataloader_prefetch_factor,
-        )
-        # The batches are dealt to the processes already.
-        return prepare_data_loader(loader, self.args.device, num_processes=1, process_index=0, put_on_device=True)
+        return length_loader(collate, lengths, self.args, self._train_batch_size)
 
     @property
     def _draws_batches(self) -> bool:
@@ -248,7 +231,7 @@ class DistillationTrainer(transformers.Trainer):
         weights = {name: value_at(self.weights[name], self._progress) for name in parts}
         losses = {name: part.total / _count_of(part, num_items_in_batch) for name, part in parts.items()}
         if model.training:
-            self._watch(losses)
+            self._watch.look_at(losses, self.state)
             # The counts are of all processes, and DDP takes the mean of their gradients.
             losses = {name: loss * self.accelerator.num_processes for name, loss in losses.items()}
             self._logged.add({name: (loss, loss * weights[name]) for name, loss in losses.items()})
@@ -364,21 +347,21 @@ class DistillationTrainer(transformers.Trainer):
         always the loss.
         """
         if "loss" in logs and self._logged.totals:
-            self._stop_if_diverged()
+            self._watch.stop_if_diverged(self.state)
             totals = self._logged.reduced(self.accelerator)
             steps = self._logged.steps * self.accelerator.num_processes
             for name, (part, weighted) in totals.items():
                 logs[f"loss/{name}"] = part / steps
                 if isinstance(self.weights[name], dict):
                     logs[f"weight/{name}"] = weighted / part if part else value_at(self.weights[name], self._progress)
-            self._logged = _Sums()
+            self._logged = Sums()
         super().log(logs, start_time)
 
     def evaluation_loop(
         self, dataloader: Any, description: str, *arguments: Any, metric_key_prefix: str = "eval", **options: Any
     ) -> EvalLoopOutput:
         """Trainer's, with the loss and its parts as sums over all rows divided by what they count."""
-        self._evaluated = _Sums()
+        self._evaluated = Sums()
         output = super().evaluation_loop(
             dataloader, description, *arguments, metric_key_prefix=metric_key_prefix, **options
         )
@@ -394,36 +377,11 @@ class DistillationTrainer(transformers.Trainer):
             output.metrics.update({f"{key}/{name}": part for name, part in parts.items()})
         return output
 
-    # --- divergence -------------------------------------------------------------------------------------------------
-
-    def _watch(self, losses: dict[str, Tensor]) -> None:
-        """Remember the first step at which a part was not finite, on its device: to ask each step would wait for it."""
-        step = self.state.global_step + 1
-        for name, loss in losses.items():
-            first = self._first_bad_step.get(name, torch.zeros((), dtype=torch.int64, device=loss.device))
-            self._first_bad_step[name] = torch.where((first == 0) & ~loss.detach().isfinite(), step, first)
-        if self.args.device.type == "cpu":
-            self._stop_if_diverged()
-
-    def _stop_if_diverged(self) -> None:
-        steps = {name: int(first) for name, first in self._first_bad_step.items() if first > 0}
-        if steps:
-            name = min(steps, key=lambda part: steps[part])
-            self._diverged(f"the {name} loss was NaN or infinite at step {steps[name]}")
-
-    def _diverged(self, what: str) -> None:
-        folders = Path(self.args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        last = max(folders, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
-        raise TrainingDiverged(
-            f"{what} of {self.state.max_steps}; {f'the last checkpoint is {last}' if last else 'no checkpoint yet'}. "
-            f"Lower learning_rate ({self.args.learning_rate:g}), or look for extreme values in the data"
-        )
-
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Trainer's, but weights that are not finite never replace a good checkpoint."""
-        self._stop_if_diverged()
+        self._watch.stop_if_diverged(self.state)
         if not torch.stack([parameter.isfinite().all() for parameter in self.model.parameters()]).all():
-            self._diverged(f"a weight was NaN or infinite at step {self.state.global_step}")
+            self._watch.stop(f"a weight was NaN or infinite at step {self.state.global_step}", self.state)
         super()._save_checkpoint(model, trial)
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
@@ -455,41 +413,6 @@ class DistillationTrainer(transformers.Trainer):
             self._load_from_checkpoint(self.state.best_model_checkpoint)
         else:
             super()._load_best_model()
-
-
-class _Sums:
-    """Pairs of sums by name, on their device."""
-
-    def __init__(self) -> None:
-        self.totals: dict[str, Tensor] = {}
-        self.steps = 0
-
-    def add(self, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        for name, pair in pairs.items():
-            added = torch.stack(pair).detach()
-            self.totals[name] = self.totals[name] + added if name in self.totals else added
-
-    def reduced(self, accelerator: Any) -> dict[str, tuple[float, float]]:
-        """Over all processes."""
-        sums = accelerator.reduce(torch.stack(list(self.totals.values())), reduction="sum").tolist()
-        return {name: (first, second) for name, (first, second) in zip(self.totals, sums, strict=True)}
-
-
-class _Announcement(TrainerCallback):
-    """Says at the start of a training which layers are matched."""
-
-    def __init__(self, teachers: list[Teacher]):
-        self._teachers = teachers
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not state.is_world_process_zero:
-            return
-        for number, teacher in enumerate(self._teachers, start=1):
-            of = f" {number}" if len(self._teachers) > 1 else ""
-            for part, pairs in teacher.pairs.items():
-                log.print(f"      {part} loss: layers {show_pairs(pairs)} (student→teacher{of}; 0 is the embeddings)")
-            if "attention" in teacher.pairs:
-                log.print("      attention maps are read, so student and teacher run in eager attention (slower)")
 
 
 def _count_of(part: Part, counts: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from distill import DistillationConfig, DistillationTrainer, build_student
+from distill.batches import LengthBatches
 from distill.config import PARTS
 from distill.data import tokenize
 from distill.tasks import GLUE
@@ -144,6 +145,15 @@ def test_a_step_depends_on_its_rows_alone(tmp_path, case):
     assert_equal(whole, train(tmp_path, case, change_rows=pad_more), "padding")
     shuffled = train(tmp_path, case, batch_size=4, accumulation=2, change_rows=lambda rows: rows.shuffle(seed=1))
     assert_equal(whole, shuffled, "order")
+
+
+@pytest.mark.parametrize("case", ["every part", "default", "rows without a label"])
+def test_batches_under_a_token_budget_add_up_to_the_same_step(tmp_path, case):
+    """Batches of 1 to 4 rows, all in one step."""
+    CASES["budget"] = {**CASES[case], "max_tokens_per_batch": 24}
+    split = train(tmp_path, "budget", accumulation=len(LengthBatches(make_rows()["length"], 1, max_tokens=24)))
+    del CASES["budget"]
+    assert_equal(whole_step(case), split, "budget")
 
 
 @pytest.mark.parametrize("case", ["every part", "default", "rows without a label", "label sets"])

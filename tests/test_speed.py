@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from distill import DistillationConfig, DistillationTrainer
 from distill.config import TrainingConfig
-from distill.hardware import fast_attention, has_bf16, keep_freed_memory
+from distill.hardware import allocator, fast_attention, has_bf16, keep_freed_memory, use_available_cores
 from distill.pipeline import run_plan
 from distill.student import dropout
 from tests.conftest import make_tokenizer, tiny_bert
@@ -197,6 +197,18 @@ def test_memory_does_not_grow_with_cached_rows(tmp_path):
     assert peaks[40_000] < 1.1 * peaks[1_000]
 
 
+@pytest.mark.parametrize(("quota", "threads"), [("max 100000", 4), ("150000 100000", 2), ("50000 100000", 1)])
+def test_no_more_threads_than_a_container_may_use(tmp_path, monkeypatch, quota, threads):
+    (tmp_path / "cpu.max").write_text(quota + "\n")
+    monkeypatch.setattr("distill.hardware._CPU_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: range(8))
+    chosen = []
+    monkeypatch.setattr("torch.get_num_threads", lambda: chosen[-1] if chosen else 4)
+    monkeypatch.setattr("torch.set_num_threads", chosen.append)
+    use_available_cores()
+    assert torch.get_num_threads() == threads
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc")
 def test_freed_memory_is_kept_where_the_c_library_can():
-    assert keep_freed_memory() in (True, False)
+    assert keep_freed_memory() == allocator().endswith("keeping what is freed")
