@@ -97,7 +97,7 @@ def plan_cache(
     root = Path(config.cache_dir) if config.cache_dir else Path(constants.HF_HOME) / "distill"
     lengths = np.zeros(0, dtype=np.int64) if lengths is None else lengths
     if layout is None:
-        unfit = "attention maps are compared, which are not cached"
+        unfit = "attention maps, and predictions of tokens, are not cached"
     size = layout.size(len(lengths), int(lengths.sum())) if layout is not None else 0
     nothing = CachePlan(None, lengths, 0, root, limit)
     if mode == "none":

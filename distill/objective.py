@@ -8,11 +8,12 @@ from torch import Tensor
 
 from distill import losses
 from distill.config import DistillationConfig, TrainingConfig, is_on
+from distill.predictions import IGNORED, Labels, ProblemType, among, labels_of, shifted
 from distill.representations import Representations
-from distill.teacher import ProblemType, Teacher
+from distill.teacher import Teacher
 
-COUNTS = 3
-ROWS, TOKENS, LABELS = range(COUNTS)
+COUNTS = 4
+ROWS, TOKENS, LABELS, PREDICTIONS = range(COUNTS)
 """What losses count, as positions in a tensor of counts."""
 
 _ONE = torch.ones(())
@@ -32,29 +33,31 @@ class Part:
         return Part(self.total * factor, self.counted)
 
 
-def count(config: TrainingConfig, batch: Mapping[str, Tensor], counted_rows: Tensor) -> Tensor:
-    """Rows, tokens and labels of the rows that count (B, of a batch): shape 3."""
+def count(config: TrainingConfig, problem: ProblemType, batch: Mapping[str, Tensor], counted_rows: Tensor) -> Tensor:
+    """Rows, tokens, labels and predictions of the rows that count (B, of a batch): shape 4."""
     tokens = (batch["attention_mask"] * counted_rows.unsqueeze(-1)).sum()
+    expected = labels_of(problem, batch, counted_rows)
     labels = torch.zeros((), device=tokens.device)
-    if "labels" in batch:
-        labels = losses.label_count(
-            _counted_labels(batch["labels"], counted_rows), _class_weights(config, tokens.device)
-        )
-    return torch.stack([counted_rows.sum().float(), tokens.float(), labels.float()])
+    if expected.labels is not None:
+        labels = losses.label_count(expected.labels, _class_weights(config, tokens.device))
+    return torch.stack([counted_rows.sum().float(), tokens.float(), labels.float(), expected.counted.sum().float()])
 
 
 def against_labels(
-    config: TrainingConfig, logits: Tensor, batch: Mapping[str, Tensor], counted_rows: Tensor
+    config: TrainingConfig, problem: ProblemType, logits: Tensor, batch: Mapping[str, Tensor], counted_rows: Tensor
 ) -> dict[str, Part]:
-    """The hard loss.
+    """The hard loss; nothing for a batch without a column of labels.
 
     Args:
-        logits: B×C.
+        logits: as `logits_of` gives them.
         counted_rows: B booleans.
     """
-    labels = _counted_labels(batch["labels"], counted_rows)
+    expected = labels_of(problem, batch, counted_rows)
+    if expected.labels is None:
+        return {}
+    logits = among(expected.classes, shifted(problem, logits), as_values=False)
     weights = _class_weights(config, logits.device)
-    total = losses.hard_loss(logits, labels, config.label_smoothing_factor, _ONE, class_weights=weights)
+    total = losses.hard_loss(logits, expected.labels, config.label_smoothing_factor, _ONE, class_weights=weights)
     return {"hard": Part(total, LABELS)}
 
 
@@ -70,7 +73,7 @@ def against_teacher(
     """The losses that are on, against one teacher.
 
     Args:
-        student: its logits (B×C) and the representations that stand against this teacher.
+        student: its logits (as `logits_of` gives them) and the representations that stand against this teacher.
         counted_rows: B booleans.
     """
     logits, shown = student
@@ -78,8 +81,9 @@ def against_teacher(
     tokens = batch["attention_mask"] * counted_rows.unsqueeze(-1)
     parts = {}
     if is_on(config.soft_weight):
-        total = _soft(config, logits, targets, batch.get("labels"), counted_rows, temperature, teacher.problem)
-        parts["soft"] = Part(total, ROWS)
+        expected = labels_of(teacher.problem, batch, counted_rows)
+        total = _soft(config, logits, targets, expected, temperature, teacher.problem)
+        parts["soft"] = Part(total, PREDICTIONS)
     if shown.hidden and config.hidden_loss == "pkd":
         parts["hidden"] = Part(losses.pkd_loss(shown.hidden, seen.hidden, counted_rows, _ONE), ROWS)
     elif shown.hidden:
@@ -105,30 +109,27 @@ def _soft(
     config: DistillationConfig,
     logits: Tensor,
     targets: Tensor,
-    labels: Tensor | None,
-    counted_rows: Tensor,
+    expected: Labels,
     temperature: float | None,
     problem: ProblemType,
 ) -> Tensor:
-    if problem == "regression" or temperature is None or config.soft_loss == "mse":
-        return losses.logit_loss(logits, targets, _ONE, mask=counted_rows)
-    outputs = _ONE
+    as_values = problem == "regression" or temperature is None or config.soft_loss == "mse"
+    logits, targets = (
+        among(expected.classes, shifted(problem, each), as_values=as_values) for each in (logits, targets)
+    )
+    if as_values or temperature is None:
+        return losses.logit_loss(logits, targets, _ONE, mask=expected.counted)
+    outputs, labels = _ONE, expected.labels
     if problem == "multi_label_classification":  # a mean over labels, each with a distribution of its own
         outputs, labels = torch.tensor(float(logits.shape[-1])), None
         logits, targets = losses.per_label(logits), losses.per_label(targets)
     if config.soft_loss not in ("kl", "reverse_kl", "js"):
-        classes = torch.full(logits.shape[:-1], -100, device=logits.device) if labels is None else labels
+        classes = torch.full(logits.shape[:-1], IGNORED, device=logits.device) if labels is None else labels
         return losses.decoupled_loss(
-            logits, targets, classes, temperature, outputs, mask=counted_rows,
+            logits, targets, classes, temperature, outputs, mask=expected.counted,
             alpha=config.dkd_alpha, beta=config.dkd_beta,
         )  # fmt: skip
-    return losses.soft_loss(logits, targets, temperature, outputs, mask=counted_rows, divergence=config.soft_loss)
-
-
-def _counted_labels(labels: Tensor, counted_rows: Tensor) -> Tensor:
-    """Labels with those of rows that don't count unknown."""
-    unknown = float("nan") if labels.is_floating_point() else -100
-    return labels.masked_fill(~counted_rows.reshape(-1, *(1,) * (labels.ndim - 1)), unknown)
+    return losses.soft_loss(logits, targets, temperature, outputs, mask=expected.counted, divergence=config.soft_loss)
 
 
 def _class_weights(config: TrainingConfig, device: torch.device) -> Tensor | None:

@@ -51,7 +51,7 @@ _TRAINING_CODE = (
         "hardware",
         "packing",
     ),
-    *("config", "losses", "representations", "teacher", "objective", "monitoring", "trainer", "steps"),
+    *("config", "losses", "predictions", "representations", "teacher", "objective", "monitoring", "trainer", "steps"),
 )
 _CODE = {"finetune": _TRAINING_CODE, "distill": _TRAINING_CODE, "quantize": ("models", "student", "quantize", "steps")}
 

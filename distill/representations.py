@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from distill.errors import InputError
 from distill.losses import mean_pool
 from distill.packing import unpacked
+from distill.predictions import SPAN_LABELS, logits_of
 from distill.student import find_blocks
 
 LayerMap = Literal["uniform", "last", "first"] | list[tuple[int, int]]
@@ -120,7 +121,8 @@ class Representations:
 def accepted_inputs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inputs that the model takes, labels aside (DistilBERT has no `token_type_ids`, but swallows them)."""
     parameters = inspect.signature(model.forward).parameters
-    return {name: value for name, value in inputs.items() if name in parameters and name != "labels"}
+    labels = ("labels", *SPAN_LABELS)
+    return {name: value for name, value in inputs.items() if name in parameters and name not in labels}
 
 
 class Reader:
@@ -160,7 +162,7 @@ class Reader:
             )
         finally:
             caught, self._caught = self._caught, None
-        return outputs.logits, [self._pick(each, outputs, inputs, caught) for each in self.wanted]
+        return logits_of(outputs), [self._pick(each, outputs, inputs, caught) for each in self.wanted]
 
     def _pick(self, wanted: Wanted, outputs: Any, inputs: Mapping[str, Tensor], caught: dict) -> Representations:
         hidden: Sequence[Tensor] = outputs.hidden_states if wanted.hidden_states else []

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from distill.cache import TEACHER_OUTPUTS, Layout, TeacherCache, restored
 from distill.config import PARTS, DistillationConfig, is_on
 from distill.errors import InputError
+from distill.predictions import OF_ROWS, ProblemType, problem_type
 from distill.representations import Reader, Representations, Wanted, resolve_layer_map
 
 FROM_DATA = "data"
@@ -21,7 +22,6 @@ FROM_DATA = "data"
 
 STORED_COLUMNS = STORED_LOGITS, STORED_PROBABILITIES = "teacher_logits", "teacher_probabilities"
 
-ProblemType = Literal["regression", "single_label_classification", "multi_label_classification"]
 AnyTeacher: TypeAlias = PreTrainedModel | Literal["data"]
 
 
@@ -64,26 +64,10 @@ class Teacher:
 
     @property
     def layout(self) -> Layout | None:
-        """What a cache would hold of it; None where there is nothing to store, or attention maps are compared."""
-        if self.model is None or self.reader is None or self.reader.wanted[0].attention:
+        """What a cache would hold of it; None where that can't be stored (attention maps, predictions of tokens)."""
+        if self.model is None or self.reader is None or self.reader.wanted[0].attention or self.problem not in OF_ROWS:
             return None
         return Layout(self.reader.wanted[0], self.model.config.num_labels, self.model.config.hidden_size)
-
-
-def problem_type(model: PreTrainedModel) -> ProblemType:
-    """What a model's outputs mean, by its class and config.
-
-    Raises:
-        InputError: it is no sequence classifier, or a regression with several outputs.
-    """
-    if not type(model).__name__.endswith("ForSequenceClassification"):
-        raise InputError(f"{type(model).__name__}: no sequence classifier (a class named …ForSequenceClassification)")
-    config = model.config
-    if config.problem_type == "regression" and config.num_labels > 1:
-        raise InputError(f"{type(model).__name__}: a regression with {config.num_labels} outputs; one is supported")
-    if config.num_labels == 1 and config.problem_type != "multi_label_classification":
-        return "regression"
-    return config.problem_type or "single_label_classification"
 
 
 def match_teachers(
@@ -185,8 +169,13 @@ def _match(
             f"relation_heads: {relation_heads} does not divide the widths {widths[0]} and {widths[1]}; "
             f"these do: {', '.join(str(number) for number in range(1, divisor + 1) if divisor % number == 0)}"
         )
-    if student.config.num_labels != teacher.config.num_labels:
+    if problem_type(teacher) != problem:
+        problems.append(f"teacher: {type(teacher).__name__} does not predict what {type(student).__name__} does")
+    elif student.config.num_labels != teacher.config.num_labels:
         problems.append(f"teacher: has {teacher.config.num_labels} outputs and the student {student.config.num_labels}")
+    elif problem in ("masked_lm", "causal_lm") and student.config.vocab_size != teacher.config.vocab_size:
+        sizes = teacher.config.vocab_size, student.config.vocab_size
+        problems.append(f"teacher: has a vocabulary of {sizes[0]} and the student of {sizes[1]}")
     if problems:
         raise InputError(*problems)
 

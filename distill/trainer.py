@@ -27,9 +27,10 @@ from distill.hardware import fast_attention, keep_freed_memory, use_available_co
 from distill.monitoring import Announcement, DivergenceWatch, Sums
 from distill.objective import COUNTS, Part, against_labels, against_teacher, count
 from distill.packing import packed
+from distill.predictions import label_columns, logits_of, problem_type
 from distill.representations import ProjectedStudent, accepted_inputs
 from distill.student import dropout
-from distill.teacher import STORED_COLUMNS, AnyTeacher, Teacher, match_teachers, problem_type
+from distill.teacher import STORED_COLUMNS, AnyTeacher, Teacher, match_teachers
 
 _PROJECTIONS_FILE = "projections.safetensors"
 
@@ -99,7 +100,7 @@ class DistillationTrainer(transformers.Trainer):
         # Our losses are divided by the whole step's counts, so Trainer must not divide by the accumulation steps too.
         # (What it finds out by itself is wrong for BERT: a forward with **kwargs that returns a plain mean.)
         self.model_accepts_loss_kwargs = True
-        self.label_names = args.label_names or ["labels"]
+        self.label_names = args.label_names or label_columns(self.problem_type)
         self._check_columns()
         for each in self.teachers:
             if each.model is not None:
@@ -225,7 +226,10 @@ class DistillationTrainer(transformers.Trainer):
         if num_items_in_batch is None:
             num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
         with record_function("student forward"):
-            outputs = model(**inputs) if self.teachers else model(**accepted_inputs(self.student, inputs))
+            if self.teachers:
+                outputs = model(**inputs)
+            else:
+                outputs = {"logits": logits_of(model(**accepted_inputs(self.student, inputs)))}
         with record_function("losses"):
             parts = self._parts(outputs, inputs, training=model.training)
         weights = {name: value_at(self.weights[name], self._progress) for name in parts}
@@ -249,8 +253,8 @@ class DistillationTrainer(transformers.Trainer):
     def _parts(self, outputs: Mapping[str, Any], inputs: dict[str, Tensor], *, training: bool) -> dict[str, Part]:
         counted = inputs[COUNTED_ROWS]
         parts: dict[str, Part] = {}
-        if is_on(self.weights["hard"]) and "labels" in inputs:
-            parts |= against_labels(self.args, outputs["logits"], inputs, counted)
+        if is_on(self.weights["hard"]):
+            parts |= against_labels(self.args, self.problem_type, outputs["logits"], inputs, counted)
         for number, teacher in enumerate(self.teachers):
             if not training and teacher.model is None and not set(STORED_COLUMNS) & inputs.keys():
                 continue  # validation rows need no stored predictions
@@ -285,7 +289,7 @@ class DistillationTrainer(transformers.Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
         batches = map(self._completed, batch_samples)
-        counts = [count(self.args, batch, batch[COUNTED_ROWS]).to(device) for batch in batches]
+        counts = [count(self.args, self.problem_type, batch, batch[COUNTED_ROWS]).to(device) for batch in batches]
         return torch.stack(counts).sum(0) if counts else torch.zeros(COUNTS, device=device)
 
     def _completed(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -296,7 +300,7 @@ class DistillationTrainer(transformers.Trainer):
         batch = dict(batch)
         ids = batch["input_ids"]
         batch.setdefault("attention_mask", torch.ones_like(ids))
-        if "labels" in batch and self.problem_type != "single_label_classification":
+        if "labels" in batch and self.problem_type in ("regression", "multi_label_classification"):
             batch["labels"] = batch["labels"].float()  # whole numbers are scores, or zeros and ones, here
         if COUNTED_ROWS not in batch:
             loader = self.accelerator.gradient_state

@@ -10,13 +10,21 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from transformers import (
+    BertForMaskedLM,
+    BertForQuestionAnswering,
+    BertForTokenClassification,
+    DataCollatorForTokenClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 from distill import DistillationConfig, DistillationTrainer, build_student
 from distill.batches import LengthBatches
 from distill.config import PARTS
 from distill.data import tokenize
 from distill.tasks import GLUE
-from tests.conftest import make_tokenizer, sentences, tiny_bert
+from tests.conftest import make_tokenizer, sentences, tiny_bert, tiny_config
 
 OFF = {f"{part}_weight": 0.0 for part in PARTS}
 
@@ -53,6 +61,19 @@ CASES = {
     "label sets, dkd": only("soft", soft_loss="dkd", kind="label sets"),
     "rows without a label": {"kind": "unlabelled", "class_weights": [0.5, 2.0]},
     "regression without labels": {"kind": "unlabelled regression"},
+    "tokens": {"kind": "tokens", "hard_weight": 0.5, "hidden_weight": 0.5},
+    "tokens, kl": only("soft", soft_loss="kl", kind="tokens"),
+    "spans": {"kind": "spans", "hard_weight": 0.5},
+    "spans, kl": only("soft", soft_loss="kl", kind="spans"),
+    "masked": {"kind": "masked", "hard_weight": 0.5, "hidden_weight": 0.5},
+    "causal": {"kind": "causal", "hard_weight": 0.5, "hidden_weight": 0.5},
+    "causal, kl": only("soft", soft_loss="kl", kind="causal"),
+}
+MODELS = {
+    "tokens": BertForTokenClassification,
+    "spans": BertForQuestionAnswering,
+    "masked": BertForMaskedLM,
+    "causal": GPT2LMHeadModel,
 }
 
 
@@ -68,10 +89,31 @@ def make_rows(kind="classes", count=8, seed=0):
         labels = [[float(label), float(row % 2), 1.0] for row, label in enumerate(labels)]
     if kind == "unlabelled regression":
         labels = [label if row % 3 else float("nan") for row, label in enumerate(labels)]
+    if kind == "spans":
+        ends = [[1 + row % 2 for row in range(count)], [length - 2 for length in data["length"]]]
+        return data.remove_columns("labels").add_column("start_positions", ends[0]).add_column("end_positions", ends[1])
+    if kind in ("tokens", "causal"):  # in words only; the last row has no label at all
+        labels = [
+            [-100, *((token % 2 if kind == "tokens" else token) for token in ids[1:-1]), -100]
+            for ids in data["input_ids"]
+        ]
+        labels[-1] = [-100] * len(labels[-1])
+    if kind == "masked":
+        labels = [[token if place % 3 == 1 else -100 for place, token in enumerate(ids)] for ids in data["input_ids"]]
     return data.remove_columns("labels").add_column("labels", labels)
 
 
 def make_models(kind="classes", narrow=False):
+    if kind in MODELS:
+        torch.manual_seed(0)
+        config = tiny_config(initializer_range=0.2)
+        if kind == "causal":
+            config = GPT2Config(
+                vocab_size=50, n_embd=32, n_layer=4, n_head=4, n_positions=64, initializer_range=0.2, bos_token_id=2,
+                eos_token_id=3, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+            )  # fmt: skip
+        teacher = MODELS[kind](config).eval()
+        return teacher, build_student(teacher, num_layers=2)
     changes = {"num_labels": 1} if kind.endswith("regression") else {}
     if kind == "label sets":
         changes = {"num_labels": 3, "problem_type": "multi_label_classification"}
@@ -97,6 +139,7 @@ def train(folder, case, *, batch_size=8, accumulation=1, steps=1, change_rows=la
     rows = make_rows(kind)
     trainer = DistillationTrainer(
         model=student, teacher=teacher, args=args, train_dataset=rows, processing_class=make_tokenizer(),
+        data_collator=DataCollatorForTokenClassification(make_tokenizer()) if kind in MODELS else None,
     )  # fmt: skip
     evaluated = trainer.evaluate(make_rows(kind, count=7, seed=1))  # before a step, so that all have the same weights
     trainer.train_dataset = change_rows(rows)
@@ -130,8 +173,12 @@ def assert_equal(whole, other, what):
 
 def pad_more(rows):
     longest = max(rows["length"])
-    tensors = ("input_ids", "token_type_ids", "attention_mask")
-    return rows.map(lambda row: {name: row[name] + [0] * (longest + 9 - row["length"]) for name in tensors})
+    fillers = {"input_ids": 0, "token_type_ids": 0, "attention_mask": 0}
+    if isinstance(rows[0].get("labels"), list) and len(rows[0]["labels"]) == rows[0]["length"]:
+        fillers["labels"] = -100
+    return rows.map(
+        lambda row: {name: row[name] + [filler] * (longest + 9 - row["length"]) for name, filler in fillers.items()}
+    )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -283,8 +330,9 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn(tmp_path, case):
         **{**options, "hard_weight": 0.0},
     )  # fmt: skip
     trainer = DistillationTrainer(
-        model=student, teacher=teacher, args=args, train_dataset=make_rows(kind), processing_class=make_tokenizer()
-    )
+        model=student, teacher=teacher, args=args, train_dataset=make_rows(kind), processing_class=make_tokenizer(),
+        data_collator=DataCollatorForTokenClassification(make_tokenizer()) if kind in MODELS else None,
+    )  # fmt: skip
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(0, abs=1e-5)
     assert trainer.state.log_history[0]["grad_norm"] == pytest.approx(0, abs=1e-4)

@@ -1,0 +1,135 @@
+"""What a model predicts, by its kind: for rows, tokens or spans; the labels, and which predictions count."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from distill.errors import InputError
+
+ProblemType = Literal[
+    "regression",
+    "single_label_classification",
+    "multi_label_classification",
+    "token_classification",
+    "question_answering",
+    "masked_lm",
+    "causal_lm",
+]
+
+OF_ROWS = ("regression", "single_label_classification", "multi_label_classification")
+"""Kinds with one prediction a row; the others predict tokens, or the ends of a span."""
+
+SPAN_LABELS = ("start_positions", "end_positions")
+IGNORED = -100
+_NO_LOGIT = -1e4
+
+_KINDS = {
+    "ForTokenClassification": "token_classification",
+    "ForQuestionAnswering": "question_answering",
+    "ForMaskedLM": "masked_lm",
+    "ForCausalLM": "causal_lm",
+    "LMHeadModel": "causal_lm",  # GPT-2
+}
+
+
+def problem_type(model: PreTrainedModel) -> ProblemType:
+    """What a model's outputs mean, by its class and config.
+
+    Raises:
+        InputError: another class, or a regression with several outputs.
+    """
+    name, config = type(model).__name__, model.config
+    for ending, kind in _KINDS.items():
+        if name.endswith(ending):
+            return kind  # type: ignore[return-value]
+    if not name.endswith("ForSequenceClassification"):
+        endings = ", ".join(f"…{ending}" for ending in ("ForSequenceClassification", *_KINDS))
+        raise InputError(f"{name}: not a class that can be distilled; these can: {endings}")
+    if config.problem_type == "regression" and config.num_labels > 1:
+        raise InputError(f"{name}: a regression with {config.num_labels} outputs; one is supported")
+    if config.num_labels == 1 and config.problem_type != "multi_label_classification":
+        return "regression"
+    return config.problem_type or "single_label_classification"
+
+
+def label_columns(problem: ProblemType) -> list[str]:
+    """The columns of a batch that hold its labels."""
+    return list(SPAN_LABELS) if problem == "question_answering" else ["labels"]
+
+
+def logits_of(outputs: Any) -> Tensor:
+    """B×C, B×T×C, or for spans B×2×T: the logits of their starts and of their ends."""
+    if "start_logits" in outputs:
+        return torch.stack([outputs["start_logits"], outputs["end_logits"]], dim=1)
+    return outputs["logits"]
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Of a batch: the labels of its predictions, and which predictions count where a teacher is compared."""
+
+    labels: Tensor | None
+    """…, or …×C for sets of labels; unknown ones are −100 or NaN. None where the batch has no such column."""
+    counted: Tensor
+    """… booleans."""
+    classes: Tensor | None = None
+    """For spans B×1×T: the tokens that can be an end, padding aside."""
+
+
+def labels_of(problem: ProblemType, batch: Mapping[str, Tensor], counted_rows: Tensor) -> Labels:
+    """The labels that stand against `shifted(problem, logits)`.
+
+    A token counts where it has a label; in a row without any, where it is no padding. A causal LM's token is predicted
+    from the one before it.
+
+    Args:
+        counted_rows: B booleans.
+    """
+    if problem in OF_ROWS:
+        labels = batch.get("labels")
+        if labels is not None:
+            unknown = float("nan") if labels.is_floating_point() else IGNORED
+            labels = labels.masked_fill(~counted_rows.reshape(-1, *(1,) * (labels.ndim - 1)), unknown)
+        return Labels(labels, counted_rows)
+    tokens = batch["attention_mask"].bool() & counted_rows.unsqueeze(-1)
+    if problem == "question_answering":
+        both = counted_rows.unsqueeze(-1).expand(-1, 2)
+        if not set(SPAN_LABELS) <= batch.keys():
+            return Labels(None, both, batch["attention_mask"].bool().unsqueeze(1))
+        ends = torch.stack([batch[name] for name in SPAN_LABELS], dim=1)
+        known = both & (ends >= 0) & (ends < tokens.shape[1])
+        return Labels(ends.masked_fill(~known, IGNORED), both, batch["attention_mask"].bool().unsqueeze(1))
+    labels = batch.get("labels")
+    if labels is not None:
+        labels = labels.masked_fill(~tokens, IGNORED)
+    if problem == "causal_lm":
+        tokens = tokens[:, 1:] & tokens[:, :-1]
+        labels = labels[:, 1:].masked_fill(~tokens, IGNORED) if labels is not None else None
+    if labels is None:
+        return Labels(None, tokens)
+    known = labels != IGNORED
+    return Labels(labels, torch.where(known.any(-1, keepdim=True), known, tokens))
+
+
+def shifted(problem: ProblemType, logits: Tensor) -> Tensor:
+    """A causal LM's logits without those of the last token, which predict what is not there."""
+    return logits[:, :-1] if problem == "causal_lm" else logits
+
+
+def among(classes: Tensor | None, logits: Tensor, *, as_values: bool) -> Tensor:
+    """Logits whose classes that don't exist (padding, for spans) take no part.
+
+    Args:
+        classes: booleans of the classes that do; None for all.
+        as_values: for a squared error, averaged over the classes that exist; else for a softmax.
+    """
+    if classes is None:
+        return logits
+    if not as_values:
+        return logits.float().masked_fill(~classes, _NO_LOGIT)
+    existing = classes.sum(-1, keepdim=True).clamp(min=1)
+    return logits.float().masked_fill(~classes, 0.0) * (logits.shape[-1] / existing).sqrt()
