@@ -151,6 +151,7 @@ class Reader:
         collate: for other rows; always used where `tokenizer` is none.
         tokenizer: knows how to pad.
         pad_to_multiple_of: rounds up the batch's width.
+        label_filler: for rows with a label for each token.
     """
 
     def __init__(
@@ -160,6 +161,7 @@ class Reader:
         tokenizer: Any,
         *,
         pad_to_multiple_of: int = 1,
+        label_filler: int | None = None,
     ):
         self._rows, self._collate, self._multiple = rows, collate, pad_to_multiple_of
         self._arrow = None
@@ -168,6 +170,8 @@ class Reader:
             self._pads_right = tokenizer.padding_side == "right"
             known = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
             self._fillers = {name: known.get(name, 0) for name in tokenizer.model_input_names}
+            if label_filler is not None:
+                self._fillers["labels"] = label_filler
 
     def __call__(self, numbers: list[int]) -> dict[str, Any]:
         """The batch of these rows."""

@@ -18,7 +18,6 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from distill.console import progress
 from distill.errors import InputError
-from distill.hardware import allocator
 from distill.models import longest_input, quiet_loading, size_on_disk
 from distill.quantize import weight_memory
 
@@ -113,7 +112,6 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
-        "allocator": allocator(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 

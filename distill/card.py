@@ -6,6 +6,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from distill.plan import Plan, PlannedStep
+from distill.tasks import Task
 
 _WHAT = {
     "finetune": "fine-tuned from {parents} on labels",
@@ -16,8 +17,8 @@ _WHAT = {
 _LOAD = """```python
 from transformers import pipeline
 {import_distill}
-classifier = pipeline("text-classification", "{path}")
-classifier("…", truncation=True)
+classifier = pipeline("{pipeline}", "{path}")
+classifier("…"{truncation})
 ```"""
 
 
@@ -31,7 +32,7 @@ def write_model_card(plan: Plan, planned: PlannedStep, results: dict[str, Any] |
     quantized = step.run == "quantize"
     data = ModelCardData(
         library_name="transformers",
-        pipeline_tag="text-classification",
+        pipeline_tag=_pipeline(task),
         tags=["distill", step.run] + ([step.options.format] if quantized else []),
         base_model=[parent for parent in planned.parents if _is_hub_id(plan, parent)] or None,
         metrics=[task.primary_metric],
@@ -39,7 +40,10 @@ def write_model_card(plan: Plan, planned: PlannedStep, results: dict[str, Any] |
     what = _WHAT[step.run].format(parents=" and ".join(planned.parents), format=getattr(step.options, "format", ""))
     lines = [f"---\n{data.to_yaml()}\n---", f"# {step.name}", f"A model for {_task_sentence(plan)}: {what}."]
     load = _LOAD.format(
-        path=step.name, import_distill="import distill  # registers the quantized format\n" if quantized else ""
+        path=step.name,
+        pipeline=_pipeline(task),
+        truncation=", truncation=True" if _pipeline(task) == "text-classification" else "",
+        import_distill="import distill  # registers the quantized format\n" if quantized else "",
     )
     lines += ["## Use", load]
     if results is not None:
@@ -48,6 +52,10 @@ def write_model_card(plan: Plan, planned: PlannedStep, results: dict[str, Any] |
     lines += [f"## How it was made\n`run: {step.run}`", given or "All options at their defaults."]
     lines += ["What it was run with stands in `step.json`."]
     (planned.folder / "README.md").write_text("\n\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _pipeline(task: Task) -> str:
+    return "token-classification" if task.kind == "token-classification" else "text-classification"
 
 
 def _is_hub_id(plan: Plan, parent: str) -> bool:

@@ -8,17 +8,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from distill.cache import show_bytes
 from distill.config import TrainingConfig
 from distill.console import log, results
-from distill.models import load_tokenizer
+from distill.models import auto_class, load_tokenizer
 from distill.pipeline import is_finished
 from distill.plan import Plan, PlannedStep
 from distill.quantize import quantized_size
 from distill.representations import show_pairs
 from distill.steps import DistillOptions, QuantizeOptions, teachers_of
+from distill.tasks import TaskKind
 from distill.teacher import FROM_DATA
 from distill.trainer import DistillationTrainer
 
@@ -81,7 +82,7 @@ def estimate_step(plan: Plan, planned: PlannedStep) -> Estimate:
     """Sizes from the configs alone, time from a few real batches through randomly initialised models."""
     options = planned.step.options
     with torch.device("meta"):
-        skeleton = _from_config(planned.config)
+        skeleton = _from_config(planned.config, plan.data.task.kind)
     num_parameters = sum(parameter.numel() for parameter in skeleton.parameters())
     if isinstance(options, QuantizeOptions):
         weights = quantized_size(skeleton, format=options.format, double_quant=options.double_quant)
@@ -90,7 +91,9 @@ def estimate_step(plan: Plan, planned: PlannedStep) -> Estimate:
     teacher_configs = _teacher_configs(plan, planned)
     with torch.device("meta"):
         for config in teacher_configs:
-            training_bytes += 4 * sum(parameter.numel() for parameter in _from_config(config).parameters())
+            training_bytes += 4 * sum(
+                parameter.numel() for parameter in _from_config(config, plan.data.task.kind).parameters()
+            )
     with tempfile.TemporaryDirectory() as scratch:  # Trainer makes its output folder when it is built
         return Estimate(
             num_parameters,
@@ -104,26 +107,28 @@ def _timed(
     plan: Plan, planned: PlannedStep, options: TrainingConfig, teacher_configs: list[PretrainedConfig], scratch: str
 ) -> tuple[int, float, int]:
     """(optimizer steps, seconds, bytes of cached teachers), from training steps over short, middling and long rows."""
-    timed = copy.copy(options)
+    timed, kind = copy.copy(options), plan.data.task.kind
     timed.output_dir, timed.disable_tqdm, timed.report_to = scratch, True, []
     tokenizer = load_tokenizer(planned.tokenizer_location, plan.data.max_length)
     rows = plan.data.training_rows(tokenizer, unlabelled=isinstance(planned.step.options, DistillOptions))
     trainer = DistillationTrainer(
-        model=_from_config(planned.config),
-        teacher=[*map(_from_config, teacher_configs), *([FROM_DATA] * (FROM_DATA in teachers_of(planned.step.given)))],
+        model=_from_config(planned.config, kind),
+        teacher=[
+            *(_from_config(config, kind) for config in teacher_configs),
+            *([FROM_DATA] * (FROM_DATA in teachers_of(planned.step.given))),
+        ],
         args=timed,
         train_dataset=rows,
         processing_class=tokenizer,
     )
     trainer.create_optimizer()
     order, size = np.argsort(rows["length"]), options.per_device_train_batch_size
-    collate = DataCollatorWithPadding(tokenizer)
-    inputs = rows.remove_columns("length")
+    read = trainer.reader(rows, "timing")
     plans = trainer.planned_caches()
     in_steps, in_caches = [], []
     for position in [0.5, *((np.arange(_TIMED_BATCHES) + 0.5) / _TIMED_BATCHES)]:  # the first one warms up
         start = int(position * max(len(rows) - size, 0))
-        batch = collate([inputs[int(index)] for index in order[start : start + size]])
+        batch = read(order[start : start + size].tolist())
         began = time.perf_counter()
         trainer.training_step(trainer.model, batch, trainer._get_num_items_in_batch([batch], options.device))
         trainer.optimizer.step()
@@ -153,10 +158,10 @@ def _teacher_configs(plan: Plan, planned: PlannedStep) -> list[PretrainedConfig]
     return [plan.steps[name].config if name in plan.steps else plan.sources[name].config for name in teachers]
 
 
-def _from_config(config: PretrainedConfig) -> PreTrainedModel:
+def _from_config(config: PretrainedConfig, kind: TaskKind) -> PreTrainedModel:
     plain = config.to_dict()
     plain.pop("quantization_config", None)
-    return AutoModelForSequenceClassification.from_config(type(config).from_dict(plain), dtype=torch.float32)
+    return auto_class(kind).from_config(type(config).from_dict(plain), dtype=torch.float32)
 
 
 def _duration(seconds: float) -> str:

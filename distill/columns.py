@@ -20,7 +20,7 @@ def name_labels(task: Task, rows: datasets.Dataset, label_names: list[str] | Non
     if label_names:
         return task.with_label_names(tuple(label_names))
     feature = rows.features[task.label]
-    if task.kind == "multi-label":
+    if task.kind in ("multi-label", "token-classification"):
         if not isinstance(feature, datasets.List):
             return task  # told of each split
         feature = feature.feature
@@ -70,10 +70,13 @@ def checked_rows(rows: datasets.Dataset, split: str, task: Task, problems: list[
     if missing:
         return rows
     for column in task.text:
-        problem = text_problem(rows, column)
+        problem = words_problem(rows, column) if task.kind == "token-classification" else text_problem(rows, column)
         if problem:
             problems.append(f"data.text: column {column!r} of {split} {problem}")
-    labels, problem = _encode_labels(rows[task.label], task)
+    if task.kind == "token-classification":
+        labels, problem = _encode_words(rows[task.text[0]], rows[task.label], task)
+    else:
+        labels, problem = _encode_labels(rows[task.label], task)
     if problem:
         problems.append(f"data.label: column {task.label!r} of {split} {problem}")
         return rows
@@ -91,6 +94,34 @@ def text_problem(rows: datasets.Dataset, column: str) -> str | None:
     if not any(text.strip() for text in texts):
         return "holds no text: every row is empty"
     return None
+
+
+def words_problem(rows: datasets.Dataset, column: str) -> str | None:
+    """What keeps a column from being lists of words, or None."""
+    feature = rows.features[column]
+    if not isinstance(feature, datasets.List) or getattr(feature.feature, "dtype", None) not in (
+        "string",
+        "large_string",
+    ):
+        return "holds no lists of words, which token classification needs"
+    empty = [index for index, words in enumerate(rows[column]) if not words]
+    return f"has no words in {len(empty)} rows (the first is row {empty[0]}); remove them" if empty else None
+
+
+def _encode_words(texts: list[list[str]], values: list[Any], task: Task) -> tuple[list, str | None]:
+    """The label ids of each row's words."""
+    names = task.label_names or ()
+    ids = {name: index for index, name in enumerate(names)}
+    encoded = []
+    for row, (words, given) in enumerate(zip(texts, values, strict=True)):
+        if not isinstance(given, list) or len(given) != len(words or []):
+            count = len(given) if isinstance(given, list) else "no list of"
+            return [], f"has {count} labels in row {row}, which has {len(words or [])} words"
+        unknown = [each for each in given if each not in ids and each not in range(len(names))]
+        if unknown:
+            return [], f"holds {unknown[0]!r}, which is none of the labels ({', '.join(names)})"
+        encoded.append([ids.get(each, each) for each in given])
+    return encoded, None
 
 
 def _encode_labels(values: list[Any], task: Task) -> tuple[list, str | None]:

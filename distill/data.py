@@ -183,6 +183,9 @@ def tokenize(
 ) -> datasets.Dataset:
     """Rows as model inputs: `input_ids` and the tokenizer's other columns (unpadded), `labels`, `length` in tokens."""
 
+    if task.kind == "token-classification":
+        return _tokenize_words(rows, task, tokenizer, max_length)
+
     def encode(batch: dict[str, list]) -> dict[str, list]:
         encoded = tokenizer(*(batch[column] for column in task.text), truncation=True, max_length=max_length)
         stored = {name: batch[name] for name in STORED_COLUMNS if name in batch}
@@ -196,6 +199,28 @@ def tokenize(
         desc="Tokenizing",
         load_from_cache_file=False,
     )
+
+
+def _tokenize_words(
+    rows: datasets.Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> datasets.Dataset:
+    """Words as tokens; a word's label stands on its first token, −100 on the others."""
+    if not tokenizer.is_fast:
+        raise InputError(f"{type(tokenizer).__name__}: only fast tokenizers tell which token belongs to which word")
+
+    def encode(batch: dict[str, list]) -> dict[str, list]:
+        encoded = tokenizer(batch[task.text[0]], is_split_into_words=True, truncation=True, max_length=max_length)
+        labels = []
+        for row, of_words in enumerate(batch["label"]):
+            words = encoded.word_ids(row)
+            first = [word is not None and word != before for word, before in zip(words, [None, *words], strict=False)]
+            labels.append([of_words[word] if begins else -100 for word, begins in zip(words, first, strict=True)])
+        return {**encoded, "labels": labels, "length": [len(ids) for ids in encoded["input_ids"]]}
+
+    return rows.map(
+        encode, batched=True, remove_columns=rows.column_names, keep_in_memory=True, desc="Tokenizing",
+        load_from_cache_file=False,
+    )  # fmt: skip
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -228,9 +253,13 @@ def _task(task_name: str | None, options: DataOptions) -> Task:
         problems.append("task: missing; name a GLUE task, or say `data:` with kind, path, text and label")
     if options.kind is None:
         problems.append(
-            "data.kind: missing; say classification, multi-label or regression (or name a GLUE task under `task:`)"
+            "data.kind: missing; say classification, multi-label, regression or token-classification "
+            "(or name a GLUE task under `task:`)"
         )
-    text = [options.text] if isinstance(options.text, str) else options.text or ["text"]
+    default = "tokens" if options.kind == "token-classification" else "text"
+    text = [options.text] if isinstance(options.text, str) else options.text or [default]
+    if options.kind == "token-classification" and len(text) != 1:
+        problems.append(f"data.text: one column of words, not {len(text)}")
     if len(text) > 2:
         problems.append(f"data.text: one or two columns, not {len(text)}")
     if problems or options.kind is None:
@@ -249,9 +278,9 @@ def _cut_validation(
     rows: datasets.Dataset, task: Task, options: DataOptions
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
     """(train, validation): a seeded share of every class; rows with equal texts stay together, so none leaks."""
-    texts = list(zip(*(rows[column] for column in task.text), strict=True))
+    texts = [str(text) for text in zip(*(rows[column] for column in task.text), strict=True)]  # words are in a list
     labels = rows["label"] if task.kind == "classification" else [0] * len(rows)
-    groups: dict[tuple, list[int]] = defaultdict(list)
+    groups: dict[str, list[int]] = defaultdict(list)
     for index, text in enumerate(texts):
         groups[text].append(index)
     by_class: dict[Any, list[list[int]]] = defaultdict(list)

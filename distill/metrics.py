@@ -8,6 +8,8 @@ import numpy as np
 from scipy import stats
 from sklearn import metrics as sk
 
+from distill import entities
+from distill.predictions import IGNORED
 from distill.tasks import Task
 
 
@@ -15,12 +17,18 @@ def compute_metrics(task: Task, logits: np.ndarray, labels: np.ndarray, suffix: 
     """The task's metrics of one split.
 
     Args:
-        logits: B×C; regression B×1 or B.
-        labels: B class ids, B scores, or B×C zeros and ones of label sets.
+        logits: B×C; regression B×1 or B; tokens B×T×C.
+        labels: B class ids, B scores, B×C zeros and ones of label sets, or for tokens B×T, −100 where there is none.
         suffix: appended to every key (`_mm` for MNLI's mismatched split).
     """
     predictions = predict(task, logits)
-    results: dict[str, float] = {}
+    if task.kind == "token-classification":
+        found, truth = words_of(predictions, labels), words_of(labels, labels)
+        results = entities.scores(entities.entity_counts(found, truth, task.label_names or ()))
+        known = labels != IGNORED
+        results["accuracy"] = float((predictions == labels)[known].mean()) if known.any() else 0.0
+        return {key + suffix: value for key, value in results.items()}
+    results = {}
     for name in task.metrics:
         if name == "average":  # GLUE's own: the mean of the task's other metrics
             results[name] = float(np.mean(list(results.values())))
@@ -32,6 +40,11 @@ def compute_metrics(task: Task, logits: np.ndarray, labels: np.ndarray, suffix: 
     return {key + suffix: float(value) for key, value in results.items()}
 
 
+def words_of(values: np.ndarray, labels: np.ndarray) -> list[list[int]]:
+    """Of tokens (B×T) those that stand for words, row by row: the ones with a label."""
+    return [row[known].tolist() for row, known in zip(values, labels != IGNORED, strict=True)]
+
+
 def primary_score(task: Task, predictions: np.ndarray, labels: np.ndarray) -> float:
     """The task's primary metric of class ids or scores (B), without `evaluate`'s checks: quick enough to resample."""
     names = [name for name in task.metrics if name in METRICS] if task.primary_metric == "average" else []
@@ -40,7 +53,7 @@ def primary_score(task: Task, predictions: np.ndarray, labels: np.ndarray) -> fl
 
 
 def predict(task: Task, logits: np.ndarray) -> np.ndarray:
-    """Class ids (B) of logits B×C, the scores (B) of a regression, or zeros and ones B×C for sets of labels."""
+    """Class ids (B, or B×T) of logits, the scores (B) of a regression, or zeros and ones B×C for sets of labels."""
     if task.kind == "regression":
         return logits.reshape(-1)
     return (logits > 0).astype(int) if task.kind == "multi-label" else logits.argmax(-1)

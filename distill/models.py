@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -22,13 +24,14 @@ from transformers import (
 
 from distill.errors import InputError
 from distill.sources import locate, sha256
-from distill.tasks import Task
+from distill.tasks import Task, TaskKind
 
 # transformers' names for our kinds.
 PROBLEM_TYPES = {
     "classification": "single_label_classification",
     "multi-label": "multi_label_classification",
     "regression": "regression",
+    "token-classification": None,
 }
 _DEFAULT_LABEL = re.compile(r"LABEL_\d+")
 # RoBERTa and what came from it: the first token's position is the padding's id + 1.
@@ -37,6 +40,16 @@ _POSITIONS_AFTER_PADDING = {
     *("roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
 }
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt", "spiece.model")
+
+
+def auto_class(kind: TaskKind) -> Any:
+    """The Auto class that loads models for a kind of task."""
+    return AutoModelForTokenClassification if kind == "token-classification" else AutoModelForSequenceClassification
+
+
+def head_class(kind: TaskKind) -> str:
+    """How the names of such models' classes end."""
+    return auto_class(kind).__name__.removeprefix("AutoModel")
 
 
 @dataclass(frozen=True)
@@ -117,7 +130,7 @@ def load_classifier(
     config = AutoConfig.from_pretrained(location)
     order = label_order(config, task, label_map, where=location)
     with _loading(location):
-        model, info = AutoModelForSequenceClassification.from_pretrained(
+        model, info = auto_class(task.kind).from_pretrained(
             location, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
     if info["missing_keys"]:
@@ -136,7 +149,7 @@ def load_for_finetuning(location: str, task: Task) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(location)
     set_labels(config, task)
     with _loading(location):
-        return AutoModelForSequenceClassification.from_pretrained(
+        return auto_class(task.kind).from_pretrained(
             location, config=config, dtype=torch.float32, use_safetensors=True, ignore_mismatched_sizes=True
         )
 

@@ -15,6 +15,7 @@ from distill.benchmark import environment
 from distill.card import write_model_card
 from distill.console import escape, log
 from distill.errors import InputError, nearest_name
+from distill.hardware import allocator
 from distill.models import size_on_disk
 from distill.plan import Plan, PlannedStep
 from distill.processes import process_state
@@ -176,7 +177,7 @@ def _record(plan: Plan, planned: PlannedStep) -> dict[str, Any]:
         "task": plan.data.task.name,
         "data": asdict(plan.recipe.data),
         "options": resolved,
-        "environment": environment(),
+        "environment": {**environment(), "allocator": allocator()},
     }
 
 

@@ -17,6 +17,7 @@ from distill.errors import InputError, near_name
 from distill.models import (
     ModelSource,
     find_model,
+    head_class,
     label_order,
     load_tokenizer,
     longest_input,
@@ -275,10 +276,10 @@ def _find_outside(reference: str, steps: list[str], sources: dict[str, ModelSour
 def _classifier_problems(source: ModelSource, data: Data | None, label_map: dict[str, str] | None) -> list[str]:
     """What keeps a model from outside from being used as it is: no trained head, or other labels."""
     architecture = (source.config.architectures or ["its architecture"])[0]
-    if not architecture.endswith("ForSequenceClassification"):
-        return [f"{source.reference} {no_head_message([architecture])}"]
     if data is None:
         return []
+    if not architecture.endswith(head_class(data.task.kind)):
+        return [f"{source.reference} {no_head_message([architecture])}"]
     try:
         label_order(source.config, data.task, label_map, where=source.reference)
     except InputError as error:

@@ -21,7 +21,10 @@ ProblemType = Literal[
 ]
 
 OF_ROWS = ("regression", "single_label_classification", "multi_label_classification")
-"""Kinds with one prediction a row; the others predict tokens, or the ends of a span."""
+"""Kinds with one prediction a row."""
+
+OF_TOKENS = ("token_classification", "masked_lm", "causal_lm")
+"""Kinds with one a token, whose labels are padded as the tokens are."""
 
 SPAN_LABELS = ("start_positions", "end_positions")
 IGNORED = -100

@@ -5,12 +5,12 @@ from typing import Any, Literal
 
 from distill.errors import InputError, nearest_name
 
-TaskKind = Literal["classification", "multi-label", "regression"]
+TaskKind = Literal["classification", "multi-label", "regression", "token-classification"]
 
 
 @dataclass(frozen=True)
 class Task:
-    """One supervised task on one or two text columns."""
+    """One supervised task on one or two text columns, or a column of words."""
 
     name: str
     kind: TaskKind
@@ -94,4 +94,6 @@ def own_task(kind: TaskKind, text: tuple[str, ...], label: str) -> Task:
         return Task("own", kind, text, label, metrics=("pearson", "spearmanr"), primary_metric="pearson")
     if kind == "multi-label":
         return Task("own", kind, text, label, metrics=("f1_micro", "f1_macro", "accuracy"), primary_metric="f1_micro")
+    if kind == "token-classification":
+        return Task("own", kind, text, label, metrics=("entity_f1", "accuracy"), primary_metric="entity_f1")
     return Task("own", kind, text, label, metrics=("accuracy", "f1_macro", "roc_auc"))

@@ -15,7 +15,7 @@ import transformers
 from torch import Tensor, nn
 from torch.profiler import record_function
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel
+from transformers import DataCollatorForTokenClassification, PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
 from distill.batches import COUNTED_ROWS, Reader, length_loader, row_lengths
@@ -27,7 +27,7 @@ from distill.hardware import fast_attention, keep_freed_memory, use_available_co
 from distill.monitoring import Announcement, DivergenceWatch, Sums
 from distill.objective import COUNTS, Part, against_labels, against_teacher, count
 from distill.packing import packed
-from distill.predictions import label_columns, logits_of, problem_type
+from distill.predictions import IGNORED, OF_TOKENS, label_columns, logits_of, problem_type
 from distill.representations import ProjectedStudent, accepted_inputs
 from distill.student import dropout
 from distill.teacher import STORED_COLUMNS, AnyTeacher, Teacher, match_teachers
@@ -91,6 +91,9 @@ class DistillationTrainer(transformers.Trainer):
             widths = [(each.model or model).config.hidden_size for each in self.teachers]
             trained = ProjectedStudent(model, wanted, widths, uses_logits=uses_logits)
         self._collates_otherwise = trainer_arguments.get("data_collator") is not None
+        tokenizer = trainer_arguments.get("processing_class")
+        if self.problem_type in OF_TOKENS and tokenizer is not None and not self._collates_otherwise:
+            trainer_arguments["data_collator"] = DataCollatorForTokenClassification(tokenizer)
         super().__init__(
             model=trained,
             args=args,
@@ -139,7 +142,7 @@ class DistillationTrainer(transformers.Trainer):
         lengths = row_lengths(self.train_dataset, self.args.length_column_name)
         if lengths is None or not self._draws_batches:
             return super().get_train_dataloader()
-        read = self._reader(self.train_dataset, "training")
+        read = self.reader(self.train_dataset, "training")
 
         def collate(numbers: list[int]) -> dict[str, Any]:
             cached = {str(each.number): each.cache.read(numbers) for each in self.teachers if each.cache is not None}
@@ -153,13 +156,14 @@ class DistillationTrainer(transformers.Trainer):
         ours = self.args.train_sampling_strategy in ("group_by_length", "random")
         return ours and not self.args.dataloader_drop_last
 
-    def _reader(self, rows: Any, what_for: str) -> Reader:
+    def reader(self, rows: Any, what_for: str) -> Reader:
         """Reads batches of rows that hold only what models and losses take."""
         if isinstance(rows, datasets.Dataset):
             rows = self._remove_unused_columns(rows, what_for)
         tokenizer = None if self._collates_otherwise else self.processing_class
         multiple = 8 if self.args.device.type == "cuda" else 1  # tensor cores
-        return Reader(rows, self.data_collator, tokenizer, pad_to_multiple_of=multiple)
+        labels = IGNORED if self.problem_type in OF_TOKENS else None
+        return Reader(rows, self.data_collator, tokenizer, pad_to_multiple_of=multiple, label_filler=labels)
 
     def planned_caches(self) -> list[tuple[Teacher, CachePlan]]:
         """Each teacher that is a model, with what `train` will cache of it, or why it will not.
@@ -193,7 +197,7 @@ class DistillationTrainer(transformers.Trainer):
                 log.print(f"      {plan}")
             if plan.layout is None or teacher.model is None:
                 continue
-            read = self._reader(self.train_dataset, "teacher")
+            read = self.reader(self.train_dataset, "teacher")
 
             def outputs(numbers: list[int], teacher: Teacher = teacher, read: Reader = read) -> tuple[Outputs, Tensor]:
                 batch = self._completed(self._prepare_inputs(read(numbers)))
@@ -334,7 +338,7 @@ class DistillationTrainer(transformers.Trainer):
     def _read_negatives(self, teacher: Teacher) -> Tensor:
         """For the contrastive loss: the teacher's pooled states (N×D) of rows spread over the whole training set."""
         dataset = self.train_dataset if self.train_dataset is not None else self.eval_dataset
-        read = self._reader(dataset, "negatives")
+        read = self.reader(dataset, "negatives")
         wanted = min(self.args.contrastive_negatives, len(dataset))
         rows = np.linspace(0, len(dataset) - 1, wanted).round().astype(int).tolist()
         size = self.args.per_device_eval_batch_size

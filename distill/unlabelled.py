@@ -7,7 +7,7 @@ import datasets
 import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from distill.columns import text_problem
+from distill.columns import text_problem, words_problem
 from distill.errors import InputError, nearest_name
 from distill.readers import read_splits
 from distill.tasks import Task
@@ -83,7 +83,7 @@ def read_unlabelled(
             problems += [
                 f"data.unlabelled: column {column!r} of {split} {problem}"
                 for column in task.text
-                if (problem := text_problem(rows, column))
+                if (problem := (words_problem if task.kind == "token-classification" else text_problem)(rows, column))
             ]
             part = unlabelled_rows(task, texts)
             parts.append(with_stored(part, rows, "unlabelled", task, stored, problems))
@@ -92,6 +92,9 @@ def read_unlabelled(
 
 def unlabelled_rows(task: Task, texts: Sequence[Sequence[str]]) -> datasets.Dataset:
     """Rows without a label, from one list of texts per text column."""
+    if task.kind == "token-classification":
+        words = list(texts[0])
+        return datasets.Dataset.from_dict({task.text[0]: words, "label": [[-100] * len(row) for row in words]})
     none: Any = {"classification": -100, "regression": float("nan")}.get(task.kind, [float("nan")] * task.num_labels)
     columns = {column: list(values) for column, values in zip(task.text, texts, strict=True)}
     return datasets.Dataset.from_dict({**columns, "label": [none] * len(texts[0])})

@@ -42,7 +42,7 @@ from distill.config import TrainingConfig
 from distill.console import log, progress, results
 from distill.data import DataOptions, load_data
 from distill.errors import InputError
-from distill.hardware import fast_attention, has_bf16
+from distill.hardware import allocator, fast_attention, has_bf16
 from distill.losses import hard_loss, hidden_loss, soft_loss
 from distill.models import find_model, load_tokenizer
 
@@ -397,7 +397,7 @@ def _print(arguments: argparse.Namespace, work: Work, rates: dict[str, list[floa
         "device": device,
         "threads": around["threads"],
         "tokens_per_row": round(tokens, 2),
-        "environment": around,
+        "environment": {**around, "allocator": allocator()},
     }
     print(json.dumps(found))
 

@@ -8,11 +8,11 @@ from distill.tasks import GLUE
 @pytest.mark.parametrize(("right", "rows"), [(50, 50), (0, 50), (43, 50), (1, 1)])
 def test_accuracys_interval_is_wilsons(right, rows):
     labels = np.ones(rows, dtype=int)
-    logits = np.stack([np.arange(rows) >= right, np.arange(rows) < right], axis=1).astype(float)
+    predictions = (np.arange(rows) < right).astype(int)
     z, share = 1.959963984540054, right / rows
     centre = (share + z**2 / (2 * rows)) / (1 + z**2 / rows)
     reach = z / (1 + z**2 / rows) * np.sqrt(share * (1 - share) / rows + z**2 / (4 * rows**2))
-    low, high = score_interval(GLUE["sst2"], logits, labels)
+    low, high = score_interval(GLUE["sst2"], predictions, labels)
     assert (low, high) == pytest.approx((centre - reach, centre + reach), abs=1e-9)
     assert low < high  # a perfect score is no certainty
     assert low <= share <= high + 1e-12
@@ -22,6 +22,6 @@ def test_other_metrics_keep_the_bootstrap():
     generator = np.random.default_rng(1)
     labels = generator.normal(size=60)
     scores = labels + generator.normal(size=60)
-    low, high = score_interval(GLUE["stsb"], scores[:, None], labels)
+    low, high = score_interval(GLUE["stsb"], scores, labels)
     fisher = np.arctanh(np.corrcoef(labels, scores)[0, 1]) + np.array([-1.96, 1.96]) / np.sqrt(57)
     assert (low, high) == pytest.approx(tuple(np.tanh(fisher)), abs=0.07)
