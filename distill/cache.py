@@ -35,6 +35,7 @@ TEACHER_OUTPUTS = "teacher_outputs"
 
 _VERSION = 1
 _CHUNK_BYTES = 8 * 2**20  # of a file; a process holds one in memory while it computes it
+_CHUNK_ROWS = 2048  # at most: the work that a killed process loses, and that processes are dealt
 _HEX = set("0123456789abcdef")
 
 Outputs = tuple[Tensor, Representations]
@@ -98,12 +99,14 @@ def plan_cache(
     lengths = np.zeros(0, dtype=np.int64) if lengths is None else lengths
     if layout is None:
         unfit = "attention maps, and predictions of tokens, are not cached"
+    elif not _writable(root):
+        unfit = f"nothing can be written to {root} (cache_dir)"
     size = layout.size(len(lengths), int(lengths.sum())) if layout is not None else 0
     nothing = CachePlan(None, lengths, 0, root, limit)
     if mode == "none":
         return replace(nothing, reason="cache_teacher is none")
     if mode == "auto":
-        free = free_bytes(root)
+        free = _free_bytes(root)
         if unfit is None and passes < _FEWEST_PASSES:
             unfit = f"{passes:.1f} passes over the rows are too few for a cache to pay"
         elif unfit is None and size > min(limit, free / 2):
@@ -218,7 +221,7 @@ def build_cache(
     if layout is None:
         raise ValueError("a plan to cache nothing")
     folder = plan.root / _fingerprint(model, layout, rows, precision)
-    chunks = _chunks(lengths, layout, batch_size)
+    chunks = _chunks(lengths, layout)
     missing = [number for number in range(len(chunks)) if not _path(folder, number).is_file()]
     wait()  # before the first chunk is written, so that all see the same
     is_main = process_index == 0
@@ -243,20 +246,28 @@ def build_cache(
     return TeacherCache(folder, layout, len(lengths))
 
 
-def free_bytes(folder: Path) -> int:
+def _free_bytes(folder: Path) -> int:
     """Of the disk that a folder, which need not exist yet, would be on."""
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    return shutil.disk_usage(existing).free
+    return shutil.disk_usage(_nearest(folder)).free
 
 
-def _chunks(lengths: NDArray, layout: Layout, batch_size: int) -> list[NDArray]:
-    """Row numbers in order of length, cut where a file is full, after whole batches."""
+def _writable(folder: Path) -> bool:
+    nearest = _nearest(folder)
+    return nearest.is_dir() and os.access(nearest, os.W_OK)
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder itself, or the first above it that exists."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+
+
+def _chunks(lengths: NDArray, layout: Layout) -> list[NDArray]:
+    """Row numbers in order of length, cut where a file is full; the same cuts for every batch size and process."""
     order = np.argsort(lengths, kind="stable")
-    starts = np.arange(0, len(order), batch_size)
-    bytes_of_batches = [layout.size(len(part), int(lengths[part].sum())) for part in np.split(order, starts[1:])]
-    file_of_batch = np.cumsum(bytes_of_batches) // _CHUNK_BYTES
-    cuts = starts[1:][np.diff(file_of_batch) > 0]
-    return np.split(order, cuts)
+    empty = layout.size(1, 0)
+    of_a_token = layout.size(0, 1)
+    filled = np.maximum((empty + of_a_token * lengths[order]) / _CHUNK_BYTES, 1 / _CHUNK_ROWS).cumsum()
+    return np.split(order, np.flatnonzero(np.diff(np.floor(filled)) > 0) + 1)
 
 
 def _write_chunk(

@@ -133,7 +133,7 @@ data: {{kind: token-classification, path: {folder}, label_names: {json.dumps(NAM
 benchmark: {{sequence_length: 16, throughput_batch_size: 2, rounds: 2}}
 steps:
   teacher: {{run: finetune, model: {pretrained}, max_steps: 150, learning_rate: 2e-3, per_device_train_batch_size: 16}}
-  student: {{run: distill, teacher: teacher, num_layers: 2, num_train_epochs: 10, learning_rate: 1e-3, per_device_train_batch_size: 8}}
+  student: {{run: distill, teacher: teacher, num_layers: 2, max_steps: 120, learning_rate: 1e-3}}
   small: {{run: distill, teacher: teacher, student_arch: distilbert, num_layers: 2, max_steps: 4, hard_weight: 1.0}}
   student-int8: {{run: quantize, model: student, format: int8}}
 """)
