@@ -11,7 +11,7 @@ quickstart: .venv/demo
 	$(BIN)/distill run recipes/quickstart.yaml
 
 test: .venv/ready
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile  # tiny models gain nothing from threads
 
 lint: .venv/ready
 	$(BIN)/ruff check .

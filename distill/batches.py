@@ -239,7 +239,9 @@ def length_loader(
         prefetch_factor=args.dataloader_prefetch_factor,
     )
     # The batches are dealt to the processes already.
-    return prepare_data_loader(loader, args.device, num_processes=1, process_index=0, put_on_device=True)
+    return prepare_data_loader(
+        loader, args.device, num_processes=1, process_index=0, put_on_device=True, non_blocking=True
+    )
 
 
 def _holds_numbers(rows: Any) -> bool:

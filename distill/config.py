@@ -145,7 +145,8 @@ class TrainingConfig(TrainingArguments):
         if not torch.accelerator.is_available():
             self.use_cpu = True
         if self.bf16 is None:
-            self.bf16 = not self.fp16 and has_bf16()
+            accelerator = None if self.use_cpu else torch.accelerator.current_accelerator(check_available=True)
+            self.bf16 = not self.fp16 and has_bf16(accelerator.type if accelerator else "cpu")
         super().__post_init__()
         check_world_size(self.world_size)
 

@@ -15,11 +15,11 @@ _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _kept: list[bool] = []
 
 
-def has_bf16() -> bool:
-    """Whether matrix products in bfloat16 are done in hardware, not emulated."""
-    if torch.cuda.is_available():
+def has_bf16(device: str) -> bool:
+    """Whether a device (`cpu`, `cuda`, …) does matrix products in bfloat16 in hardware, not by emulation."""
+    if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if torch.accelerator.is_available():
+    if device != "cpu":
         return False
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 

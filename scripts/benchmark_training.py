@@ -259,7 +259,7 @@ def _hand_written(work: Work) -> Callable[[], float]:
     )
     optimizer = torch.optim.AdamW(student.parameters(), lr=_OPTIONS["learning_rate"], fused=True)
     ratio = teacher.config.num_hidden_layers // student.config.num_hidden_layers
-    autocast = torch.autocast(work.device.type, torch.bfloat16, enabled=has_bf16())
+    autocast = torch.autocast(work.device.type, torch.bfloat16, enabled=has_bf16(work.device.type))
 
     def run() -> float:
         if work.device.type == "cpu":
@@ -359,7 +359,10 @@ def _cache_rates(work: Work, rounds: int) -> dict[str, float]:
             started = time.perf_counter()
             trainer.cache_teachers()
             built = time.perf_counter()
-            with torch.inference_mode(), torch.autocast(work.device.type, torch.bfloat16, enabled=has_bf16()):
+            with (
+                torch.inference_mode(),
+                torch.autocast(work.device.type, torch.bfloat16, enabled=has_bf16(work.device.type)),
+            ):
                 for batch in batches:
                     logits = work.teacher(**{key: value for key, value in batch.items() if key != "labels"}).logits
                 logits.sum().item()  # a GPU has then finished

@@ -39,7 +39,7 @@ def _seeded() -> None:
 @pytest.fixture(autouse=True)
 def _in_float32(monkeypatch) -> None:
     """Numbers are compared in float32 on every machine, unless a test says bf16 itself."""
-    monkeypatch.setattr("distill.config.has_bf16", lambda: False)
+    monkeypatch.setattr("distill.config.has_bf16", lambda device: False)
 
 
 @pytest.fixture(scope="session")

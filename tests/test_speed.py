@@ -46,11 +46,12 @@ class Watch(TrainerCallback):
 
 def test_bf16_follows_the_hardware_and_an_explicit_word_stands(tmp_path, monkeypatch):
     for supported in (True, False):
-        monkeypatch.setattr("distill.config.has_bf16", lambda supported=supported: supported)
+        monkeypatch.setattr("distill.config.has_bf16", lambda device, supported=supported: supported)
         assert DistillationConfig(output_dir=str(tmp_path)).bf16 is supported
         assert TrainingConfig(output_dir=str(tmp_path), bf16=False).bf16 is False
         assert TrainingConfig(output_dir=str(tmp_path), bf16=True).bf16 is True
-    assert isinstance(has_bf16(), bool)
+    assert isinstance(has_bf16("cpu"), bool)
+    assert has_bf16("mps") is False
 
 
 def test_the_teacher_computes_in_the_precision_of_the_training(tmp_path):
