@@ -28,12 +28,13 @@ from transformers import PreTrainedModel
 from distill.config import DistillationConfig
 from distill.console import log, progress
 from distill.errors import InputError
+from distill.predictions import OF_ROWS, ProblemType
 from distill.representations import Representations, Wanted, accepted_inputs
 
 TEACHER_OUTPUTS = "teacher_outputs"
 """Of a batch: for each teacher what is stored of it, see `TeacherCache.read`."""
 
-_VERSION = 1
+_VERSION = 2
 _CHUNK_BYTES = 8 * 2**20  # of a file; a process holds one in memory while it computes it
 _CHUNK_ROWS = 2048  # at most: the work that a killed process loses, and that processes are dealt
 _HEX = set("0123456789abcdef")
@@ -48,6 +49,12 @@ class Layout:
     wanted: Wanted
     num_outputs: int
     width: int
+    problem: ProblemType = "single_label_classification"
+
+    @property
+    def predicts_tokens(self) -> bool:
+        """Whether logits are stored for each token; a span's are two, for its start and its end."""
+        return self.problem not in OF_ROWS
 
     @property
     def states_per_token(self) -> int:
@@ -56,8 +63,9 @@ class Layout:
 
     def size(self, num_rows: int, num_tokens: int) -> int:
         """Bytes."""
-        per_row = 4 * self.num_outputs + 2 * self.width * self.wanted.pooled + 16
-        return num_rows * per_row + num_tokens * 2 * self.width * self.states_per_token
+        per_row = 2 * self.width * self.wanted.pooled + 16
+        of_logits = 4 * self.num_outputs * (num_tokens if self.predicts_tokens else num_rows)
+        return of_logits + num_rows * per_row + num_tokens * 2 * self.width * self.states_per_token
 
 
 @dataclass(frozen=True)
@@ -98,7 +106,7 @@ def plan_cache(
     root = Path(config.cache_dir) if config.cache_dir else Path(constants.HF_HOME) / "distill"
     lengths = np.zeros(0, dtype=np.int64) if lengths is None else lengths
     if layout is None:
-        unfit = "attention maps, and predictions of tokens, are not cached"
+        unfit = "attention maps, and a vocabulary for every token, are not cached"
     elif not _writable(root):
         unfit = f"nothing can be written to {root} (cache_dir)"
     size = layout.size(len(lengths), int(lengths.sum())) if layout is not None else 0
@@ -163,7 +171,7 @@ class TeacherCache:
             )
 
     def read(self, numbers: Sequence[int]) -> dict[str, Tensor]:
-        """What is stored of some rows: `logits` B×C, `states` N×S×D of their N tokens, `pooled` B×D."""
+        """What is stored of some rows: `logits` B×C (of tokens N×C), `states` N×S×D of their N tokens, `pooled` B×D."""
         places = self._place[numbers]
         rows: dict[str, NDArray] = {}
         for name in self._chunks[0]:
@@ -171,7 +179,7 @@ class TeacherCache:
             rows[name] = np.concatenate(
                 [values[starts[index] : starts[index + 1]] for (starts, values), index in columns]
             )
-        found = {"logits": torch.from_numpy(rows["logits"]).reshape(len(places), -1)}
+        found = {"logits": torch.from_numpy(rows["logits"]).reshape(-1, self.layout.num_outputs)}
         if "states" in rows:
             shape = (-1, self.layout.states_per_token, self.layout.width)
             found["states"] = torch.from_numpy(rows["states"]).reshape(shape)
@@ -180,20 +188,25 @@ class TeacherCache:
         return found
 
 
-def restored(stored: dict[str, Tensor], wanted: Wanted, attention_mask: Tensor) -> Outputs:
+def restored(stored: dict[str, Tensor], layout: Layout, attention_mask: Tensor) -> Outputs:
     """Logits and representations of a batch from what `TeacherCache.read` gave; padding is 0."""
+    wanted, logits = layout.wanted, stored["logits"]
+    if layout.predicts_tokens:
+        logits = _padded(logits, attention_mask)
+        logits = logits.transpose(1, 2) if layout.problem == "question_answering" else logits
     if "states" not in stored:
-        return stored["logits"], Representations(pooled=stored.get("pooled"))
-    states = stored["states"].flatten(1)
-    padded = states.new_zeros(*attention_mask.shape, states.shape[-1])
-    padded.masked_scatter_(attention_mask.bool().unsqueeze(-1), states)  # unlike indexing, no GPU's host waits for it
-    layers = list(padded.chunk(stored["states"].shape[1], dim=-1))
+        return logits, Representations(pooled=stored.get("pooled"))
+    layers = list(_padded(stored["states"].flatten(1), attention_mask).chunk(stored["states"].shape[1], dim=-1))
     hidden, rest = layers[: len(wanted.hidden)], layers[len(wanted.hidden) :]
     embedding = rest.pop(0) if wanted.embedding else None
     relations = [rest[start : start + 3] for start in range(0, len(rest), 3)]
-    return stored["logits"], Representations(
-        hidden=hidden, relations=relations, embedding=embedding, pooled=stored.get("pooled")
-    )
+    return logits, Representations(hidden=hidden, relations=relations, embedding=embedding, pooled=stored.get("pooled"))
+
+
+def _padded(values: Tensor, attention_mask: Tensor) -> Tensor:
+    """Values of N tokens (N×D) as B×T×D."""
+    padded = values.new_zeros(*attention_mask.shape, values.shape[-1])
+    return padded.masked_scatter_(attention_mask.bool().unsqueeze(-1), values)  # unlike indexing, no GPU is waited for
 
 
 def build_cache(
@@ -232,7 +245,7 @@ def build_cache(
         started = time.perf_counter()
         mine = missing[process_index::num_processes]
         for number in progress(mine, "Caching the teacher") if is_main else mine:
-            _write_chunk(_path(folder, number), chunks[number], outputs, batch_size)
+            _write_chunk(_path(folder, number), chunks[number], outputs, layout, batch_size)
         wait()
         if is_main:
             seconds = time.perf_counter() - started
@@ -274,12 +287,13 @@ def _write_chunk(
     path: Path,
     numbers: NDArray,
     outputs: Callable[[list[int]], tuple[Outputs, Tensor]],
+    layout: Layout,
     batch_size: int,
 ) -> None:
     columns: dict[str, list[tuple[NDArray, list[int]]]] = {}
     for start in range(0, len(numbers), batch_size):
         found, attention_mask = outputs(numbers[start : start + batch_size].tolist())
-        for name, column in _columns(found, attention_mask).items():
+        for name, column in _columns(found, attention_mask, layout).items():
             columns.setdefault(name, []).append(column)
     arrays = [pa.array(numbers)]
     for parts in columns.values():
@@ -293,18 +307,22 @@ def _write_chunk(
     os.replace(partial, path)
 
 
-def _columns(found: Outputs, attention_mask: Tensor) -> dict[str, tuple[NDArray, list[int]]]:
+def _columns(found: Outputs, attention_mask: Tensor, layout: Layout) -> dict[str, tuple[NDArray, list[int]]]:
     """For each column the values of all rows in a row, and how many are whose."""
     logits, shown = found
-    columns = {"logits": _items(logits.float(), [1] * len(logits))}
+    one, valid = [1] * len(logits), attention_mask.bool()
+    tokens = valid.sum(1).tolist()
+    if layout.predicts_tokens:
+        logits = logits.transpose(1, 2) if layout.problem == "question_answering" else logits
+        columns = {"logits": _items(logits[valid].float(), tokens)}
+    else:
+        columns = {"logits": _items(logits.float(), one)}
     states = [*shown.hidden, *([shown.embedding] if shown.embedding is not None else [])]
     states += [state for layer in shown.relations for state in layer]
     if states:
-        valid = attention_mask.bool()
-        tokens = torch.stack([state[valid] for state in states], dim=1)
-        columns["states"] = _items(_half(tokens), valid.sum(1).tolist())
+        columns["states"] = _items(_half(torch.stack([state[valid] for state in states], dim=1)), tokens)
     if shown.pooled is not None:
-        columns["pooled"] = _items(_half(shown.pooled), [1] * len(logits))
+        columns["pooled"] = _items(_half(shown.pooled), one)
     return columns
 
 

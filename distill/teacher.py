@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from distill.cache import TEACHER_OUTPUTS, Layout, TeacherCache, restored
 from distill.config import PARTS, DistillationConfig, is_on
 from distill.errors import InputError
-from distill.predictions import OF_ROWS, ProblemType, problem_type
+from distill.predictions import ProblemType, problem_type
 from distill.representations import Reader, Representations, Wanted, resolve_layer_map
 
 FROM_DATA = "data"
@@ -53,9 +53,9 @@ class Teacher:
         """Logits and representations of a batch, without gradients: those that it carries, or else computed."""
         if self.model is None or self.reader is None:
             return stored_logits(batch, self.problem), Representations()
-        stored = batch.get(TEACHER_OUTPUTS, {}).get(str(self.number))
-        if stored is not None:
-            return restored(stored, self.reader.wanted[0], batch["attention_mask"])
+        stored, layout = batch.get(TEACHER_OUTPUTS, {}).get(str(self.number)), self.layout
+        if stored is not None and layout is not None:
+            return restored(stored, layout, batch["attention_mask"])
         self.model.eval()  # whatever was called on it since
         with record_function("teacher"), torch.inference_mode(), self.autocast():
             logits, (shown,) = self.reader(batch)
@@ -64,10 +64,12 @@ class Teacher:
 
     @property
     def layout(self) -> Layout | None:
-        """What a cache would hold of it; None where that can't be stored (attention maps, predictions of tokens)."""
-        if self.model is None or self.reader is None or self.reader.wanted[0].attention or self.problem not in OF_ROWS:
+        """What a cache would hold of it; None where that is too much (attention maps, a vocabulary for every token)."""
+        of_words = self.problem in ("masked_lm", "causal_lm")
+        if self.model is None or self.reader is None or self.reader.wanted[0].attention or of_words:
             return None
-        return Layout(self.reader.wanted[0], self.model.config.num_labels, self.model.config.hidden_size)
+        outputs = 2 if self.problem == "question_answering" else self.model.config.num_labels
+        return Layout(self.reader.wanted[0], outputs, self.model.config.hidden_size, self.problem)
 
 
 def match_teachers(
