@@ -198,7 +198,7 @@ def test_teachers_that_do_not_fit_are_refused_with_every_reason(tmp_path):
         one_step(tmp_path, tiny_bert(), student, teachers=[tiny_bert()] * 2, teacher_weights=[1.0])
     with pytest.raises(InputError, match="training rows have no labels"):
         one_step(tmp_path, tiny_bert(), student, make_rows().remove_columns("labels"), hard_weight=1.0)
-    with pytest.raises(InputError, match="no sequence classifier"):
+    with pytest.raises(InputError, match="not a class that can be distilled"):
         one_step(tmp_path, tiny_bert(), tiny_bert().bert)
 
 
