@@ -1,4 +1,4 @@
-# make quickstart   from a fresh clone: install, distil, quantize, report (about 5 minutes on 2 CPU cores)
+# make quickstart   from a fresh clone: install, distil, quantize, report (about 4 minutes on 2 CPU cores)
 # make test         the test suite (under 10 minutes on 2 CPU cores)
 
 PYTHON ?= python3
