@@ -184,7 +184,11 @@ def _eval(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     if label_map is not None and not isinstance(label_map, dict):
         raise InputError(f"--label_map: should be a mapping like '{{LABEL_0: negative}}', got {arguments.label_map!r}")
     source = find_model(arguments.model)
-    if arguments.task is None and options.kind == "classification" and options.label_names is None:
+    if (
+        arguments.task is None
+        and options.kind in ("classification", "token-classification")
+        and options.label_names is None
+    ):
         names = [source.config.id2label[index] for index in range(source.config.num_labels)]
         options.label_names = [(label_map or {}).get(name, name) for name in names]  # a part may not show every class
     data = load_data(arguments.task, options, to_score=True)

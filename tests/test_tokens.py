@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from transformers import AutoModelForTokenClassification, AutoTokenizer, pipeline
 
+from distill.cli import main
 from distill.data import DataOptions, load_data, tokenize
 from distill.entities import entities_of, entity_counts, scores
 from distill.errors import InputError
@@ -125,7 +126,7 @@ def test_metrics_ignore_tokens_without_a_label(folder):
     )
 
 
-def test_a_whole_run(folder, pretrained):
+def test_a_whole_run(folder, pretrained, capsys):
     path = folder / "tags.yaml"
     path.write_text(f"""
 output_dir: {folder / "run"}
@@ -152,3 +153,12 @@ steps:
     tag = pipeline("token-classification", str(made.steps["small"].folder))
     assert {found["entity"] for found in tag("the film was good")} <= set(NAMES)
     assert AutoTokenizer.from_pretrained(made.steps["student"].folder).model_max_length == 24
+
+    # Rows of ids, whose names only the model knows.
+    ids = [{**row, "label": [NAMES.index(tag) for tag in row["label"]]} for row in tagged(40, seed=1)]
+    write(folder / "ids.jsonl", ids)
+    capsys.readouterr()
+    command = ["eval", str(made.steps["student"].folder), "--data.kind", "token-classification"]
+    assert main([*command, "--data.path", str(folder / "ids.jsonl")]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["metrics"] == pytest.approx(by_name["student"]["metrics"])
