@@ -125,20 +125,6 @@ def test_a_cache_is_found_again_whatever_the_batch_size(tmp_path, monkeypatch):
     assert max(calls) == 3
 
 
-def test_processes_share_the_work(tmp_path, monkeypatch):
-    """Two shares of a cache, computed one after the other, are the cache that one process makes."""
-    monkeypatch.setattr("distill.cache._CHUNK_BYTES", 4096)
-    make_trainer(tmp_path, "hidden").train()
-    (folder,) = (tmp_path / "cache").iterdir()
-    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
-    for path in list(folder.iterdir())[::2]:
-        path.unlink()
-    calls = count_forwards(monkeypatch)
-    make_trainer(tmp_path, "hidden").train()
-    assert sum(calls) < 40
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
-
-
 def test_auto_says_what_it_decided(tmp_path, capsys):
     for options, said in [
         ({"epochs": 1}, "runs in every step: 1.0 passes over the rows are too few"),
