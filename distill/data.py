@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import datasets
 import numpy as np
 from pydantic import Field
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from distill.columns import MERGED_LABELS, all_hidden, checked_rows, merge_labels, name_labels
 from distill.errors import InputError
@@ -183,14 +183,20 @@ def tokenize(
 ) -> datasets.Dataset:
     """Rows as model inputs: `input_ids` and the tokenizer's other columns (unpadded), `labels`, `length` in tokens."""
 
-    if task.kind == "token-classification":
-        return _tokenize_words(rows, task, tokenizer, max_length)
-
     def encode(batch: dict[str, list]) -> dict[str, list]:
-        encoded = tokenizer(*(batch[column] for column in task.text), truncation=True, max_length=max_length)
+        encoded = tokenizer(
+            *(batch[column] for column in task.text),
+            is_split_into_words=of_words,
+            truncation=True,
+            max_length=max_length,
+        )
         stored = {name: batch[name] for name in STORED_COLUMNS if name in batch}
-        return {**encoded, "labels": batch["label"], "length": [len(ids) for ids in encoded["input_ids"]], **stored}
+        labels = _labels_of_tokens(encoded, batch["label"]) if of_words else batch["label"]
+        return {**encoded, "labels": labels, "length": [len(ids) for ids in encoded["input_ids"]], **stored}
 
+    of_words = task.kind == "token-classification"
+    if of_words and not tokenizer.is_fast:
+        raise InputError(f"{type(tokenizer).__name__}: only fast tokenizers tell which token belongs to which word")
     return rows.map(
         encode,
         batched=True,
@@ -201,26 +207,14 @@ def tokenize(
     )
 
 
-def _tokenize_words(
-    rows: datasets.Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> datasets.Dataset:
-    """Words as tokens; a word's label stands on its first token, −100 on the others."""
-    if not tokenizer.is_fast:
-        raise InputError(f"{type(tokenizer).__name__}: only fast tokenizers tell which token belongs to which word")
-
-    def encode(batch: dict[str, list]) -> dict[str, list]:
-        encoded = tokenizer(batch[task.text[0]], is_split_into_words=True, truncation=True, max_length=max_length)
-        labels = []
-        for row, of_words in enumerate(batch["label"]):
-            words = encoded.word_ids(row)
-            first = [word is not None and word != before for word, before in zip(words, [None, *words], strict=False)]
-            labels.append([of_words[word] if begins else -100 for word, begins in zip(words, first, strict=True)])
-        return {**encoded, "labels": labels, "length": [len(ids) for ids in encoded["input_ids"]]}
-
-    return rows.map(
-        encode, batched=True, remove_columns=rows.column_names, keep_in_memory=True, desc="Tokenizing",
-        load_from_cache_file=False,
-    )  # fmt: skip
+def _labels_of_tokens(encoded: BatchEncoding, labels: list[list[int]]) -> list[list[int]]:
+    """A word's label stands on its first token, −100 on the others."""
+    found = []
+    for row, of_words in enumerate(labels):
+        words = encoded.word_ids(row)
+        first = [word is not None and word != before for word, before in zip(words, [None, *words], strict=False)]
+        found.append([of_words[word] if begins else -100 for word, begins in zip(words, first, strict=True)])
+    return found
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
