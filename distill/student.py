@@ -4,6 +4,7 @@ import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -16,6 +17,20 @@ from distill.errors import InputError
 logger = logging.getLogger(__name__)
 
 StudentArch = Literal["same", "distilbert"]
+
+
+@dataclass
+class Width:
+    """Sizes of a student's blocks; None keeps its source's."""
+
+    hidden_size: int | None = None
+    num_attention_heads: int | None = None
+    intermediate_size: int | None = None
+
+    def differs_from(self, config: PretrainedConfig) -> bool:
+        """Whether a model of this config has other sizes."""
+        return any(size not in (None, getattr(config, name, None)) for name, size in vars(self).items())
+
 
 # DistilBERT's names for BERT's weights (Sanh et al. 2019, section 3: same blocks, no token types, no pooler).
 _DISTILBERT_NAMES = {
@@ -41,7 +56,9 @@ def dropout(model: nn.Module, probability: float | None) -> Iterator[None]:
         probability: None changes nothing.
     """
     before: list[tuple[nn.Module, str, float]] = []
-    for module in model.modules() if probability is not None else ():
+    for place, module in model.named_modules() if probability is not None else ():
+        if "lora_dropout" in place:  # an adapter's own
+            continue
         known = ["p"] if isinstance(module, nn.Dropout) else [name for name in vars(module) if "dropout" in name]
         before += [(module, name, value) for name in known if isinstance(value := getattr(module, name), float)]
     for module, name, _ in before:
@@ -59,8 +76,12 @@ def build_student(
     student_arch: StudentArch = "same",
     num_layers: int | None = None,
     layers: Literal["uniform"] | list[int] = "uniform",
+    width: Width | None = None,
 ) -> PreTrainedModel:
     """A smaller model of the teacher's kind, its weights (embeddings and head too) copied from the teacher.
+
+    A narrower feed-forward network keeps the neurons that weigh most. Another hidden size or number of heads leaves no
+    weight with its meaning: such a student is freshly initialised (from torch's global generator), and the log says so.
 
     Args:
         teacher: an encoder whose blocks stand in one `ModuleList`; a BERT for `distilbert`.
@@ -68,21 +89,47 @@ def build_student(
             position embeddings, so with all layers it gives the teacher's hidden states on one-segment input).
         num_layers: of the student; by default as many as `layers` names, else all.
         layers: 0-based teacher layers that seed the student's; `uniform` spreads them from first to last.
+        width: sizes of the student's blocks where they differ from the teacher's.
 
     Raises:
-        InputError: layers out of range, or a teacher of another family.
+        InputError: layers or sizes out of range, or a teacher of another family.
     """
+    width = width or Width()
     chosen = choose_layers(layers, num_layers, teacher.config.num_hidden_layers)
-    config = student_config(teacher.config, student_arch, chosen)
+    config = student_config(teacher.config, student_arch, chosen, width)
+    if is_fresh(teacher.config, width):
+        logger.warning("%s: another hidden size or number of heads, so the student is freshly initialised", width)
+        return fresh_model(student_class(teacher, student_arch), config).train(teacher.training)
     weights = _keep_layers(teacher, chosen)
+    if width.intermediate_size is not None and width.intermediate_size != teacher.config.intermediate_size:
+        weights = _narrow_feed_forward(teacher, weights, width.intermediate_size)
     if student_arch == "distilbert":
-        student_class = getattr(transformers, type(teacher).__name__.replace("Bert", "DistilBert", 1))
         weights = _as_distilbert(weights)
-    else:
-        student_class = type(teacher)
-    student = student_class(config)
-    student.load_state_dict(weights)
+    student = student_class(teacher, student_arch)(config)
+    try:
+        student.load_state_dict(weights)
+    except RuntimeError as error:  # ModernBERT's first layer has no norm before its attention
+        raise InputError(f"layers: {chosen} of {type(teacher).__name__} cannot stand in this order ({error})") from None
     return student.to(teacher.dtype).train(teacher.training)
+
+
+def student_class(teacher: PreTrainedModel, student_arch: StudentArch) -> type[PreTrainedModel]:
+    """The class of a teacher's student."""
+    if student_arch == "same":
+        return type(teacher)
+    return getattr(transformers, type(teacher).__name__.replace("Bert", "DistilBert", 1))
+
+
+def is_fresh(config: PretrainedConfig, width: Width) -> bool:
+    """Whether a student of these sizes can take no weights from a model of this config."""
+    return Width(width.hidden_size, width.num_attention_heads).differs_from(config)
+
+
+def fresh_model(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+    """A model with new float32 weights, drawn from torch's global generator as its family draws them."""
+    config = copy.deepcopy(config)
+    config.dtype = torch.float32
+    return model_class._from_config(config)
 
 
 def choose_layers(layers: Literal["uniform"] | list[int], num_layers: int | None, num_teacher_layers: int) -> list[int]:
@@ -108,21 +155,46 @@ def choose_layers(layers: Literal["uniform"] | list[int], num_layers: int | None
     return [round(index * last / max(num_layers - 1, 1)) for index in range(num_layers)]
 
 
-def student_config(config: PretrainedConfig, student_arch: StudentArch, layers: list[int]) -> PretrainedConfig:
-    """The student's config, for the teacher's config and the 0-based layers kept.
+def student_config(
+    config: PretrainedConfig, student_arch: StudentArch, layers: list[int], width: Width | None = None
+) -> PretrainedConfig:
+    """The student's config, for the teacher's config, the 0-based layers kept, and other sizes.
 
     Raises:
-        InputError: `distilbert` from a teacher that is no BERT with absolute positions.
+        InputError: `distilbert` from a teacher that is no BERT with absolute positions, or sizes that don't fit.
     """
-    if student_arch == "distilbert":
-        return _distilbert_config(config, len(layers))
     student = copy.deepcopy(config)
+    if width is not None and width.differs_from(config):
+        _set_sizes(student, width)
+    if student_arch == "distilbert":
+        return _distilbert_config(student, len(layers))
     num_teacher_layers = config.num_hidden_layers
     for name, value in list(vars(student).items()):  # per-layer settings (layer_types and the like)
         if isinstance(value, list) and len(value) == num_teacher_layers:
             setattr(student, name, [value[layer] for layer in layers])
     student.num_hidden_layers = len(layers)
     return student
+
+
+def _set_sizes(config: PretrainedConfig, width: Width) -> None:
+    """Write other sizes into a config; its family may name them otherwise."""
+    missing = [name for name, size in vars(width).items() if size is not None and getattr(config, name, None) is None]
+    if missing:
+        raise InputError(f"{missing[0]}: {config.model_type} has no such size in its config; leave it out")
+    heads_before = config.num_attention_heads
+    for name, size in vars(width).items():
+        if size is not None:
+            setattr(config, name, size)
+    if config.hidden_size % config.num_attention_heads:
+        raise InputError(
+            f"num_attention_heads: {config.num_attention_heads} heads don't divide a hidden size of "
+            f"{config.hidden_size}; say both hidden_size and num_attention_heads"
+        )
+    key_value_heads = getattr(config, "num_key_value_heads", None)
+    if key_value_heads is not None:  # as many queries share a key as before
+        config.num_key_value_heads = max(1, key_value_heads * config.num_attention_heads // heads_before)
+    if getattr(config, "head_dim", None) is not None:
+        config.head_dim = config.hidden_size // config.num_attention_heads
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -141,6 +213,39 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
             f"{type(model).__name__}: its blocks don't stand in one ModuleList, so no layers can be chosen"
         )
     return found[0]
+
+
+def _narrow_feed_forward(
+    teacher: PreTrainedModel, weights: dict[str, torch.Tensor], size: int
+) -> dict[str, torch.Tensor]:
+    """The weights with only `size` neurons in every feed-forward network: those whose weights are largest.
+
+    A neuron's weight is the product of the norms of its incoming and outgoing weights (how much it can change what the
+    block adds; Michel et al. 2019 rank heads alike by what they add).
+
+    Raises:
+        InputError: more neurons than there are, or a family whose feed-forward networks are not plain linear layers.
+    """
+    before = teacher.config.intermediate_size
+    if size > before:
+        raise InputError(f"intermediate_size: {size} is more than the teacher's {before}")
+    prefix = find_blocks(teacher)[0] + "."
+    narrowed = dict(weights)
+    for number in {name.removeprefix(prefix).split(".")[0] for name in weights if name.startswith(prefix)}:
+        inside = {name: weight for name, weight in weights.items() if name.startswith(f"{prefix}{number}.")}
+        axes = {name: [axis for axis, length in enumerate(w.shape) if length == before] for name, w in inside.items()}
+        matrices = {name: places[0] for name, places in axes.items() if len(places) == 1 and inside[name].ndim == 2}
+        if not {0, 1} <= set(matrices.values()) or any(len(places) > 1 for places in axes.values()):
+            raise InputError(
+                f"intermediate_size: the feed-forward network of {type(teacher).__name__} is not two plain linear "
+                "layers that can be cut; leave it out"
+            )
+        norms = [inside[name].float().norm(dim=1 - axis) for name, axis in matrices.items()]
+        kept = torch.stack(norms).log().sum(0).topk(size).indices.sort().values
+        for name, places in axes.items():
+            for axis in places:
+                narrowed[name] = inside[name].index_select(axis, kept)
+    return narrowed
 
 
 def _keep_layers(teacher: PreTrainedModel, layers: list[int]) -> dict[str, torch.Tensor]:
