@@ -1,6 +1,6 @@
 """Batches of rows of like length: little padding, random all the same, and equal work for every process."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -10,6 +10,7 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -152,6 +153,7 @@ class Reader:
         tokenizer: knows how to pad.
         pad_to_multiple_of: rounds up the batch's width.
         label_filler: for rows with a label for each token.
+        fillers: of other columns with a value for each token.
     """
 
     def __init__(
@@ -162,6 +164,7 @@ class Reader:
         *,
         pad_to_multiple_of: int = 1,
         label_filler: int | None = None,
+        fillers: Mapping[str, int] | None = None,
     ):
         self._rows, self._collate, self._multiple = rows, collate, pad_to_multiple_of
         self._arrow = None
@@ -169,7 +172,7 @@ class Reader:
             self._arrow = rows.with_format("arrow")
             self._pads_right = tokenizer.padding_side == "right"
             known = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
-            self._fillers = {name: known.get(name, 0) for name in tokenizer.model_input_names}
+            self._fillers = {name: known.get(name, 0) for name in tokenizer.model_input_names} | dict(fillers or {})
             if label_filler is not None:
                 self._fillers["labels"] = label_filler
 
@@ -212,27 +215,50 @@ class Reader:
         return torch.from_numpy(filled)
 
 
+def with_columns(collate: Callable[[list], Any], fillers: Mapping[str, int]) -> Callable[[list], dict[str, Any]]:
+    """A collator that also pads columns which the tokenizer does not know, on the right.
+
+    Args:
+        fillers: what each of them is padded with, where rows have it.
+    """
+
+    def collate_all(features: list[dict[str, Any]]) -> dict[str, Any]:
+        known = [{name: value for name, value in row.items() if name not in fillers} for row in features]
+        others = {
+            name: pad_sequence([torch.tensor(row[name]) for row in features], batch_first=True, padding_value=filler)
+            for name, filler in fillers.items()
+            if name in features[0]
+        }
+        return {**collate(known), **others}
+
+    return collate_all
+
+
 def length_loader(
-    collate: Callable[[list[int]], dict[str, Any]], lengths: NDArray[np.int64], args: TrainingConfig, batch_size: int
+    collate: Callable[[list[int], int], dict[str, Any]],
+    lengths: NDArray[np.int64],
+    args: TrainingConfig,
+    batch_size: int,
 ) -> DataLoader:
     """This process's batches of rows of like length, on its device.
 
     Args:
-        collate: makes a batch of the rows with these numbers.
+        collate: makes a batch of the rows with these numbers, in this epoch.
         lengths: tokens of each row.
     """
+    batches = LengthBatches(
+        lengths,
+        batch_size,
+        max_tokens=args.max_tokens_per_batch,
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        num_processes=args.world_size,
+        process_index=args.process_index,
+        window=1 if args.train_sampling_strategy == "random" else WINDOW,
+    )
     loader = DataLoader(
         RowNumbers(len(lengths)),
-        batch_sampler=LengthBatches(
-            lengths,
-            batch_size,
-            max_tokens=args.max_tokens_per_batch,
-            seed=args.seed if args.data_seed is None else args.data_seed,
-            num_processes=args.world_size,
-            process_index=args.process_index,
-            window=1 if args.train_sampling_strategy == "random" else WINDOW,
-        ),
-        collate_fn=collate,
+        batch_sampler=batches,
+        collate_fn=lambda numbers: collate(numbers, batches.epoch),
         num_workers=args.dataloader_num_workers,
         pin_memory=args.dataloader_pin_memory,
         persistent_workers=args.dataloader_persistent_workers,
@@ -255,7 +281,7 @@ def _holds_numbers(rows: Any) -> bool:
 
 def row_lengths(rows: Any, length_column: str) -> NDArray[np.int64] | None:
     """Tokens of each row; None for rows that don't tell."""
-    if not isinstance(rows, datasets.Dataset):
+    if not isinstance(rows, datasets.Dataset) or rows.format["type"] == "custom":  # what is read on the fly
         return None
     if length_column in rows.column_names:
         return np.asarray(rows[length_column])

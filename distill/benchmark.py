@@ -14,12 +14,15 @@ import torch
 import transformers
 from pydantic import Field
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from distill.console import progress
 from distill.errors import InputError
-from distill.models import longest_input, quiet_loading, size_on_disk
+from distill.models import load_config, longest_input, quiet_loading, size_on_disk
 from distill.quantize import weight_memory
+from distill.representations import input_names
+
+_IMAGE_SIZE = 224  # of networks that take any size
 
 PositiveInt = Annotated[int, Field(ge=1)]
 
@@ -74,8 +77,8 @@ def benchmark_models(locations: Mapping[str, str], options: BenchmarkOptions) ->
             raise InputError(
                 f"benchmark.sequence_length: {options.sequence_length}, but {name} takes at most {longest} tokens"
             )
-    short = {name: _random_ids(m, options.latency_batch_size, options, device) for name, m in models.items()}
-    long = {name: _random_ids(m, options.throughput_batch_size, options, device) for name, m in models.items()}
+    short = {name: _random_inputs(m, options.latency_batch_size, options, device) for name, m in models.items()}
+    long = {name: _random_inputs(m, options.throughput_batch_size, options, device) for name, m in models.items()}
     latencies: dict[str, list[float]] = {name: [] for name in models}
     throughputs: dict[str, list[float]] = {name: [] for name in models}
     with torch.inference_mode():
@@ -91,10 +94,10 @@ def benchmark_models(locations: Mapping[str, str], options: BenchmarkOptions) ->
         skeleton = _skeleton(model.config)
         folder = Path(locations[name])
         results[name] = Benchmark(
-            num_parameters=sum(p.numel() for p in skeleton.parameters()),
+            num_parameters=sum(p.numel() for p in skeleton.parameters()) + _in_adapters(model),
             size_on_disk_bytes=size_on_disk(folder) if folder.is_dir() else None,
             memory_bytes=weight_memory(model),
-            flops_per_sample=_count_flops(skeleton, options.sequence_length),
+            flops_per_sample=_count_flops(skeleton, long[name]),
             latency_ms={f"p{q}": round(float(np.percentile(latencies[name], q)) * 1000, 3) for q in (50, 95)},
             throughput_samples_per_second=round(float(np.median(throughputs[name])), 2),
             throughput_spread={"min": round(min(throughputs[name]), 2), "max": round(max(throughputs[name]), 2)},
@@ -142,7 +145,7 @@ def slower_or_not_smaller(model: Mapping[str, Any], parent: Mapping[str, Any]) -
 
 def _load(location: str) -> PreTrainedModel:
     """The model in the class that it was saved as."""
-    config = AutoConfig.from_pretrained(location)
+    config = load_config(location)
     model_class = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
     with quiet_loading():
         return model_class.from_pretrained(location, use_safetensors=True)
@@ -163,21 +166,32 @@ def _skeleton(config: PretrainedConfig) -> PreTrainedModel:
         )
 
 
-def _count_flops(skeleton: PreTrainedModel, sequence_length: int) -> int | None:
-    ids = torch.zeros(1, sequence_length, dtype=torch.long, device="meta")
+def _in_adapters(model: PreTrainedModel) -> int:
+    return sum(parameter.numel() for name, parameter in model.named_parameters() if ".lora_" in name)
+
+
+def _count_flops(skeleton: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> int | None:
+    one = {
+        name: torch.zeros_like(values[:1], device="meta") for name, values in inputs.items() if name != "attention_mask"
+    }
     counter = FlopCounterMode(display=False)
     try:
         with counter, torch.inference_mode():
-            skeleton.eval()(input_ids=ids)
+            skeleton.eval()(**one)
     except (RuntimeError, NotImplementedError):  # a forward that looks at values can't run on meta
         return None
     return counter.get_total_flops()
 
 
-def _random_ids(
+def _random_inputs(
     model: PreTrainedModel, batch_size: int, options: BenchmarkOptions, device: torch.device
 ) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
+    if "pixel_values" in input_names(model):
+        size = getattr(model.config, "image_size", _IMAGE_SIZE)
+        sides = (size, size) if isinstance(size, int) else tuple(size)
+        pixels = torch.rand(batch_size, model.config.num_channels, *sides, generator=generator)
+        return {"pixel_values": pixels.to(device)}
     ids = torch.randint(model.config.vocab_size, (batch_size, options.sequence_length), generator=generator)
     return {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids, device=device)}
 

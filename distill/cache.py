@@ -29,7 +29,7 @@ from distill.config import DistillationConfig
 from distill.console import log, progress
 from distill.errors import InputError
 from distill.predictions import OF_ROWS, ProblemType
-from distill.representations import Representations, Wanted, accepted_inputs
+from distill.representations import Representations, Wanted, input_names
 
 TEACHER_OUTPUTS = "teacher_outputs"
 """Of a batch: for each teacher what is stored of it, see `TeacherCache.read`."""
@@ -217,6 +217,7 @@ def build_cache(
     *,
     batch_size: int,
     precision: str,
+    prefix: str = "",
     process_index: int = 0,
     num_processes: int = 1,
     wait: Callable[[], Any] = lambda: None,
@@ -228,12 +229,13 @@ def build_cache(
     Args:
         outputs: of the rows with these numbers, and their attention mask.
         precision: of the teacher's arithmetic, part of the fingerprint.
+        prefix: of the columns that it reads.
         wait: returns when all processes have come to it.
     """
     layout, lengths = plan.layout, plan.lengths
     if layout is None:
         raise ValueError("a plan to cache nothing")
-    folder = plan.root / _fingerprint(model, layout, rows, precision)
+    folder = plan.root / _fingerprint(model, layout, rows, precision, prefix)
     chunks = _chunks(lengths, layout)
     missing = [number for number in range(len(chunks)) if not _path(folder, number).is_file()]
     wait()  # before the first chunk is written, so that all see the same
@@ -359,7 +361,7 @@ def _make_room(plan: CachePlan, folder: Path) -> None:
         del sizes[path]
 
 
-def _fingerprint(model: PreTrainedModel, layout: Layout, rows: datasets.Dataset, precision: str) -> str:
+def _fingerprint(model: PreTrainedModel, layout: Layout, rows: datasets.Dataset, precision: str, prefix: str) -> str:
     digest = hashlib.sha256()
     config = {
         key: value
@@ -370,7 +372,7 @@ def _fingerprint(model: PreTrainedModel, layout: Layout, rows: datasets.Dataset,
     for name, weight in sorted(model.state_dict().items()):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
         digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    columns = sorted(accepted_inputs(model, dict.fromkeys(rows.column_names)))  # type: ignore[arg-type]
+    columns = sorted({prefix + name for name in input_names(model)} & set(rows.column_names))
     for table in rows.select_columns(columns).with_format("arrow").iter(4096):
         for column in columns:
             values = table[column].combine_chunks()

@@ -8,18 +8,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
+from distill.batches import row_lengths
 from distill.cache import show_bytes
 from distill.config import TrainingConfig
 from distill.console import log, results
-from distill.models import auto_class, load_tokenizer
+from distill.models import from_config, load_processor
 from distill.pipeline import is_finished
 from distill.plan import Plan, PlannedStep
 from distill.quantize import quantized_size
 from distill.representations import show_pairs
 from distill.steps import DistillOptions, QuantizeOptions, teachers_of
-from distill.tasks import TaskKind
 from distill.teacher import FROM_DATA
 from distill.trainer import DistillationTrainer
 
@@ -82,7 +82,7 @@ def estimate_step(plan: Plan, planned: PlannedStep) -> Estimate:
     """Sizes from the configs alone, time from a few real batches through randomly initialised models."""
     options = planned.step.options
     with torch.device("meta"):
-        skeleton = _from_config(planned.config, plan.data.task.kind)
+        skeleton = from_config(planned.config, plan.data.task.kind)
     num_parameters = sum(parameter.numel() for parameter in skeleton.parameters())
     if isinstance(options, QuantizeOptions):
         weights = quantized_size(skeleton, format=options.format, double_quant=options.double_quant)
@@ -92,7 +92,7 @@ def estimate_step(plan: Plan, planned: PlannedStep) -> Estimate:
     with torch.device("meta"):
         for config in teacher_configs:
             training_bytes += 4 * sum(
-                parameter.numel() for parameter in _from_config(config, plan.data.task.kind).parameters()
+                parameter.numel() for parameter in from_config(config, plan.data.task.kind).parameters()
             )
     with tempfile.TemporaryDirectory() as scratch:  # Trainer makes its output folder when it is built
         return Estimate(
@@ -109,12 +109,12 @@ def _timed(
     """(optimizer steps, seconds, bytes of cached teachers), from training steps over short, middling and long rows."""
     timed, kind = copy.copy(options), plan.data.task.kind
     timed.output_dir, timed.disable_tqdm, timed.report_to = scratch, True, []
-    tokenizer = load_tokenizer(planned.tokenizer_location, plan.data.max_length)
+    tokenizer = load_processor(planned.tokenizer_location, kind, plan.data.max_length)
     rows = plan.data.training_rows(tokenizer, unlabelled=isinstance(planned.step.options, DistillOptions))
     trainer = DistillationTrainer(
-        model=_from_config(planned.config, kind),
+        model=from_config(planned.config, kind),
         teacher=[
-            *(_from_config(config, kind) for config in teacher_configs),
+            *(from_config(config, kind) for config in teacher_configs),
             *([FROM_DATA] * (FROM_DATA in teachers_of(planned.step.given))),
         ],
         args=timed,
@@ -122,7 +122,8 @@ def _timed(
         processing_class=tokenizer,
     )
     trainer.create_optimizer()
-    order, size = np.argsort(rows["length"]), options.per_device_train_batch_size
+    lengths = row_lengths(rows, "length")
+    order, size = np.arange(len(rows)) if lengths is None else np.argsort(lengths), options.per_device_train_batch_size
     read = trainer.reader(rows, "timing")
     plans = trainer.planned_caches()
     in_steps, in_caches = [], []
@@ -156,12 +157,6 @@ def _count_steps(options: TrainingConfig, batches_of_an_epoch: int) -> tuple[int
 def _teacher_configs(plan: Plan, planned: PlannedStep) -> list[PretrainedConfig]:
     teachers = [name for name in teachers_of(planned.step.given) if name != FROM_DATA]
     return [plan.steps[name].config if name in plan.steps else plan.sources[name].config for name in teachers]
-
-
-def _from_config(config: PretrainedConfig, kind: TaskKind) -> PreTrainedModel:
-    plain = config.to_dict()
-    plain.pop("quantization_config", None)
-    return auto_class(kind).from_config(type(config).from_dict(plain), dtype=torch.float32)
 
 
 def _duration(seconds: float) -> str:

@@ -21,13 +21,14 @@ from distill.console import escape, log, results
 from distill.data import DataOptions, load_data
 from distill.errors import InputError, TrainingDiverged, nearest_name
 from distill.evaluation import evaluate_model
-from distill.models import find_model, load_classifier, load_tokenizer
+from distill.models import find_model, load_classifier, load_processor
 from distill.pipeline import run_plan
 from distill.plan import make_plan
 from distill.processes import process_state
 from distill.recipe import SET_BY_THE_RUN, load_recipe, parse_options, parse_value
 from distill.report import print_report, write_report
 from distill.steps import VERBS
+from distill.tasks import OF_CLASSES
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -184,18 +185,14 @@ def _eval(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     if label_map is not None and not isinstance(label_map, dict):
         raise InputError(f"--label_map: should be a mapping like '{{LABEL_0: negative}}', got {arguments.label_map!r}")
     source = find_model(arguments.model)
-    if (
-        arguments.task is None
-        and options.kind in ("classification", "token-classification")
-        and options.label_names is None
-    ):
+    if arguments.task is None and options.kind in ("token-classification", *OF_CLASSES) and options.label_names is None:
         names = [source.config.id2label[index] for index in range(source.config.num_labels)]
         options.label_names = [(label_map or {}).get(name, name) for name in names]  # a part may not show every class
     data = load_data(arguments.task, options, to_score=True)
     for note in data.notes:
         results.print(f"note: {note}")
     model = load_classifier(source.location, data.task, label_map=label_map)
-    evaluation = evaluate_model(model, load_tokenizer(source.location), data, name=arguments.model)
+    evaluation = evaluate_model(model, load_processor(source.location, data.task.kind), data, name=arguments.model)
     table = Table("metric", arguments.model, "95 % interval")
     low, high = evaluation.interval
     for name, value in evaluation.metrics.items():

@@ -7,7 +7,7 @@ import datasets
 import numpy as np
 
 from distill.errors import nearest_name
-from distill.tasks import Task
+from distill.tasks import OF_CLASSES, OF_LANGUAGE, Task, TaskKind
 
 MERGED_LABELS = "labels of a row"
 """Column of lists that stands for several columns of zeros and ones."""
@@ -15,7 +15,8 @@ MERGED_LABELS = "labels of a row"
 
 def name_labels(task: Task, rows: datasets.Dataset, label_names: list[str] | None, problems: list[str]) -> Task:
     """The task with its label names: GLUE's, the user's, the data set's own, or the values found."""
-    if task.kind == "regression" or task.label_names or task.label not in rows.column_names:
+    unnamed = ("regression", "question-answering", *OF_LANGUAGE)
+    if task.kind in unnamed or task.label_names or task.label not in rows.column_names:
         return task
     if label_names:
         return task.with_label_names(tuple(label_names))
@@ -28,9 +29,7 @@ def name_labels(task: Task, rows: datasets.Dataset, label_names: list[str] | Non
         return task
     if isinstance(feature, datasets.ClassLabel):
         return task.with_label_names(tuple(feature.names))
-    given = (
-        rows[task.label] if task.kind == "classification" else [each for row in rows[task.label] for each in row or ()]
-    )
+    given = rows[task.label] if task.kind in OF_CLASSES else [each for row in rows[task.label] for each in row or ()]
     values = {value for value in given if value is not None}
     if any(isinstance(value, float) and not value.is_integer() for value in values):
         example = next(value for value in values if not float(value).is_integer())
@@ -63,24 +62,39 @@ def merge_labels(rows: datasets.Dataset, columns: list[str], split: str, problem
 
 def checked_rows(rows: datasets.Dataset, split: str, task: Task, problems: list[str]) -> datasets.Dataset:
     """The task's columns of one split with labels as ids or floats; what is wrong goes into `problems`."""
-    missing = [column for column in (*task.text, task.label) if column not in rows.column_names]
+    missing = [column for column in (*task.text, task.label) if column and column not in rows.column_names]
     for column in missing:
         key = "label" if column == task.label else "text"
         problems.append(f"data.{key}: {split} has no column {column!r}; {nearest_name(column, rows.column_names)}")
     if missing:
         return rows
     for column in task.text:
-        problem = words_problem(rows, column) if task.kind == "token-classification" else text_problem(rows, column)
+        problem = column_problem(rows, column, task.kind)
         if problem:
             problems.append(f"data.text: column {column!r} of {split} {problem}")
+    chosen = rows.select_columns(list(task.text))
+    if not task.label:
+        return chosen
     if task.kind == "token-classification":
         labels, problem = _encode_words(rows[task.text[0]], rows[task.label], task)
+    elif task.kind == "question-answering":
+        labels, problem = _encode_answers(rows[task.text[1]], rows[task.label])
     else:
         labels, problem = _encode_labels(rows[task.label], task)
     if problem:
         problems.append(f"data.label: column {task.label!r} of {split} {problem}")
         return rows
-    return rows.select_columns(list(task.text)).add_column("label", labels)  # type: ignore[call-arg]
+    return chosen.add_column("label", labels)  # type: ignore[call-arg]
+
+
+def column_problem(rows: datasets.Dataset, column: str, kind: TaskKind) -> str | None:
+    """What keeps a column from being what a kind of task reads, or None."""
+    if kind == "token-classification":
+        return words_problem(rows, column)
+    if kind == "image-classification":
+        of_images = isinstance(rows.features[column], datasets.Image)
+        return None if of_images else "holds no images, nor names of image files beside the data file"
+    return text_problem(rows, column)
 
 
 def text_problem(rows: datasets.Dataset, column: str) -> str | None:
@@ -121,6 +135,22 @@ def _encode_words(texts: list[list[str]], values: list[Any], task: Task) -> tupl
         if unknown:
             return [], f"holds {unknown[0]!r}, which is none of the labels ({', '.join(names)})"
         encoded.append([ids.get(each, each) for each in given])
+    return encoded, None
+
+
+def _encode_answers(contexts: list[str], values: list[Any]) -> tuple[list, str | None]:
+    """The accepted answers of each question: `text`, and `answer_start` in characters of the context."""
+    encoded = []
+    for row, (context, given) in enumerate(zip(contexts, values, strict=True)):
+        if not isinstance(given, dict) or not {"text", "answer_start"} <= given.keys():
+            return [], f"has no text and answer_start in row {row} (SQuAD's form)"
+        texts, starts = list(given["text"]), list(given["answer_start"])
+        if len(texts) != len(starts):
+            return [], f"has {len(texts)} answers but {len(starts)} places in row {row}"
+        wrong = [text for text, start in zip(texts, starts, strict=True) if context[start : start + len(text)] != text]
+        if wrong:
+            return [], f"says where {wrong[0]!r} stands in the context of row {row}, but it does not stand there"
+        encoded.append({"text": texts, "answer_start": starts})
     return encoded, None
 
 

@@ -125,6 +125,9 @@ class TrainingConfig(TrainingArguments):
     bf16: bool | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "Matrix products in bfloat16; by default where the hardware has them."}
     )
+    mlm_probability: Annotated[float, Field(gt=0, lt=1)] = field(
+        default=0.15, metadata={"help": "For a masked LM: share of the tokens that are masked, anew in every epoch."}
+    )
     packing: bool = field(
         default=False,
         metadata={"help": "Rows of a batch one after the other without padding; pays where lengths in it differ much."},

@@ -9,12 +9,13 @@ from typing import Annotated, Any
 import datasets
 import numpy as np
 from pydantic import Field
-from transformers import BatchEncoding, PreTrainedTokenizerBase
+from transformers import BaseImageProcessor
 
 from distill.columns import MERGED_LABELS, all_hidden, checked_rows, merge_labels, name_labels
+from distill.encoding import Processor, tokenize
 from distill.errors import InputError
 from distill.readers import read_splits
-from distill.tasks import Task, TaskKind, glue_task, own_task
+from distill.tasks import DEFAULT_COLUMNS, OF_CLASSES, Task, TaskKind, glue_task, own_task
 from distill.teacher import STORED_COLUMNS
 from distill.unlabelled import read_unlabelled, sample_pairs, with_stored
 
@@ -29,10 +30,16 @@ class DataOptions:
         metadata={"help": "A file, a folder of train.* and validation.* files or of class folders, or a Hub data set."},
     )
     name: str | None = field(default=None, metadata={"help": "The Hub data set's configuration."})
-    text: str | list[str] | None = field(default=None, metadata={"help": "One text column, or a list of two."})
+    text: str | list[str] | None = field(
+        default=None,
+        metadata={"help": "One text column, or a list of two; for question answering [question, context]."},
+    )
     label: str | list[str] | None = field(
         default=None,
-        metadata={"help": "The label column; for multi-label one of lists, or a list of columns of zeros and ones."},
+        metadata={
+            "help": "The label column; for multi-label one of lists, or a list of columns of zeros and ones; for "
+            "question answering one of text and answer_start."
+        },
     )
     label_names: list[str] | None = field(
         default=None, metadata={"help": "Names of the classes in the order of their ids; read from the rows if unset."}
@@ -56,6 +63,13 @@ class DataOptions:
     )
     max_length: Annotated[int, Field(ge=2)] = field(
         default=128, metadata={"help": "Longest row in tokens; what is longer is cut at its end."}
+    )
+    stride: Annotated[int, Field(ge=0)] | None = field(
+        default=None,
+        metadata={
+            "help": "For question answering: tokens that neighbouring windows of a long context share; by default a "
+            "third of max_length."
+        },
     )
     max_train_rows: Annotated[int, Field(ge=1)] | None = field(
         default=None, metadata={"help": "Train on a random part of this many rows."}
@@ -84,21 +98,46 @@ class Data:
     notes: tuple[str, ...]
     """What was done that the user did not ask for in so many words, to be shown."""
     max_length: int
+    stride: int | None = None
     _tokenized: dict[tuple[str, str], datasets.Dataset] = field(default_factory=dict, repr=False)
 
-    def tokenized(self, split: str, tokenizer: PreTrainedTokenizerBase) -> datasets.Dataset:
+    def tokenized(self, split: str, tokenizer: Processor) -> datasets.Dataset:
         """The rows of a split as model inputs, tokenized once for each vocabulary."""
         key = (split, tokenizer_fingerprint(tokenizer))
         if key not in self._tokenized:
-            self._tokenized[key] = tokenize(self.splits[split], self.task, tokenizer, self.max_length)
+            scored = split not in ("train", "unlabelled")
+            self._tokenized[key] = tokenize(
+                self.splits[split], self.task, tokenizer, self.max_length, stride=self.stride, scored=scored
+            )
         return self._tokenized[key]
 
-    def training_rows(self, tokenizer: PreTrainedTokenizerBase, *, unlabelled: bool) -> datasets.Dataset:
+    def training_rows(self, tokenizer: Processor, *, unlabelled: bool) -> datasets.Dataset:
         """The tokenized rows to train on, with those that only a teacher labels or without."""
         rows = self.tokenized("train", tokenizer)
         if not unlabelled or "unlabelled" not in self.splits:
             return rows
         return datasets.concatenate_datasets([rows, self.tokenized("unlabelled", tokenizer)])
+
+    def with_inputs_of(
+        self, rows: datasets.Dataset, tokenizer: Processor, other: Processor, prefix: str
+    ) -> datasets.Dataset:
+        """Training rows with the inputs that another tokenizer makes of them, where it makes others.
+
+        Args:
+            rows: as `training_rows` made them with `tokenizer`.
+            prefix: of the new columns.
+        """
+        if tokenizer_fingerprint(other) == tokenizer_fingerprint(tokenizer):
+            return rows
+        whole = "unlabelled" in self.splits and len(rows) > len(self.splits["train"])
+        own = self.training_rows(other, unlabelled=whole)
+        names = [name for name in other.model_input_names if name in own.column_names]
+        columns = own.select_columns(names).rename_columns({name: prefix + name for name in names})
+        return datasets.concatenate_datasets([rows, columns], axis=1)
+
+    def labels(self, split: str) -> list:
+        """The labels of a split's rows; none for language models, whose labels are their tokens."""
+        return self.splits[split]["label"] if self.task.label else []
 
     def scored_splits(self) -> list[tuple[str, str, str]]:
         """(split, prefix, suffix) of each split that is scored; prefix and suffix go around its metric keys."""
@@ -140,10 +179,14 @@ def load_data(task_name: str | None, options: DataOptions, *, to_score: bool = F
         if not labels_hidden:
             splits[split] = checked_rows(found[split], split, task, problems)
             splits[split] = with_stored(splits[split], found[split], split, task, stored, problems)
-    if options.unlabelled is not None and not to_score:
+    if options.unlabelled is not None and not to_score and not problems:
         unlabelled, more = read_unlabelled(options.unlabelled, task, stored, problems)
         splits |= {} if unlabelled is None else {"unlabelled": unlabelled}
         source_fingerprint += f" unlabelled {more}"
+    if task.kind not in ("classification", "multi-label", "regression", "token-classification"):
+        for name in ("unlabelled", "sampled_pairs", *STORED_COLUMNS):
+            if getattr(options, name) is not None:
+                problems.append(f"data.{name}: not for {task.kind}; leave it out")
     if options.sampled_pairs is not None and any(stored.values()):
         problems.append("data.sampled_pairs: new pairs have no stored predictions; leave one of them out")
     if options.sampled_pairs is not None and len(task.text) != 2:
@@ -175,50 +218,14 @@ def load_data(task_name: str | None, options: DataOptions, *, to_score: bool = F
         train_fingerprint=_fingerprint([*source, asdict(replace(options, max_eval_rows=None))]),
         notes=tuple(notes),
         max_length=options.max_length,
+        stride=options.stride,
     )
 
 
-def tokenize(
-    rows: datasets.Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> datasets.Dataset:
-    """Rows as model inputs: `input_ids` and the tokenizer's other columns (unpadded), `labels`, `length` in tokens."""
-
-    def encode(batch: dict[str, list]) -> dict[str, list]:
-        encoded = tokenizer(
-            *(batch[column] for column in task.text),
-            is_split_into_words=of_words,
-            truncation=True,
-            max_length=max_length,
-        )
-        stored = {name: batch[name] for name in STORED_COLUMNS if name in batch}
-        labels = _labels_of_tokens(encoded, batch["label"]) if of_words else batch["label"]
-        return {**encoded, "labels": labels, "length": [len(ids) for ids in encoded["input_ids"]], **stored}
-
-    of_words = task.kind == "token-classification"
-    if of_words and not tokenizer.is_fast:
-        raise InputError(f"{type(tokenizer).__name__}: only fast tokenizers tell which token belongs to which word")
-    return rows.map(
-        encode,
-        batched=True,
-        remove_columns=rows.column_names,
-        keep_in_memory=True,
-        desc="Tokenizing",
-        load_from_cache_file=False,
-    )
-
-
-def _labels_of_tokens(encoded: BatchEncoding, labels: list[list[int]]) -> list[list[int]]:
-    """A word's label stands on its first token, −100 on the others."""
-    found = []
-    for row, of_words in enumerate(labels):
-        words = encoded.word_ids(row)
-        first = [word is not None and word != before for word, before in zip(words, [None, *words], strict=False)]
-        found.append([of_words[word] if begins else -100 for word, begins in zip(words, first, strict=True)])
-    return found
-
-
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Changes with what the tokenizer does to a text, but not with its use (which sets truncation and padding)."""
+def tokenizer_fingerprint(tokenizer: Processor) -> str:
+    """Changes with what it does to a text or image, but not with its use (which sets truncation and padding)."""
+    if isinstance(tokenizer, BaseImageProcessor):
+        return _fingerprint(tokenizer.to_dict())
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         description: Any = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), str(tokenizer.init_kwargs)]
@@ -246,23 +253,22 @@ def _task(task_name: str | None, options: DataOptions) -> Task:
     if options.path is None:
         problems.append("task: missing; name a GLUE task, or say `data:` with kind, path, text and label")
     if options.kind is None:
-        problems.append(
-            "data.kind: missing; say classification, multi-label, regression or token-classification "
-            "(or name a GLUE task under `task:`)"
-        )
-    default = "tokens" if options.kind == "token-classification" else "text"
-    text = [options.text] if isinstance(options.text, str) else options.text or [default]
-    if options.kind == "token-classification" and len(text) != 1:
-        problems.append(f"data.text: one column of words, not {len(text)}")
-    if len(text) > 2:
-        problems.append(f"data.text: one or two columns, not {len(text)}")
-    if problems or options.kind is None:
+        problems.append(f"data.kind: missing; say {', '.join(DEFAULT_COLUMNS)} (or name a GLUE task under `task:`)")
+        raise InputError(*problems)
+    columns, label = DEFAULT_COLUMNS[options.kind]
+    text = [options.text] if isinstance(options.text, str) else options.text or columns
+    allowed = [1, 2] if options.kind in ("classification", "multi-label", "regression") else [len(columns)]
+    if len(text) not in allowed:
+        problems.append(f"data.text: {' or '.join(map(str, allowed))} for {options.kind}, not {len(text)} columns")
+    if not label and options.label is not None:
+        problems.append(f"data.label: {options.kind} predicts the text itself; leave it out")
+    if problems:
         raise InputError(*problems)
     if isinstance(options.label, list):
         if options.kind != "multi-label":
             raise InputError(f"data.label: several columns are for kind: multi-label, not {options.kind}")
         return own_task(options.kind, tuple(text), MERGED_LABELS).with_label_names(tuple(options.label))
-    return own_task(options.kind, tuple(text), options.label or "label")
+    return own_task(options.kind, tuple(text), options.label or label)
 
 
 # --- choosing rows --------------------------------------------------------------------------------------------------
@@ -272,8 +278,8 @@ def _cut_validation(
     rows: datasets.Dataset, task: Task, options: DataOptions
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
     """(train, validation): a seeded share of every class; rows with equal texts stay together, so none leaks."""
-    texts = [str(text) for text in zip(*(rows[column] for column in task.text), strict=True)]  # words are in a list
-    labels = rows["label"] if task.kind == "classification" else [0] * len(rows)
+    labels = rows["label"] if task.kind in OF_CLASSES else [0] * len(rows)
+    texts = _keys(rows, task)
     groups: dict[str, list[int]] = defaultdict(list)
     for index, text in enumerate(texts):
         groups[text].append(index)
@@ -294,6 +300,15 @@ def _cut_validation(
             f"{len(train)} to train on and {len(chosen)} to validate; add rows, or give a validation file"
         )
     return rows.select(train), rows.select(sorted(chosen))
+
+
+def _keys(rows: datasets.Dataset, task: Task) -> list[str]:
+    """What tells a row from others: its texts, or for questions the context alone, or an image's bytes."""
+    if task.kind == "image-classification":
+        raw = rows.cast_column(task.text[0], datasets.Image(decode=False))[task.text[0]]
+        return [str(image["bytes"] or image["path"]) for image in raw]
+    columns = task.text[1:] if task.kind == "question-answering" else task.text
+    return [str(texts) for texts in zip(*(rows[column] for column in columns), strict=True)]  # words are in a list
 
 
 def _random_part(rows: datasets.Dataset, limit: int, seed: int) -> datasets.Dataset:

@@ -1,21 +1,31 @@
 """Score one model on a task's validation and test rows."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import datasets
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy import stats
-from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import (
+    BaseImageProcessor,
+    DataCollatorWithPadding,
+    EvalPrediction,
+    PreTrainedModel,
+    default_data_collator,
+)
 
 from distill.console import progress
 from distill.data import Data
+from distill.encoding import Processor
 from distill.entities import entity_counts, scores
-from distill.metrics import compute_metrics, predict, primary_score, words_of
-from distill.predictions import IGNORED, problem_type
+from distill.metrics import compute_metrics, language_scores, predict, primary_score, words_of
+from distill.predictions import IGNORED, logits_of
+from distill.questions import answer_scores, answers_of, normalised
 from distill.representations import accepted_inputs
-from distill.tasks import Task
+from distill.tasks import OF_LANGUAGE, Task
 
 
 @dataclass(frozen=True)
@@ -26,11 +36,13 @@ class Evaluation:
     interval: tuple[float, float]
     """Of the primary metric on the first validation split, at 95 %: see `score_interval`."""
     predictions: list
-    """Class ids, scores, lists of zeros and ones, or lists of words' class ids, a row of the first validation split."""
+    """For each row of the first validation split a class id, a score, a list of zeros and ones, a list of its words'
+    class ids, or an answer; for each window of a language model's texts {"loss": nats, "right": tokens, "tokens": ids
+    that were predicted}."""
 
 
 def evaluate_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Data, *, name: str = "model", batch_size: int = 64
+    model: PreTrainedModel, tokenizer: Processor, data: Data, *, name: str = "model", batch_size: int = 64
 ) -> Evaluation:
     """Metrics on every scored split (`test_…` for a labelled test split, which chooses nothing)."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -40,17 +52,120 @@ def evaluate_model(
     predictions: list = []
     for split, prefix, suffix in data.scored_splits():
         rows = data.tokenized(split, tokenizer)
-        logits = predict_logits(model, rows, tokenizer, batch_size=batch_size, text=f"Scoring {name} on {split}")
-        labels = _as_array(rows["labels"])
-        found = compute_metrics(data.task, logits, labels, suffix)
-        metrics |= {prefix + key: value for key, value in found.items()}
+        batches = _forwards(model, rows, tokenizer, batch_size=batch_size, text=f"Scoring {name} on {split}")
+        predicted, found = _score(data, split, rows, batches)
+        metrics |= {prefix + key + suffix: value for key, value in found.items()}
         if not predictions:
-            predictions = predict(data.task, logits).tolist()
-            truth = labels.tolist()
-            if data.task.kind == "token-classification":
-                predictions, truth = words_of(np.asarray(predictions), labels), words_of(labels, labels)
-            interval = score_interval(data.task, predictions, truth)
+            predictions = predicted
+            interval = score_interval(data.task, predictions, data.labels(split))
     return Evaluation(metrics, interval, predictions)
+
+
+_Batches = Iterator[tuple[NDArray[np.int64], Tensor]]
+"""Numbers of rows, and their logits."""
+
+
+def _score(data: Data, split: str, rows: datasets.Dataset, batches: _Batches) -> tuple[list, dict[str, float]]:
+    """(predictions, metrics) of a split."""
+    task = data.task
+    if task.kind in OF_LANGUAGE:
+        predicted = _language_predictions(task, rows, batches)
+        return predicted, language_scores(_losses(predicted))
+    if task.kind == "question-answering":
+        of_windows: list = [None] * len(rows)
+        for numbers, found in batches:
+            for number, each in zip(numbers, found.numpy(), strict=True):
+                of_windows[number] = each
+        answers = answers_to(data.splits[split], task, rows, of_windows)
+        return answers, span_scores(answers, data.labels(split))
+    labels = _as_array(rows["labels"] if task.kind != "image-classification" else data.labels(split))
+    logits = _together(batches, len(labels))
+    predictions = predict(task, logits)
+    metrics = compute_metrics(task, logits, labels)
+    return (words_of(predictions, labels) if task.kind == "token-classification" else predictions.tolist()), metrics
+
+
+def metrics_while_training(data: Data, rows: datasets.Dataset) -> dict[str, Callable]:
+    """What a Trainer takes to score the first validation split: `compute_metrics` and what goes before it.
+
+    Args:
+        rows: the split, tokenized.
+    """
+    task, questions = data.task, data.splits[data.task.validation_splits[0][0]]
+    if task.kind in OF_LANGUAGE:  # the logits of every token don't fit into memory
+        return {
+            "preprocess_logits_for_metrics": lambda logits, labels: _token_losses(task, logits, labels),
+            "compute_metrics": lambda output: language_scores(np.maximum(output.predictions, 0).sum(1)),
+        }
+    if task.kind == "question-answering":
+
+        def of_spans(output: EvalPrediction) -> dict[str, float]:
+            logits = np.stack(output.predictions, axis=1)
+            return span_scores(answers_to(questions, task, rows, list(logits)), questions["label"])
+
+        return {"compute_metrics": of_spans}
+    return {"compute_metrics": lambda output: compute_metrics(task, output.predictions, output.label_ids)}
+
+
+def answers_to(
+    questions: datasets.Dataset, task: Task, windows: datasets.Dataset, logits: Sequence[NDArray]
+) -> list[str]:
+    """A model's answer to each question.
+
+    Args:
+        windows: as `distill.encoding.tokenize` makes them of the questions.
+        logits: 2×T of each window.
+    """
+    may_be_none = any(not answers["text"] for answers in questions["label"])
+    of_windows = zip(windows["row"], windows["starts"], windows["ends"], logits, strict=True)
+    return answers_of(questions[task.text[1]], of_windows, may_be_none=may_be_none)
+
+
+def span_scores(answers: Sequence[str], labels: Sequence[dict]) -> dict[str, float]:
+    """F1 and exact match, from 0 to 1."""
+    f1, exact = answer_scores(answers, [label["text"] for label in labels]).mean(0)
+    return {"f1": float(f1), "exact_match": float(exact)}
+
+
+def _language_predictions(task: Task, rows: datasets.Dataset, batches: _Batches) -> list[dict]:
+    predicted: list = [None] * len(rows)
+    for numbers, logits in batches:
+        for number, each in zip(numbers, logits, strict=True):
+            labels = torch.tensor(rows[int(number)]["labels"])
+            each = each[: len(labels)]
+            loss, right, _ = _token_losses(task, each.unsqueeze(0), labels.unsqueeze(0)).sum((0, 1)).tolist()
+            if task.kind == "causal-lm":
+                each, labels = each[:-1], labels[1:]
+            tokens = each[labels != IGNORED].argmax(-1).tolist()
+            predicted[int(number)] = {"loss": loss, "right": right, "tokens": tokens}
+    return predicted
+
+
+def _token_losses(task: Task, logits: Tensor, labels: Tensor) -> Tensor:
+    """B×T×3 of logits B×T×V: each token's negative log-likelihood (nats), whether it was predicted right, and whether
+    it counts; a causal LM predicts a token from the one before it, and not the first."""
+    if task.kind == "causal-lm":
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    loss = torch.nn.functional.cross_entropy(logits.float().mT, labels, ignore_index=IGNORED, reduction="none")
+    known = labels != IGNORED
+    return torch.stack([loss, (logits.argmax(-1) == labels) & known, known], dim=-1)
+
+
+def _losses(predictions: Sequence[dict]) -> NDArray:
+    return np.array([[each["loss"], each["right"], len(each["tokens"])] for each in predictions], dtype=np.float64)
+
+
+def _together(batches: _Batches, num_rows: int) -> NDArray:
+    """Logits of all rows in their order, B×C, or for tokens B×T×C with 0 for padding."""
+    found = [(numbers, logits.numpy()) for numbers, logits in batches]
+    widest = tuple(np.max([logits.shape[1:] for _, logits in found], axis=0))
+    together = np.zeros((num_rows, *widest), dtype=np.float32)
+    for numbers, logits in found:
+        if logits.ndim == 3:
+            together[numbers, : logits.shape[1]] = logits
+        else:
+            together[numbers] = logits
+    return together
 
 
 def score_interval(task: Task, predictions: Sequence, labels: Sequence) -> tuple[float, float]:
@@ -67,7 +182,7 @@ def score_interval(task: Task, predictions: Sequence, labels: Sequence) -> tuple
         interval = stats.binomtest(right, len(labels)).proportion_ci(method="wilson")
         return float(interval.low), float(interval.high)
     score = _scorer(task, predictions, labels)
-    low, high = np.percentile([score(rows) for rows in _resamples(len(labels))], [2.5, 97.5])
+    low, high = np.percentile([score(rows) for rows in _resamples(len(predictions))], [2.5, 97.5])
     return float(low), float(high)
 
 
@@ -83,8 +198,8 @@ def paired_difference(
         first: predictions as in `Evaluation`, one a row; second and labels alike.
     """
     one, other = (_scorer(task, predictions, labels) for predictions in (first, second))
-    low, high = np.percentile([one(rows) - other(rows) for rows in _resamples(len(labels))], [2.5, 97.5])
-    every = np.arange(len(labels))
+    low, high = np.percentile([one(rows) - other(rows) for rows in _resamples(len(first))], [2.5, 97.5])
+    every = np.arange(len(first))
     return one(every) - other(every), (float(low), float(high))
 
 
@@ -93,6 +208,12 @@ def _scorer(task: Task, predictions: Sequence, labels: Sequence) -> Callable[[np
     if task.kind == "token-classification":
         counts = entity_counts(predictions, labels, task.label_names or ())
         return lambda rows: scores(counts[rows])[task.primary_metric]
+    if task.kind == "question-answering":
+        of_rows = answer_scores(predictions, [label["text"] for label in labels])[:, 0]
+        return lambda rows: float(of_rows[rows].mean())
+    if task.kind in OF_LANGUAGE:
+        losses = _losses(predictions)
+        return lambda rows: language_scores(losses[rows])[task.primary_metric]
     found, truth = np.asarray(predictions), np.asarray(labels)
     return lambda rows: primary_score(task, found[rows], truth[rows])
 
@@ -118,41 +239,38 @@ def interval_method(task: Task) -> str:
 
 
 def agreement(task: Task, predictions: list, baseline: list) -> float:
-    """Share of rows (of words, for tokens) on which both predict the same; for regression Pearson of the scores."""
+    """Share of rows (of words or tokens) on which both predict the same; for regression Pearson of the scores."""
     if task.kind == "regression":
         return compute_metrics(task, np.asarray(predictions), np.asarray(baseline))["pearson"]
-    if task.kind == "token-classification":
+    if task.kind in OF_LANGUAGE:
+        predictions, baseline = ([each["tokens"] for each in found] for found in (predictions, baseline))
+    if task.kind in ("token-classification", *OF_LANGUAGE):
         pairs = [pair for rows in zip(predictions, baseline, strict=True) for pair in zip(*rows, strict=False)]
         return float(np.mean([first == second for first, second in pairs]))
+    if task.kind == "question-answering":
+        predictions, baseline = ([normalised(answer) for answer in found] for found in (predictions, baseline))
     same = np.asarray(predictions) == np.asarray(baseline)
     return float(np.mean(same.all(-1) if same.ndim > 1 else same))
 
 
-def predict_logits(
-    model: PreTrainedModel, rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, *, batch_size: int, text: str
-) -> np.ndarray:
-    """Logits of all rows in their order, B×C, or for tokens B×T×C with 0 for padding.
-
-    Batches hold rows of like length, so little padding is computed.
+def _forwards(
+    model: PreTrainedModel, rows: datasets.Dataset, tokenizer: Processor, *, batch_size: int, text: str
+) -> _Batches:
+    """The logits of batches of rows of like length, so little padding is computed; for spans B×2×T.
 
     Args:
-        rows: as `distill.data.tokenize` makes them.
+        rows: as `distill.encoding.tokenize` makes them.
         text: beside the progress bar.
     """
-    order = np.argsort(rows["length"], kind="stable")
-    collate = DataCollatorWithPadding(tokenizer)
-    inputs = rows.select_columns([name for name in tokenizer.model_input_names if name in rows.column_names])
-    shape: tuple[int, ...] = (len(rows), model.config.num_labels)
-    if problem_type(model) == "token_classification":
-        shape = (len(rows), max(rows["length"]), model.config.num_labels)
-    logits = np.zeros(shape, dtype=np.float32)
+    if isinstance(tokenizer, BaseImageProcessor):
+        order, inputs, collate = np.arange(len(rows)), rows, default_data_collator
+    else:
+        order = np.argsort(rows["length"], kind="stable")
+        inputs = rows.select_columns([name for name in tokenizer.model_input_names if name in rows.column_names])
+        collate = DataCollatorWithPadding(tokenizer)
     with torch.inference_mode():
         for start in progress(range(0, len(rows), batch_size), text):
             chosen = order[start : start + batch_size]
-            batch = collate([inputs[int(index)] for index in chosen]).to(model.device)
-            found = model(**accepted_inputs(model, batch)).logits.float().cpu().numpy()
-            if found.ndim == 3:
-                logits[chosen, : found.shape[1]] = found
-            else:
-                logits[chosen] = found
-    return logits
+            batch = collate([inputs[int(index)] for index in chosen])
+            batch = {name: values.to(model.device) for name, values in batch.items()}
+            yield chosen, logits_of(model(**accepted_inputs(model, batch))).float().cpu()

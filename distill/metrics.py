@@ -1,4 +1,4 @@
-"""GLUE's metrics as `evaluate.Metric` classes that need no network (`evaluate.load` fetches a script from the Hub)."""
+"""Metrics as `evaluate.Metric` classes that need no network (`evaluate.load` fetches a script from the Hub)."""
 
 from collections.abc import Callable, Sequence
 
@@ -38,6 +38,16 @@ def compute_metrics(task: Task, logits: np.ndarray, labels: np.ndarray, suffix: 
         else:
             results |= METRICS[name](predictions.ndim).compute(predictions=predictions, references=labels)
     return {key + suffix: float(value) for key, value in results.items()}
+
+
+def language_scores(losses: np.ndarray) -> dict[str, float]:
+    """Perplexity, and the share of tokens predicted right.
+
+    Args:
+        losses: N×3, for each row the summed negative log-likelihood (nats), the tokens predicted right, and all.
+    """
+    loss, right, tokens = losses.sum(0)
+    return {"perplexity": float(np.exp(loss / max(tokens, 1))), "accuracy": float(right / max(tokens, 1))}
 
 
 def words_of(values: np.ndarray, labels: np.ndarray) -> list[list[int]]:

@@ -14,14 +14,15 @@ import transformers
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
+    AutoImageProcessor,
     AutoTokenizer,
+    BaseImageProcessor,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from distill.adapters import ADAPTER_WEIGHTS, base_of
 from distill.errors import InputError
 from distill.sources import locate, sha256
 from distill.tasks import Task, TaskKind
@@ -29,9 +30,20 @@ from distill.tasks import Task, TaskKind
 # transformers' names for our kinds.
 PROBLEM_TYPES = {
     "classification": "single_label_classification",
+    "image-classification": "single_label_classification",
     "multi-label": "multi_label_classification",
     "regression": "regression",
     "token-classification": None,
+}
+_AUTO_CLASSES: dict[TaskKind, Any] = {
+    "classification": transformers.AutoModelForSequenceClassification,
+    "multi-label": transformers.AutoModelForSequenceClassification,
+    "regression": transformers.AutoModelForSequenceClassification,
+    "token-classification": transformers.AutoModelForTokenClassification,
+    "question-answering": transformers.AutoModelForQuestionAnswering,
+    "masked-lm": transformers.AutoModelForMaskedLM,
+    "causal-lm": transformers.AutoModelForCausalLM,
+    "image-classification": transformers.AutoModelForImageClassification,
 }
 _DEFAULT_LABEL = re.compile(r"LABEL_\d+")
 # RoBERTa and what came from it: the first token's position is the padding's id + 1.
@@ -44,12 +56,14 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "voc
 
 def auto_class(kind: TaskKind) -> Any:
     """The Auto class that loads models for a kind of task."""
-    return AutoModelForTokenClassification if kind == "token-classification" else AutoModelForSequenceClassification
+    return _AUTO_CLASSES[kind]
 
 
-def head_class(kind: TaskKind) -> str:
-    """How the names of such models' classes end."""
-    return auto_class(kind).__name__.removeprefix("AutoModel")
+def has_head(config: PretrainedConfig, kind: TaskKind) -> bool:
+    """Whether a model was saved with a head for a kind of task."""
+    endings = [auto_class(kind).__name__.removeprefix("AutoModel")]
+    endings += ["LMHeadModel"] if kind == "causal-lm" else []
+    return any((config.architectures or [""])[0].endswith(ending) for ending in endings)
 
 
 @dataclass(frozen=True)
@@ -65,15 +79,18 @@ class ModelSource:
     """Changes with the weights, the config and the tokenizer."""
 
 
-def find_model(reference: str) -> ModelSource:
+def find_model(reference: str, *, weights: bool = True) -> ModelSource:
     """Look a model up without loading its weights.
+
+    Args:
+        weights: whether it must have some; one that starts from scratch needs none.
 
     Raises:
         InputError: no such model, no config, no safetensors weights, or a digest that differs.
     """
     located = locate(reference)
     if isinstance(located, Path):
-        _check_folder(located)
+        _check_folder(located, weights=weights)
     try:
         config = AutoConfig.from_pretrained(str(located))
     except Exception as error:  # the Hub client, the network and each config raise their own kinds
@@ -88,6 +105,11 @@ def find_model(reference: str) -> ModelSource:
     else:
         fingerprint = f"{located}@{getattr(config, '_commit_hash', None)}"
     return ModelSource(reference, str(located), config, fingerprint)
+
+
+def load_config(location: str) -> PretrainedConfig:
+    """A model's config; an adapter's is that of the model it belongs to."""
+    return AutoConfig.from_pretrained(base_of(location) or location)
 
 
 def load_tokenizer(location: str, max_length: int | None = None) -> PreTrainedTokenizerBase:
@@ -105,9 +127,28 @@ def load_tokenizer(location: str, max_length: int | None = None) -> PreTrainedTo
     except Exception as error:  # as for the config
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise InputError(f"{location}: its tokenizer cannot be loaded ({reason})") from error
+    if tokenizer.pad_token is None:  # GPT-2, Llama; padding is masked, so any token will do
+        tokenizer.pad_token = tokenizer.eos_token
     if max_length is not None:
         tokenizer.model_max_length = max_length
     return tokenizer
+
+
+def load_processor(
+    location: str, kind: TaskKind | None, max_length: int | None = None
+) -> PreTrainedTokenizerBase | BaseImageProcessor:
+    """What turns a task's rows into the model's inputs: its tokenizer, or its image processor.
+
+    Raises:
+        InputError: there is none.
+    """
+    if kind != "image-classification":
+        return load_tokenizer(location, max_length)
+    try:
+        return AutoImageProcessor.from_pretrained(location)
+    except Exception as error:  # as for the config
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise InputError(f"{location}: its image processor cannot be loaded ({reason})") from error
 
 
 def load_classifier(
@@ -127,7 +168,7 @@ def load_classifier(
     Raises:
         InputError: the labels differ, or the head has no trained weights.
     """
-    config = AutoConfig.from_pretrained(location)
+    config = load_config(location)
     order = label_order(config, task, label_map, where=location)
     with _loading(location):
         model, info = auto_class(task.kind).from_pretrained(
@@ -141,21 +182,39 @@ def load_classifier(
     return model.eval()
 
 
-def load_for_finetuning(location: str, task: Task) -> PreTrainedModel:
+def load_for_finetuning(location: str, task: Task, *, from_scratch: bool = False) -> PreTrainedModel:
     """A pretrained model with a head for the task in float32; a head that is missing or of another shape is new.
 
-    The new head is drawn from torch's global generator: seed it first.
+    What is new is drawn from torch's global generator: seed it first.
+
+    Args:
+        from_scratch: all of it is new.
     """
     config = AutoConfig.from_pretrained(location)
     set_labels(config, task)
+    if config.pad_token_id is None:
+        config.pad_token_id = config.eos_token_id  # as the tokenizer pads
+    if from_scratch:
+        return from_config(config, task.kind)
     with _loading(location):
         return auto_class(task.kind).from_pretrained(
             location, config=config, dtype=torch.float32, use_safetensors=True, ignore_mismatched_sizes=True
         )
 
 
+def from_config(config: PretrainedConfig, kind: TaskKind) -> PreTrainedModel:
+    """A float32 model of this config with new weights (from torch's global generator)."""
+    plain = config.to_dict()
+    plain.pop("quantization_config", None)
+    copied = type(config).from_dict(plain)
+    copied.architectures = copied.architectures or []  # DeiT has two heads, and `from_config` looks here which is meant
+    return auto_class(kind).from_config(copied, dtype=torch.float32)
+
+
 def set_labels(config: PretrainedConfig, task: Task) -> None:
-    """Write the task's label names and problem type into the model's config."""
+    """Write the task's label names and problem type into the model's config, where the task has labels."""
+    if task.kind not in PROBLEM_TYPES:
+        return
     names = task.label_names or ("score",)
     config.id2label = dict(enumerate(names))
     config.label2id = {name: index for index, name in enumerate(names)}
@@ -172,6 +231,8 @@ def label_order(
     Raises:
         InputError: the label sets differ, or the model only has `LABEL_0`-like names.
     """
+    if task.kind not in PROBLEM_TYPES:
+        return None
     if task.kind == "regression":
         if config.num_labels != 1:
             raise InputError(f"{where}: has {config.num_labels} outputs, but {task.name} is a regression with one")
@@ -202,7 +263,7 @@ def longest_input(config: PretrainedConfig) -> int | None:
 
 def no_head_message(missing: list[str]) -> str:
     """What to say of a model without a trained head."""
-    return f"has no trained classification head ({', '.join(missing[:3])} missing); fine-tune it first (run: finetune)"
+    return f"has no trained head for this task ({', '.join(missing[:3])} missing); fine-tune it first (run: finetune)"
 
 
 @contextlib.contextmanager
@@ -241,12 +302,14 @@ def _permute_head(model: PreTrainedModel, order: list[int]) -> None:
             head.bias.copy_(head.bias[order].clone())
 
 
-def _check_folder(folder: Path) -> None:
+def _check_folder(folder: Path, *, weights: bool) -> None:
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: holds no config.json, so it is no model folder")
-    if not _weight_files(folder):
+    if weights and not _weight_files(folder):
         pickled = [path.name for path in folder.glob("*.bin")]
-        hint = f"; {pickled[0]} is pickled and not read: save it with save_pretrained" if pickled else ""
+        hint = "; from_scratch: true starts from its config alone"
+        if pickled:
+            hint = f"; {pickled[0]} is pickled and not read: save it with save_pretrained"
         raise InputError(f"{folder}: a model folder without weights (no model.safetensors){hint}")
 
 
@@ -259,8 +322,10 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def size_on_disk(folder: Path) -> int:
-    """Bytes of a model folder's weight files."""
-    return sum(path.stat().st_size for path in _weight_files(folder))
+    """Bytes of a model folder's weight files; an adapter counts with the model it belongs to, if that lies here."""
+    size = sum(path.stat().st_size for path in [*_weight_files(folder), *folder.glob(ADAPTER_WEIGHTS)])
+    base = base_of(folder)
+    return size + (size_on_disk(Path(base)) if base is not None and Path(base).is_dir() else 0)
 
 
 def _folder_fingerprint(folder: Path) -> str:

@@ -82,6 +82,7 @@ def against_teacher(
     parts = {}
     if is_on(config.soft_weight):
         expected = labels_of(teacher.problem, batch, counted_rows)
+        logits, targets = logits[..., : teacher.vocabulary], targets[..., : teacher.vocabulary]
         total = _soft(config, logits, targets, expected, temperature, teacher.problem)
         parts["soft"] = Part(total, PREDICTIONS)
     if shown.hidden and config.hidden_loss == "pkd":

@@ -63,7 +63,7 @@ def run_plan(plan: Plan, *, only: list[str] | None = None, force: bool = False, 
             seconds = time.perf_counter() - clock
             shutil.rmtree(planned.folder / "checkpoints", ignore_errors=True)
             for weights in planned.folder.glob("*.safetensors"):  # safetensors writes them for the owner alone
-                shutil.copymode(planned.folder / "config.json", weights)
+                shutil.copymode(planned.folder / "step.json", weights)
             write_model_card(plan, planned)
             record = _record(plan, planned) | asdict(made)
             record |= {"started": started.isoformat(timespec="seconds"), "wall_seconds": round(seconds, 2)}

@@ -4,7 +4,7 @@ import ast
 import copy
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -17,25 +17,30 @@ from distill.errors import InputError, near_name
 from distill.models import (
     ModelSource,
     find_model,
-    head_class,
+    has_head,
     label_order,
-    load_tokenizer,
+    load_processor,
     longest_input,
     no_head_message,
     set_labels,
 )
 from distill.recipe import Recipe, Step, located
+from distill.representations import depth_of
 from distill.steps import (
     DistillOptions,
     FinetuneOptions,
     QuantizeOptions,
     chosen_layers,
+    cuts_student,
+    is_adapter,
     is_teacher,
     referenced_models,
     teachers_of,
+    width_of_student,
 )
 from distill.student import student_config
-from distill.teacher import FROM_DATA, layer_pairs
+from distill.tasks import TaskKind
+from distill.teacher import FROM_DATA, comparable, layer_pairs
 
 # The code that decides what a step makes; a change in it reruns the step.
 _TRAINING_CODE = (
@@ -44,6 +49,9 @@ _TRAINING_CODE = (
         "columns",
         "unlabelled",
         "data",
+        "encoding",
+        "masking",
+        "adapters",
         "tasks",
         "models",
         "student",
@@ -162,6 +170,7 @@ class _Input:
     location: str
     tokenizer_location: str
     fingerprint: str
+    is_step: bool = False
 
 
 def _plan_step(
@@ -193,30 +202,41 @@ def _plan_step(
     if not inputs:
         raise _Unplannable(["model: missing; with teacher: data, say what the student starts from"])
     options = step.options
+    kind = data.task.kind if data is not None else None
     source_option = "model" if "model" in inputs else "teacher"
     source = inputs[source_option]
     config, layers = copy.deepcopy(source.config), None
     pairs: dict[str, dict[str, list[tuple[int, int]]]] = {}
     try:
         if isinstance(options, FinetuneOptions | DistillOptions):
-            layers = tuple(chosen_layers(options, config.num_hidden_layers))
-            config = student_config(config, options.student_arch, list(layers))
+            problems += _adapter_problems(options, source, inputs, data)
+            layers = tuple(chosen_layers(options, depth_of(config)))
+            if cuts_student(options, config):
+                config = student_config(config, options.student_arch, list(layers), width_of_student(options))
         if isinstance(options, DistillOptions):
             for teacher in [model for option, model in inputs.items() if is_teacher(option)]:
-                depths = config.num_hidden_layers, teacher.config.num_hidden_layers
-                pairs[teacher.reference] = layer_pairs(options, *depths)
+                same = _reads(teacher, kind) == _reads(source, kind)
+                if not same and kind not in ("classification", "multi-label", "regression", None):
+                    what = "image processor" if kind == "image-classification" else "tokenizer"
+                    problems.append(
+                        f"{source_option}: its {what} is not that of {teacher.reference}, and {kind} compares what "
+                        "both read piece by piece; start from a model that reads the same"
+                    )
+                problems += comparable(options, [config, teacher.config], same_tokens=same)
+                pairs[teacher.reference] = layer_pairs(options, depth_of(config), depth_of(teacher.config))
     except InputError as error:
         problems += error.problems
-    if len({tokenizer_fingerprint(load_tokenizer(model.tokenizer_location)) for model in inputs.values()}) > 1:
-        problems.append("model: its tokenizer is not the teacher's, so they would read different tokens")
     for option, model in inputs.items():
         longest = longest_input(model.config)
         if longest is not None and recipe.data_is_readable and recipe.data.max_length > longest:
             problems.append(
                 f"{option}: takes at most {longest} tokens, but data.max_length is {recipe.data.max_length}"
             )
-    if getattr(config, "quantization_config", None) is not None:
-        problems.append(f"{source_option}: {source.reference} is quantized; start from the model it was made from")
+    if getattr(config, "quantization_config", None) is not None and getattr(options, "lora", None) is None:
+        problems.append(
+            f"{source_option}: {source.reference} is quantized; start from the model it was made from, or train "
+            "adapters of it (lora: {})"
+        )
     if problems:
         raise _Unplannable(problems)
     if data is not None:
@@ -236,6 +256,34 @@ def _plan_step(
     )
 
 
+def _reads(model: _Input, kind: TaskKind | None) -> str:
+    """A fingerprint of how a model reads rows."""
+    return tokenizer_fingerprint(load_processor(model.tokenizer_location, kind))
+
+
+def _adapter_problems(
+    options: FinetuneOptions | DistillOptions, source: _Input, inputs: Mapping[str, _Input], data: Data | None
+) -> list[str]:
+    """What keeps a step from training adapters, or from starting from what it names."""
+    problems = []
+    if options.from_scratch and options.model is None:
+        problems.append("from_scratch: needs a `model`, whose config the student gets")
+    if options.merge and options.lora is None:
+        problems.append("merge: there are no adapters to merge; say lora: {} too, or leave it out")
+    if options.lora is None:
+        return problems
+    if options.merge and getattr(source.config, "quantization_config", None) is not None:
+        problems.append("merge: adapters merged into quantized weights would be rounded away; leave it out")
+    changed = options.model is None or options.from_scratch or cuts_student(options, source.config)
+    without_head = data is not None and not source.is_step and not has_head(source.config, data.task.kind)
+    if not options.merge and (changed or without_head):
+        problems.append(
+            "lora: the adapter alone would not tell the model that it belongs to; name a trained `model` and keep it "
+            "as it is, or say merge: true"
+        )
+    return problems
+
+
 def _resolve_input(
     option: str,
     reference: str,
@@ -248,25 +296,31 @@ def _resolve_input(
     """The earlier step, or else the model from outside, that an option names."""
     if reference in planned:
         made = planned[reference]
-        return _Input(reference, made.config, str(made.folder), made.tokenizer_location, made.fingerprint)
-    source = _find_outside(reference, [name for name in recipe.given if name != step_name], sources)
+        if not is_teacher(option) and is_adapter(made.step.options):
+            raise InputError(f"{reference} makes an adapter; say merge: true there to go on from the whole model")
+        return _Input(reference, made.config, str(made.folder), made.tokenizer_location, made.fingerprint, True)
     given = recipe.given[step_name]
+    weights = is_teacher(option) or not given.get("from_scratch", False)
+    source = _find_outside(reference, [name for name in recipe.given if name != step_name], sources, weights=weights)
     if is_teacher(option) or given["run"] == "quantize":
         problems = _classifier_problems(source, data, given.get("teacher_label_map", given.get("label_map")))
         if problems:
             raise InputError(*problems)
-    fingerprint = f"{source.fingerprint} {tokenizer_fingerprint(load_tokenizer(source.location))}"
+    kind = data.task.kind if data is not None else None
+    fingerprint = f"{source.fingerprint} {tokenizer_fingerprint(load_processor(source.location, kind))}"
     return _Input(reference, source.config, source.location, source.location, fingerprint)
 
 
-def _find_outside(reference: str, steps: list[str], sources: dict[str, ModelSource]) -> ModelSource:
+def _find_outside(
+    reference: str, steps: list[str], sources: dict[str, ModelSource], *, weights: bool = True
+) -> ModelSource:
     """The model from outside, kept in `sources`; a mistyped step's name is told as such, and the Hub not asked."""
     if reference not in sources:
         near = near_name(reference, steps, similarity=0.75)
         if near and "/" not in reference and not Path(reference).exists():
             raise InputError(f"no step {reference!r}; did you mean {near!r}?")
         try:
-            sources[reference] = find_model(reference)
+            sources[reference] = find_model(reference, weights=weights)
         except InputError as error:
             others = f" (steps: {', '.join(steps)})" if steps else ""
             raise InputError(*(f"{problem}{others}" for problem in error.problems)) from None
@@ -278,7 +332,7 @@ def _classifier_problems(source: ModelSource, data: Data | None, label_map: dict
     architecture = (source.config.architectures or ["its architecture"])[0]
     if data is None:
         return []
-    if not architecture.endswith(head_class(data.task.kind)):
+    if not has_head(source.config, data.task.kind):
         return [f"{source.reference} {no_head_message([architecture])}"]
     try:
         label_order(source.config, data.task, label_map, where=source.reference)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -37,6 +38,7 @@ _KINDS = {
     "ForCausalLM": "causal_lm",
     "LMHeadModel": "causal_lm",  # GPT-2
 }
+_OF_ROWS = ("ForSequenceClassification", "ForImageClassification")
 
 
 def problem_type(model: PreTrainedModel) -> ProblemType:
@@ -45,18 +47,23 @@ def problem_type(model: PreTrainedModel) -> ProblemType:
     Raises:
         InputError: another class, or a regression with several outputs.
     """
-    name, config = type(model).__name__, model.config
+    name, config = type(plain_model(model)).__name__, model.config
     for ending, kind in _KINDS.items():
         if name.endswith(ending):
             return kind  # type: ignore[return-value]
-    if not name.endswith("ForSequenceClassification"):
-        endings = ", ".join(f"…{ending}" for ending in ("ForSequenceClassification", *_KINDS))
+    if not name.endswith(_OF_ROWS):
+        endings = ", ".join(f"…{ending}" for ending in (*_OF_ROWS, *_KINDS))
         raise InputError(f"{name}: not a class that can be distilled; these can: {endings}")
     if config.problem_type == "regression" and config.num_labels > 1:
         raise InputError(f"{name}: a regression with {config.num_labels} outputs; one is supported")
     if config.num_labels == 1 and config.problem_type != "multi_label_classification":
         return "regression"
     return config.problem_type or "single_label_classification"
+
+
+def plain_model(model: Any) -> PreTrainedModel:
+    """The transformers model inside of PEFT's wrapper; any other as it is."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def label_columns(problem: ProblemType) -> list[str]:

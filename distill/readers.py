@@ -13,6 +13,8 @@ logger = logging.getLogger(__name__)
 
 _GLUE = "nyu-mll/glue"
 
+_IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+
 _READERS = {
     ".csv": datasets.Dataset.from_csv,
     ".json": datasets.Dataset.from_json,
@@ -46,14 +48,18 @@ def read_splits(
 def _read(task: Task, location: str | Path, name: str | None) -> tuple[dict[str, datasets.Dataset], str]:
     if isinstance(location, str):
         return _read_hub(location, name)
+    of_images = task.kind == "image-classification"
     if location.is_file():
         files = {"train": location}
     else:
         files = _split_files(location, task)
         if not files:
-            return {"train": _read_class_folders(location)}, sha256(location)
+            return (_read_image_folders if of_images else _read_class_folders)(location), sha256(location)
     fingerprint = " ".join(f"{split} {sha256(file)}" for split, file in files.items())
-    return {split: _read_file(file) for split, file in files.items()}, fingerprint
+    found = {split: _read_file(file) for split, file in files.items()}
+    if of_images:
+        found = {split: _with_images(rows, files[split].parent, task.text[0]) for split, rows in found.items()}
+    return found, fingerprint
 
 
 def _read_hub(path: str, name: str | None) -> tuple[dict[str, datasets.Dataset], str]:
@@ -104,7 +110,31 @@ def _read_file(path: Path) -> datasets.Dataset:
     return rows
 
 
-def _read_class_folders(folder: Path) -> datasets.Dataset:
+def _with_images(rows: datasets.Dataset, folder: Path, column: str) -> datasets.Dataset:
+    """The rows with images in place of the names of their files, which start at the data file's folder."""
+    if column not in rows.column_names or getattr(rows.features[column], "dtype", None) != "string":
+        return rows
+    paths = [str(folder / name) for name in rows[column]]
+    missing = next((path for path in paths if not Path(path).is_file()), None)
+    if missing is not None:
+        raise InputError(f"column {column!r} names {missing}, and there is no such file")
+    return rows.remove_columns(column).add_column(column, paths).cast_column(column, datasets.Image())  # type: ignore
+
+
+def _read_image_folders(folder: Path) -> dict[str, datasets.Dataset]:
+    """`train/<class>/*` and the like, or `<class>/*` alone, as rows of `image` and `label` (the class's name)."""
+    splits = {name: folder / name for name in ("train", "validation", "test") if (folder / name).is_dir()}
+    found = {}
+    for split, inside in (splits or {"train": folder}).items():
+        files = sorted(path for path in inside.glob("*/*") if path.suffix.lower() in _IMAGES)
+        if not files:
+            raise InputError(f"{inside}: holds no class folders with images ({', '.join(_IMAGES)}) in it")
+        rows = {"image": [str(path) for path in files], "label": [path.parent.name for path in files]}
+        found[split] = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    return found
+
+
+def _read_class_folders(folder: Path) -> dict[str, datasets.Dataset]:
     """A folder `<class>/*.txt` as rows of `text` and `label` (the class's name)."""
     files = sorted(folder.glob("*/*.txt"))
     if not files:
@@ -119,4 +149,4 @@ def _read_class_folders(folder: Path) -> datasets.Dataset:
             texts.append(content.decode("cp1252", errors="replace"))
     if not_utf8:
         logger.warning("%s: %d of %d files are not UTF-8 and were read as cp1252", folder, len(not_utf8), len(files))
-    return datasets.Dataset.from_dict({"text": texts, "label": [path.parent.name for path in files]})
+    return {"train": datasets.Dataset.from_dict({"text": texts, "label": [path.parent.name for path in files]})}

@@ -15,11 +15,14 @@ from distill.card import write_model_card
 from distill.console import results
 from distill.errors import InputError
 from distill.evaluation import Evaluation, agreement, evaluate_model, interval_method, paired_difference
-from distill.models import load_classifier, load_tokenizer
+from distill.models import load_classifier, load_processor
 from distill.pipeline import is_finished, read_record, write_atomically
 from distill.plan import Plan, code_fingerprint
 
-_SCORING_CODE = ("readers", "data", "tasks", "metrics", "models", "quantize", "evaluation")
+_SCORING_CODE = (
+    *("readers", "data", "encoding", "masking", "tasks", "metrics", "entities", "questions", "models", "quantize"),
+    "evaluation",
+)
 _LOWER_IS_BETTER = ("perplexity",)
 
 _TWO_LINES = {
@@ -124,7 +127,7 @@ def _evaluation(plan: Plan, name: str, location: str, fingerprint: str, cache: P
     if known is not None:
         return Evaluation(**known)
     model = load_classifier(location, plan.data.task, label_map=None if name in plan.steps else plan.baseline_label_map)
-    evaluation = evaluate_model(model, load_tokenizer(location), plan.data, name=name)
+    evaluation = evaluate_model(model, load_processor(location, plan.data.task.kind), plan.data, name=name)
     _write_cache(file, key, asdict(evaluation))
     return evaluation
 
@@ -153,7 +156,7 @@ def _comparisons(
     key = _key(fingerprints, plan.data.fingerprint, [code_fingerprint(module) for module in _SCORING_CODE])
     known = _read_cache(cache / "comparisons.json", key)
     if known is None:
-        labels = plan.data.splits[plan.data.task.validation_splits[0][0]]["label"]
+        labels = plan.data.labels(plan.data.task.validation_splits[0][0])
         known = []
         for other in [name for name in trained if name != student]:
             predictions = evaluations[student].predictions, evaluations[other].predictions

@@ -6,15 +6,17 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from distill.errors import InputError
 from distill.losses import mean_pool
 from distill.packing import unpacked
-from distill.predictions import SPAN_LABELS, logits_of
+from distill.predictions import SPAN_LABELS, logits_of, plain_model
 from distill.student import find_blocks
 
 LayerMap = Literal["uniform", "last", "first"] | list[tuple[int, int]]
+
+_WIDTH_UNKNOWN = 384  # MobileNetV2 tells none; it decides a default learning rate alone
 
 # Last names of the query, key and value projections inside a block; one name is a layer that holds all three.
 _PROJECTION_NAMES: tuple[tuple[str, ...], ...] = (
@@ -118,11 +120,27 @@ class Representations:
         )
 
 
+def width_of(config: PretrainedConfig) -> int:
+    """The size of a model's hidden states, of the last ones where they grow (convolutional networks)."""
+    sizes = getattr(config, "hidden_sizes", None)
+    return sizes[-1] if sizes else getattr(config, "hidden_size", _WIDTH_UNKNOWN)
+
+
+def depth_of(config: PretrainedConfig) -> int:
+    """Transformer blocks of a model; 0 for convolutional networks, which have none."""
+    return getattr(config, "num_hidden_layers", 0)
+
+
+def input_names(model: PreTrainedModel) -> list[str]:
+    """What a model's forward takes, labels aside."""
+    parameters = inspect.signature(plain_model(model).forward).parameters
+    return [name for name in parameters if name not in ("labels", *SPAN_LABELS)]
+
+
 def accepted_inputs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inputs that the model takes, labels aside (DistilBERT has no `token_type_ids`, but swallows them)."""
-    parameters = inspect.signature(model.forward).parameters
-    labels = ("labels", *SPAN_LABELS)
-    return {name: value for name, value in inputs.items() if name in parameters and name not in labels}
+    names = input_names(model)
+    return {name: value for name, value in inputs.items() if name in names}
 
 
 class Reader:
@@ -184,7 +202,10 @@ class Reader:
 
     def _projected(self, caught: dict[int, dict[str, Tensor]], layer: int, mask: Tensor) -> list[Tensor]:
         states = [unpacked(caught[layer][name], mask) for name in self._names]
-        return list(states[0].chunk(3, dim=-1)) if len(states) == 1 else states
+        if len(states) == 1:
+            return list(states[0].chunk(3, dim=-1))
+        heads = self.model.config.num_attention_heads if states[1].shape != states[0].shape else 1
+        return [_for_every_query(state, states[0].shape[-1], heads) for state in states]
 
     def _hook(self, layers: list[int]) -> None:
         _, blocks = find_blocks(self.model)
@@ -203,9 +224,18 @@ class Reader:
     def _catcher(self, layer: int, name: str) -> Any:
         def catch(module: nn.Module, arguments: tuple, output: Tensor) -> None:
             if self._caught is not None:
-                self._caught.setdefault(layer, {})[name] = output
+                # DeBERTa's layers run a second time, over relative positions.
+                self._caught.setdefault(layer, {}).setdefault(name, output)
 
         return catch
+
+
+def _for_every_query(state: Tensor, width: int, heads: int) -> Tensor:
+    """Keys or values B×T×D' that several query heads share (Ainslie et al. 2023), as each of these sees them."""
+    shared_by = width // state.shape[-1]
+    if shared_by == 1:
+        return state
+    return state.unflatten(-1, (heads // shared_by, -1)).repeat_interleave(shared_by, dim=-2).flatten(-2)
 
 
 class ProjectedStudent(nn.Module):
@@ -224,11 +254,12 @@ class ProjectedStudent(nn.Module):
         self.reader = Reader(student, wanted)
         self._uses_logits = uses_logits
         self.projections = nn.ModuleDict()
+        width = width_of(student.config)
         for teacher, (each, teacher_width) in enumerate(zip(wanted, teacher_widths, strict=True)):
             names = [f"{teacher}_hidden_{layer}" for layer in each.hidden]
             names += [f"{teacher}_embedding"] * each.embedding + [f"{teacher}_pooled"] * each.pooled
-            for name in names if teacher_width != student.config.hidden_size else ():
-                self.projections[name] = nn.Linear(student.config.hidden_size, teacher_width, bias=False)
+            for name in names if teacher_width != width else ():
+                self.projections[name] = nn.Linear(width, teacher_width, bias=False)
 
     def activation_checkpointing_enable(self, **options: Any) -> None:
         """The student's; Trainer asks for it, by the second name in transformers 5.17."""

@@ -8,24 +8,27 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import transformers
-from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainerState
+from pydantic import Field
+from transformers import PretrainedConfig, PreTrainedModel, PrinterCallback, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from distill.adapters import LoraOptions, in_float32, lora_config, merged
 from distill.config import DistillationConfig, TrainingConfig
 from distill.console import log
 from distill.data import Data
-from distill.metrics import compute_metrics
-from distill.models import load_classifier, load_for_finetuning, load_tokenizer
+from distill.evaluation import metrics_while_training
+from distill.models import load_classifier, load_for_finetuning, load_processor
 from distill.processes import process_state
 from distill.profiling import StepProfile
 from distill.quantize import Format, quantize_model
-from distill.student import StudentArch, build_student, choose_layers
-from distill.teacher import FROM_DATA, AnyTeacher
+from distill.representations import depth_of
+from distill.student import StudentArch, Width, build_student, choose_layers
+from distill.teacher import FROM_DATA, AnyTeacher, own_columns
 from distill.trainer import DistillationTrainer
 
 # Checkpoints of a small model are less than a second apart; Trainer then sorts them by number, which is just right.
@@ -34,7 +37,7 @@ logging.getLogger("transformers.trainer_utils").addFilter(lambda record: "mtime 
 
 @dataclass
 class StudentOptions:
-    """How a student is cut from the model it starts from."""
+    """How a student is made from the model it starts from."""
 
     student_arch: StudentArch = field(
         default="same", metadata={"help": "Architecture of the student: its source's, or DistilBERT's (from a BERT)."}
@@ -47,6 +50,29 @@ class StudentOptions:
     )
     layers: Literal["uniform"] | list[int] = field(
         default="uniform", metadata={"help": "0-based source layers that seed the student's; uniform spreads them."}
+    )
+    hidden_size: Annotated[int, Field(ge=1)] | None = field(
+        default=None, metadata={"help": "Width of the student where it is another: it is then freshly initialised."}
+    )
+    num_attention_heads: Annotated[int, Field(ge=1)] | None = field(
+        default=None, metadata={"help": "Heads of the student where they are others: it is then freshly initialised."}
+    )
+    intermediate_size: Annotated[int, Field(ge=1)] | None = field(
+        default=None,
+        metadata={"help": "Neurons of the student's feed-forward layers; those of its source that weigh most stay."},
+    )
+    from_scratch: bool = field(
+        default=False, metadata={"help": "Start from the config of `model` alone, with new weights."}
+    )
+    lora: LoraOptions | None = field(
+        default=None,
+        metadata={
+            "help": "Train LoRA adapters alone: {r: 8, alpha: 16, dropout: 0, target_modules: all-linear}; the run "
+            "folder then holds the adapter. Needed where `model` is quantized."
+        },
+    )
+    merge: bool = field(
+        default=False, metadata={"help": "With lora: add the adapters to the weights, and save the whole model."}
     )
 
 
@@ -148,7 +174,7 @@ def finetune(
 ) -> Made:
     """Train `inputs["model"]`, or a student cut from it, on the labels."""
     transformers.set_seed(options.seed)  # a new head is drawn here
-    model = load_for_finetuning(inputs["model"], data.task)
+    model = load_for_finetuning(inputs["model"], data.task, from_scratch=options.from_scratch)
     return _train(_cut_student(model, options), [], options, data, inputs["model"], folder, profile)
 
 
@@ -157,19 +183,20 @@ def distill(
 ) -> Made:
     """Train a student, cut from `inputs["model"]` or else from the teacher, against `inputs["teacher"]`."""
     transformers.set_seed(options.seed)
-    teachers: list[AnyTeacher] = []
     models = (location for option, location in inputs.items() if is_teacher(option))
+    teachers: list[tuple[AnyTeacher, str | None]] = []
     for reference in teachers_of(options.__dict__):
-        teachers.append(
-            FROM_DATA
-            if reference == FROM_DATA
-            else load_classifier(next(models), data.task, label_map=options.teacher_label_map, dtype=torch.float32)
-        )
+        if reference == FROM_DATA:
+            teachers.append((FROM_DATA, None))
+            continue
+        location = next(models)
+        teacher = load_classifier(location, data.task, label_map=options.teacher_label_map, dtype=torch.float32)
+        teachers.append((teacher, location))
     started_from = inputs.get("model") or inputs["teacher"]
     if "model" in inputs:
-        source = load_for_finetuning(inputs["model"], data.task)
+        source = load_for_finetuning(inputs["model"], data.task, from_scratch=options.from_scratch)
     else:
-        source = next(teacher for teacher in teachers if isinstance(teacher, PreTrainedModel))
+        source = next(teacher for teacher, _ in teachers if isinstance(teacher, PreTrainedModel))
     return _train(_cut_student(source, options), teachers, options, data, started_from, folder, profile)
 
 
@@ -178,8 +205,13 @@ def quantize(options: QuantizeOptions, inputs: dict[str, str], data: Data, folde
     if process_state().is_main_process:
         model = load_classifier(inputs["model"], data.task, label_map=options.label_map, dtype=torch.float32)
         quantize_model(model, format=options.format, double_quant=options.double_quant).save_pretrained(folder)
-        load_tokenizer(inputs["model"], data.max_length).save_pretrained(folder)
+        load_processor(inputs["model"], data.task.kind, data.max_length).save_pretrained(folder)
     return Made()
+
+
+def is_adapter(options: Options) -> bool:
+    """Whether a step leaves an adapter, and not a whole model."""
+    return isinstance(options, StudentOptions) and options.lora is not None and not options.merge
 
 
 def chosen_layers(options: StudentOptions, num_source_layers: int) -> list[int]:
@@ -191,43 +223,72 @@ def chosen_layers(options: StudentOptions, num_source_layers: int) -> list[int]:
     num_layers = options.num_layers
     if num_layers is None and options.layers == "uniform" and isinstance(options, DistillOptions) and not options.model:
         num_layers = max(1, num_source_layers // 2)
+    if num_source_layers == 0 and num_layers is None and options.layers == "uniform":
+        return []  # a convolutional network
     return choose_layers(options.layers, num_layers, num_source_layers)
 
 
+def width_of_student(options: StudentOptions) -> Width:
+    """The sizes that a step's options give its student."""
+    return Width(options.hidden_size, options.num_attention_heads, options.intermediate_size)
+
+
+def cuts_student(options: StudentOptions, source: PretrainedConfig) -> bool:
+    """Whether a step's student is another than the model it starts from."""
+    layers = chosen_layers(options, depth_of(source))
+    other = options.student_arch != "same" or width_of_student(options).differs_from(source)
+    return other or layers != list(range(depth_of(source)))
+
+
 def _cut_student(source: PreTrainedModel, options: FinetuneOptions | DistillOptions) -> PreTrainedModel:
-    layers = chosen_layers(options, source.config.num_hidden_layers)
-    whole = layers == list(range(source.config.num_hidden_layers)) and options.student_arch == "same"
     source_is_teacher = isinstance(options, DistillOptions) and options.model is None
-    if whole and not source_is_teacher:
+    if not source_is_teacher and not cuts_student(options, source.config):
         return source
-    return build_student(source, student_arch=options.student_arch, layers=layers)
+    return build_student(
+        source,
+        student_arch=options.student_arch,
+        layers=chosen_layers(options, depth_of(source.config)),
+        width=width_of_student(options),
+    )
 
 
 def _train(
     model: PreTrainedModel,
-    teachers: list[AnyTeacher],
-    options: TrainingConfig,
+    teachers: list[tuple[AnyTeacher, str | None]],
+    options: FinetuneOptions | DistillOptions,
     data: Data,
-    tokenizer_from: str,
+    processor_from: str,
     folder: Path,
     profile: bool,
 ) -> Made:
-    tokenizer = load_tokenizer(tokenizer_from, data.max_length)
-    train_rows = data.training_rows(tokenizer, unlabelled=bool(teachers))
-    validation_rows = data.tokenized(data.task.validation_splits[0][0], tokenizer)
+    """Train and save.
+
+    Args:
+        teachers: each with the folder or Hub id of its tokenizer; None for one that stands in the rows.
+    """
+    kind = data.task.kind
+    processor = load_processor(processor_from, kind, data.max_length)
+    train_rows = data.training_rows(processor, unlabelled=bool(teachers))
+    for number, (_, location) in enumerate(teachers):
+        if location is not None and kind != "image-classification":
+            own = load_processor(location, kind, data.max_length)
+            train_rows = data.with_inputs_of(train_rows, processor, own, own_columns(number))
+    validation_rows = data.tokenized(data.task.validation_splits[0][0], processor)
     clock = _Clock()
     checkpoint = last_checkpoint(Path(options.output_dir))
+    trained = options
     if checkpoint is not None:
-        options = _with_step_counts(options, checkpoint)
+        trained = _with_step_counts(options, checkpoint)
     trainer = DistillationTrainer(
         model=model,
-        teacher=teachers,
-        args=options,
+        teacher=[teacher for teacher, _ in teachers],
+        args=trained,
+        peft_config=None if options.lora is None else lora_config(options.lora, kind),
         train_dataset=train_rows,
         eval_dataset=validation_rows,
-        processing_class=tokenizer,
-        compute_metrics=lambda output: compute_metrics(data.task, output.predictions, output.label_ids),
+        processing_class=processor,
         callbacks=[clock, *([StepProfile(folder)] if profile else [])],
+        **metrics_while_training(data, validation_rows),
     )
     if options.disable_tqdm:
         trainer.remove_callback(PrinterCallback)
@@ -236,8 +297,14 @@ def _train(
         clock.resume(checkpoint)
         if trainer.is_world_process_zero():
             log.print(f"      resuming from {checkpoint.name}")
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    trainer.save_model(str(folder))
+    with in_float32(trainer.student):
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if options.merge:
+        if trainer.is_world_process_zero():
+            merged(trainer.student).save_pretrained(folder)
+            processor.save_pretrained(folder)
+    else:
+        trainer.save_model(str(folder))
     seconds = clock.seconds()
     rows = len(trainer.train_dataset) * (trainer.state.epoch or 0)
     return Made(seconds, rows / seconds, trainer.accelerator.num_processes, trainer.state.log_history)
@@ -249,7 +316,7 @@ def last_checkpoint(folder: Path) -> Path | None:
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
-def _with_step_counts(options: TrainingConfig, checkpoint: Path) -> TrainingConfig:
+def _with_step_counts(options: FinetuneOptions | DistillOptions, checkpoint: Path) -> FinetuneOptions | DistillOptions:
     """The options with shares of all steps as counts: Trainer compares them with a checkpoint's counts, and warns."""
     max_steps = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).max_steps
     counted = copy.copy(options)

@@ -5,12 +5,27 @@ from typing import Any, Literal
 
 from distill.errors import InputError, nearest_name
 
-TaskKind = Literal["classification", "multi-label", "regression", "token-classification"]
+TaskKind = Literal[
+    "classification",
+    "multi-label",
+    "regression",
+    "token-classification",
+    "question-answering",
+    "masked-lm",
+    "causal-lm",
+    "image-classification",
+]
+
+OF_CLASSES = ("classification", "image-classification")
+"""Kinds with one class a row."""
+
+OF_LANGUAGE = ("masked-lm", "causal-lm")
+"""Kinds whose labels are the tokens themselves."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One supervised task on one or two text columns, or a column of words."""
+    """One task on one or two text columns, a column of words, or a column of images."""
 
     name: str
     kind: TaskKind
@@ -88,12 +103,31 @@ def glue_task(name: str) -> Task:
     return GLUE[name]
 
 
+DEFAULT_COLUMNS: dict[TaskKind, tuple[list[str], str]] = {
+    "classification": (["text"], "label"),
+    "multi-label": (["text"], "label"),
+    "regression": (["text"], "label"),
+    "token-classification": (["tokens"], "label"),
+    "question-answering": (["question", "context"], "answers"),
+    "masked-lm": (["text"], ""),
+    "causal-lm": (["text"], ""),
+    "image-classification": (["image"], "label"),
+}
+"""Of each kind the columns that are read, and the label's (empty where there is none), unless the user names others."""
+
+_METRICS: dict[TaskKind, tuple[tuple[str, ...], str]] = {
+    "classification": (("accuracy", "f1_macro", "roc_auc"), "accuracy"),
+    "multi-label": (("f1_micro", "f1_macro", "accuracy"), "f1_micro"),
+    "regression": (("pearson", "spearmanr"), "pearson"),
+    "token-classification": (("entity_f1", "accuracy"), "entity_f1"),
+    "question-answering": (("f1", "exact_match"), "f1"),
+    "masked-lm": (("perplexity", "accuracy"), "perplexity"),
+    "causal-lm": (("perplexity", "accuracy"), "perplexity"),
+    "image-classification": (("accuracy", "f1_macro"), "accuracy"),
+}
+
+
 def own_task(kind: TaskKind, text: tuple[str, ...], label: str) -> Task:
     """A task on a user's own columns; its label names are read from the data."""
-    if kind == "regression":
-        return Task("own", kind, text, label, metrics=("pearson", "spearmanr"), primary_metric="pearson")
-    if kind == "multi-label":
-        return Task("own", kind, text, label, metrics=("f1_micro", "f1_macro", "accuracy"), primary_metric="f1_micro")
-    if kind == "token-classification":
-        return Task("own", kind, text, label, metrics=("entity_f1", "accuracy"), primary_metric="entity_f1")
-    return Task("own", kind, text, label, metrics=("accuracy", "f1_macro", "roc_auc"))
+    metrics, primary = _METRICS[kind]
+    return Task("own", kind, text, label, metrics=metrics, primary_metric=primary)

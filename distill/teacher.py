@@ -9,13 +9,13 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 from torch.profiler import record_function
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from distill.cache import TEACHER_OUTPUTS, Layout, TeacherCache, restored
 from distill.config import PARTS, DistillationConfig, is_on
 from distill.errors import InputError
 from distill.predictions import ProblemType, problem_type
-from distill.representations import Reader, Representations, Wanted, resolve_layer_map
+from distill.representations import Reader, Representations, Wanted, depth_of, resolve_layer_map, width_of
 
 FROM_DATA = "data"
 """In place of a teacher model: its predictions stand in a column of the rows."""
@@ -44,6 +44,10 @@ class Teacher:
     """N×D pooled states of other rows, for the contrastive loss."""
     pairs: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     """For each loss that matches layers, (student, teacher) layers."""
+    prefix: str = ""
+    """Of the columns that hold its inputs, where it reads other tokens than the student."""
+    vocabulary: int | None = None
+    """Words that are compared, where the two differ in how far they fill up their vocabularies."""
     cache: TeacherCache | None = None
     """Of its outputs over the training rows."""
     autocast: Callable[[], AbstractContextManager] = nullcontext
@@ -58,9 +62,14 @@ class Teacher:
             return restored(stored, layout, batch["attention_mask"])
         self.model.eval()  # whatever was called on it since
         with record_function("teacher"), torch.inference_mode(), self.autocast():
-            logits, (shown,) = self.reader(batch)
+            logits, (shown,) = self.reader(self.inputs(batch))
         # Outside of inference mode, as the student's backward may keep them.
         return logits.clone(), shown.cloned()
+
+    def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """What of a batch it reads: the student's inputs, or columns of its own."""
+        own = {name.removeprefix(self.prefix): value for name, value in batch.items() if name.startswith(self.prefix)}
+        return own or dict(batch)
 
     @property
     def layout(self) -> Layout | None:
@@ -69,13 +78,27 @@ class Teacher:
         if self.model is None or self.reader is None or self.reader.wanted[0].attention or of_words:
             return None
         outputs = 2 if self.problem == "question_answering" else self.model.config.num_labels
-        return Layout(self.reader.wanted[0], outputs, self.model.config.hidden_size, self.problem)
+        return Layout(self.reader.wanted[0], outputs, width_of(self.model.config), self.problem)
+
+
+def own_columns(number: int) -> str:
+    """Before the names of the columns that the n-th teacher (from 0) reads, where its tokens are not the student's."""
+    return f"teacher{number + 1}_"
 
 
 def match_teachers(
-    student: PreTrainedModel, teachers: Sequence[AnyTeacher], config: DistillationConfig
+    student: PreTrainedModel,
+    teachers: Sequence[AnyTeacher],
+    config: DistillationConfig,
+    *,
+    columns: Sequence[str] = (),
+    vocabulary: int | None = None,
 ) -> list[Teacher]:
     """Each teacher with the layers, widths and heads that are compared.
+
+    Args:
+        columns: of the training rows; `teacher1_input_ids` are the first teacher's own tokens.
+        vocabulary: words of the tokenizer, if it is known; a language model's outputs beyond them are padding.
 
     Raises:
         InputError: no teacher where one is needed, or one that doesn't fit the student; every problem at once.
@@ -102,7 +125,16 @@ def match_teachers(
             matched.append(Teacher(problem, share / sum(shares), len(matched)))
             continue
         try:
-            matched.append(_match(student, teacher, problem, config, on, share / sum(shares), len(matched)))
+            prefix = own_columns(len(matched))
+            matched.append(
+                _match(
+                    student, teacher, problem, config, on,
+                    share=share / sum(shares),
+                    number=len(matched),
+                    prefix=prefix if f"{prefix}input_ids" in columns else "",
+                    vocabulary=vocabulary,
+                )
+            )  # fmt: skip
         except InputError as error:
             problems += error.problems
     if problems:
@@ -145,39 +177,76 @@ def layer_pairs(
     return pairs
 
 
+def comparable(config: DistillationConfig, models: Sequence[PretrainedConfig], *, same_tokens: bool) -> list[str]:
+    """What keeps losses that are on from comparing two models: blocks that are not there, or other tokens.
+
+    Args:
+        models: configs of the student and of the teacher.
+        same_tokens: whether both read the same tokens.
+    """
+    on = [part for part in PARTS if is_on(config.loss_weights[part])]
+    inside = [f"{part}_weight" for part in on if part not in ("soft", "hard")]
+    without = [model.model_type for model in models if not depth_of(model)]
+    problems = []
+    if inside and without:
+        problems.append(f"{', '.join(inside)}: {without[0]} has no transformer blocks to compare; set it to 0")
+    of_tokens = [name for name in inside if name != "contrastive_weight"]
+    if of_tokens and not same_tokens:
+        problems.append(
+            f"{', '.join(of_tokens)}: compares token with token, but student and teacher have a tokenizer each; set it "
+            "to 0 (soft_weight and contrastive_weight compare whole rows)"
+        )
+    return problems
+
+
 def _match(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
     problem: ProblemType,
     config: DistillationConfig,
     on: Sequence[str],
+    *,
     share: float,
     number: int,
+    prefix: str,
+    vocabulary: int | None,
 ) -> Teacher:
-    pairs = layer_pairs(config, student.config.num_hidden_layers, teacher.config.num_hidden_layers)
-    problems: list[str] = []
-    heads = [model.config.num_attention_heads for model in (student, teacher)]
-    if "attention" in on and heads[0] != heads[1]:
-        problems.append(
-            f"attention_weight: the student has {heads[0]} heads and the teacher {heads[1]}; attention maps need as "
-            "many (relation_weight does not)"
+    problems = comparable(config, [model.config for model in (student, teacher)], same_tokens=not prefix)
+    pairs = {} if problems else layer_pairs(config, depth_of(student.config), depth_of(teacher.config))
+    if "attention" in on and not problems:
+        heads = [model.config.num_attention_heads for model in (student, teacher)]
+        if heads[0] != heads[1]:
+            problems.append(
+                f"attention_weight: the student has {heads[0]} heads and the teacher {heads[1]}; attention maps need "
+                "as many (relation_weight does not)"
+            )
+    relation_heads = 1
+    if "relation" in on and not problems:
+        widths = [width_of(model.config) for model in (student, teacher)]
+        divisor = math.gcd(*widths)
+        fitting = [number for number in range(1, divisor + 1) if divisor % number == 0]
+        relation_heads = config.relation_heads or max(
+            number for number in fitting if number <= teacher.config.num_attention_heads
         )
-    widths = [model.config.hidden_size for model in (student, teacher)]
-    divisor = math.gcd(*widths)
-    fitting = [number for number in range(1, heads[1] + 1) if divisor % number == 0]
-    relation_heads = config.relation_heads or max(fitting)
-    if "relation" in on and divisor % relation_heads:
-        problems.append(
-            f"relation_heads: {relation_heads} does not divide the widths {widths[0]} and {widths[1]}; "
-            f"these do: {', '.join(str(number) for number in range(1, divisor + 1) if divisor % number == 0)}"
-        )
+        if divisor % relation_heads:
+            problems.append(
+                f"relation_heads: {relation_heads} does not divide the widths {widths[0]} and {widths[1]}; "
+                f"these do: {', '.join(map(str, fitting))}"
+            )
+    shared_words = None
     if problem_type(teacher) != problem:
         problems.append(f"teacher: {type(teacher).__name__} does not predict what {type(student).__name__} does")
     elif student.config.num_labels != teacher.config.num_labels:
         problems.append(f"teacher: has {teacher.config.num_labels} outputs and the student {student.config.num_labels}")
     elif problem in ("masked_lm", "causal_lm") and student.config.vocab_size != teacher.config.vocab_size:
         sizes = teacher.config.vocab_size, student.config.vocab_size
-        problems.append(f"teacher: has a vocabulary of {sizes[0]} and the student of {sizes[1]}")
+        shared_words = vocabulary
+        if vocabulary is None or vocabulary > min(sizes):
+            known = "unknown, as no tokenizer was given" if vocabulary is None else f"{vocabulary} words"
+            problems.append(
+                f"teacher: has a vocabulary of {sizes[0]} and the student of {sizes[1]}; they may differ by padding "
+                f"alone, and the tokenizer's is {known}"
+            )
     if problems:
         raise InputError(*problems)
 
@@ -196,4 +265,6 @@ def _match(
         reader=Reader(teacher, [wanted(1)]),
         relation_heads=relation_heads,
         pairs=pairs,
+        prefix=prefix,
+        vocabulary=shared_words,
     )

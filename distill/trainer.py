@@ -1,9 +1,8 @@
 """`DistillationTrainer`: transformers' Trainer with teachers, and with losses that add up exactly."""
 
-import inspect
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +11,25 @@ import numpy as np
 import safetensors.torch
 import torch
 import transformers
+from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
 from torch.profiler import record_function
-from torch.utils.data import DataLoader
-from transformers import DataCollatorForTokenClassification, PreTrainedModel
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
+from transformers import DataCollatorForTokenClassification, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
-from distill.batches import COUNTED_ROWS, Reader, length_loader, row_lengths
+from distill.batches import COUNTED_ROWS, Reader, length_loader, row_lengths, with_columns
 from distill.cache import TEACHER_OUTPUTS, CachePlan, Outputs, build_cache, plan_cache
 from distill.config import DistillationConfig, TrainingConfig, default_learning_rate, is_on, value_at
 from distill.console import log
 from distill.errors import InputError
 from distill.hardware import fast_attention, keep_freed_memory, use_available_cores
+from distill.masking import Masking
 from distill.monitoring import Announcement, DivergenceWatch, Sums
 from distill.objective import COUNTS, Part, against_labels, against_teacher, count
 from distill.packing import packed
-from distill.predictions import IGNORED, OF_TOKENS, label_columns, logits_of, problem_type
-from distill.representations import ProjectedStudent, accepted_inputs
+from distill.predictions import IGNORED, OF_TOKENS, label_columns, logits_of, plain_model, problem_type
+from distill.representations import ProjectedStudent, accepted_inputs, input_names, width_of
 from distill.student import dropout
 from distill.teacher import STORED_COLUMNS, AnyTeacher, Teacher, match_teachers
 
@@ -53,6 +54,8 @@ class DistillationTrainer(transformers.Trainer):
             rows' column `teacher_logits` or `teacher_probabilities` (for the soft loss). None trains on labels alone
             (fine-tuning), with a plain `TrainingConfig`.
         args: a `DistillationConfig`.
+        peft_config: train adapters (PEFT) of the model alone; what is saved is then the adapter. A model that has
+            adapters already (`get_peft_model`) will do as well.
 
     Raises:
         InputError: weights that need a teacher without one, a layer map out of range, or models that don't fit.
@@ -64,9 +67,13 @@ class DistillationTrainer(transformers.Trainer):
         model: PreTrainedModel,
         teacher: AnyTeacher | Sequence[AnyTeacher] | None = None,
         args: TrainingConfig | None = None,
+        peft_config: PeftConfig | None = None,
         **trainer_arguments: Any,
     ):
         args = DistillationConfig(output_dir="distilled") if args is None else args
+        if peft_config is not None:
+            transformers.set_seed(args.seed)  # adapters are drawn here
+            model = get_peft_model(model, peft_config)
         self.student = model
         self.problem_type = problem_type(model)
         if args.class_weights is not None and (
@@ -78,9 +85,16 @@ class DistillationTrainer(transformers.Trainer):
         self.teachers: list[Teacher] = []
         if isinstance(args, DistillationConfig):
             teachers = [teacher] if isinstance(teacher, str | PreTrainedModel) else list(teacher or [])
-            self.teachers = match_teachers(model, teachers, args)
+            tokenizer = trainer_arguments.get("processing_class")
+            self.teachers = match_teachers(
+                model,
+                teachers,
+                args,
+                columns=getattr(trainer_arguments.get("train_dataset"), "column_names", None) or [],
+                vocabulary=len(tokenizer) if isinstance(tokenizer, PreTrainedTokenizerBase) else None,
+            )
             if args.learning_rate is None:
-                args.learning_rate = default_learning_rate(model.config.hidden_size)
+                args.learning_rate = default_learning_rate(width_of(model.config))
             transformers.set_seed(args.seed)  # projections are drawn here
         if args.freeze_embeddings:
             model.get_input_embeddings().requires_grad_(False)
@@ -88,12 +102,14 @@ class DistillationTrainer(transformers.Trainer):
         trained: nn.Module = model
         if self.teachers:
             wanted = [each.student_wants for each in self.teachers]
-            widths = [(each.model or model).config.hidden_size for each in self.teachers]
+            widths = [width_of((each.model or model).config) for each in self.teachers]
             trained = ProjectedStudent(model, wanted, widths, uses_logits=uses_logits)
+        self._image_tokens = self._tokens_of_images()
         self._collates_otherwise = trainer_arguments.get("data_collator") is not None
         tokenizer = trainer_arguments.get("processing_class")
         if self.problem_type in OF_TOKENS and tokenizer is not None and not self._collates_otherwise:
             trainer_arguments["data_collator"] = DataCollatorForTokenClassification(tokenizer)
+        self._fillers = self._fillers_of_teachers()
         super().__init__(
             model=trained,
             args=args,
@@ -104,6 +120,9 @@ class DistillationTrainer(transformers.Trainer):
         # (What it finds out by itself is wrong for BERT: a forward with **kwargs that returns a plain mean.)
         self.model_accepts_loss_kwargs = True
         self.label_names = args.label_names or label_columns(self.problem_type)
+        if self._fillers:
+            self.data_collator = with_columns(self.data_collator, self._fillers)  # type: ignore[has-type]
+        self._masking = self._masks()
         self._check_columns()
         for each in self.teachers:
             if each.model is not None:
@@ -135,6 +154,12 @@ class DistillationTrainer(transformers.Trainer):
             self.cache_teachers()
             return super().train(*arguments, **options)
 
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
+        """Trainer's, but windows of questions in their order, as answers are put together from several."""
+        if self.problem_type == "question_answering" and self.args.world_size == 1:
+            return SequentialSampler(eval_dataset)
+        return super()._get_eval_sampler(eval_dataset)
+
     # --- rows and cached teachers -----------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
@@ -144,10 +169,13 @@ class DistillationTrainer(transformers.Trainer):
             return super().get_train_dataloader()
         read = self.reader(self.train_dataset, "training")
 
-        def collate(numbers: list[int]) -> dict[str, Any]:
+        def collate(numbers: list[int], epoch: int) -> dict[str, Any]:
             cached = {str(each.number): each.cache.read(numbers) for each in self.teachers if each.cache is not None}
             every = torch.ones(len(numbers), dtype=torch.bool)  # no process is filled up
-            return {**read(numbers), COUNTED_ROWS: every, **({TEACHER_OUTPUTS: cached} if cached else {})}
+            batch = read(numbers)
+            if self._masking is not None:
+                batch = self._masking(batch, numbers, epoch)
+            return {**batch, COUNTED_ROWS: every, **({TEACHER_OUTPUTS: cached} if cached else {})}
 
         return length_loader(collate, lengths, self.args, self._train_batch_size)
 
@@ -158,12 +186,23 @@ class DistillationTrainer(transformers.Trainer):
 
     def reader(self, rows: Any, what_for: str) -> Reader:
         """Reads batches of rows that hold only what models and losses take."""
-        if isinstance(rows, datasets.Dataset):
+        if isinstance(rows, datasets.Dataset) and rows.format["type"] != "custom":  # those are made as they are read
             rows = self._remove_unused_columns(rows, what_for)
         tokenizer = None if self._collates_otherwise else self.processing_class
         multiple = 8 if self.args.device.type == "cuda" else 1  # tensor cores
         labels = IGNORED if self.problem_type in OF_TOKENS else None
-        return Reader(rows, self.data_collator, tokenizer, pad_to_multiple_of=multiple, label_filler=labels)
+        return Reader(
+            rows, self.data_collator, tokenizer, pad_to_multiple_of=multiple, label_filler=labels, fillers=self._fillers
+        )
+
+    def _fillers_of_teachers(self) -> dict[str, int]:
+        """The padding of columns that teachers read in place of the student's."""
+        fillers: dict[str, int] = {}
+        for each in self.teachers:
+            if each.prefix and each.model is not None:
+                fillers |= dict.fromkeys((each.prefix + name for name in input_names(each.model)), 0)
+                fillers[f"{each.prefix}input_ids"] = each.model.config.pad_token_id or 0
+        return fillers
 
     def planned_caches(self) -> list[tuple[Teacher, CachePlan]]:
         """Each teacher that is a model, with what `train` will cache of it, or why it will not.
@@ -205,6 +244,7 @@ class DistillationTrainer(transformers.Trainer):
 
             teacher.cache = build_cache(
                 teacher.model, plan, self.train_dataset, outputs,
+                prefix=teacher.prefix,
                 batch_size=self.args.per_device_eval_batch_size,
                 precision="bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "fp32",
                 process_index=self.args.process_index,
@@ -229,7 +269,7 @@ class DistillationTrainer(transformers.Trainer):
         inputs = self._completed(inputs)
         if num_items_in_batch is None:
             num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
-        with record_function("student forward"):
+        with record_function("student forward"), self._arithmetic_of_student():
             if self.teachers:
                 outputs = model(**inputs)
             else:
@@ -247,7 +287,17 @@ class DistillationTrainer(transformers.Trainer):
             self._evaluated.add({name: (part.total, num_items_in_batch[part.counted]) for name, part in parts.items()})
         weighted = [weights[name] * loss for name, loss in losses.items()]
         loss = torch.stack(weighted).sum() if weighted else outputs["logits"].sum() * 0
-        return (loss, {"logits": outputs["logits"]}) if return_outputs else loss
+        if not return_outputs:
+            return loss
+        shown = {"logits": outputs["logits"]}
+        if self.problem_type == "question_answering":  # two, each B×T, as transformers' models give them
+            shown = dict(zip(("start_logits", "end_logits"), outputs["logits"].unbind(1), strict=True))
+        return loss, shown
+
+    def _arithmetic_of_student(self) -> AbstractContextManager:
+        """A quantized student computes in bfloat16, whatever its adapters and its head are trained in."""
+        quantized = getattr(plain_model(self.student), "is_quantized", False)
+        return torch.autocast(self.args.device.type, torch.bfloat16) if quantized else nullcontext()
 
     def training_step(self, *arguments: Any, **options: Any) -> Tensor:
         """Trainer's, named in a profile."""
@@ -302,8 +352,13 @@ class DistillationTrainer(transformers.Trainer):
         With several processes the last batches are filled up with rows from the start of the epoch.
         """
         batch = dict(batch)
-        ids = batch["input_ids"]
+        if "pixel_values" in batch:  # the patches of an image all count
+            ids = batch["pixel_values"].new_ones(len(batch["pixel_values"]), self._image_tokens, dtype=torch.long)
+        else:
+            ids = batch["input_ids"]
         batch.setdefault("attention_mask", torch.ones_like(ids))
+        if self.problem_type == "causal_lm" and "labels" not in batch:
+            batch["labels"] = ids.masked_fill(batch["attention_mask"] == 0, IGNORED)
         if "labels" in batch and self.problem_type in ("regression", "multi_label_classification"):
             batch["labels"] = batch["labels"].float()  # whole numbers are scores, or zeros and ones, here
         if COUNTED_ROWS not in batch:
@@ -314,13 +369,46 @@ class DistillationTrainer(transformers.Trainer):
             batch[COUNTED_ROWS] = torch.arange(len(ids), device=ids.device) < real
         return batch
 
+    def _tokens_of_images(self) -> int:
+        """Tokens that a vision transformer makes of an image; 1 where none is compared."""
+        wanted = [each.student_wants for each in self.teachers]
+        if "pixel_values" not in input_names(self.student) or not any(
+            each.hidden_states or each.relations for each in wanted
+        ):
+            return 1
+        size = self.student.config.image_size
+        sides = (size, size) if isinstance(size, int) else tuple(size)
+        pixels = torch.zeros(1, self.student.config.num_channels, *sides, device=self.student.device)
+        with torch.inference_mode():
+            return self.student(pixel_values=pixels, output_hidden_states=True).hidden_states[-1].shape[1]
+
+    def _masks(self) -> Masking | None:
+        """For a masked LM whose rows have no labels: they are masked anew whenever they are read."""
+        rows, tokenizer = self.train_dataset, self.processing_class
+        if self.problem_type != "masked_lm" or "labels" in (getattr(rows, "column_names", None) or ["labels"]):
+            return None
+        drawn = self._draws_batches and row_lengths(rows, self.args.length_column_name) is not None
+        if not drawn or not isinstance(tokenizer, PreTrainedTokenizerBase) or self.args.dataloader_persistent_workers:
+            raise InputError(
+                "masked language model: to mask rows on the fly give a datasets.Dataset with input_ids, a tokenizer as "
+                "processing_class and no dataloader_persistent_workers, or rows with labels that are masked already"
+            )
+        return Masking(tokenizer, self.args.mlm_probability, self.args.seed)
+
     _signature_columns: list[str] | None
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
             models = [self.student, *(each.model for each in self.teachers if each.model is not None)]
-            inputs = {name for model in models for name in inspect.signature(model.forward).parameters}
-            kept = ("label", "label_ids", *self.label_names, self.args.length_column_name, *STORED_COLUMNS)
+            inputs = {name for model in models for name in input_names(model)}
+            kept = (
+                "label",
+                "label_ids",
+                *self.label_names,
+                *self._fillers,
+                self.args.length_column_name,
+                *STORED_COLUMNS,
+            )
             self._signature_columns = [*inputs, *kept]
 
     def _check_columns(self) -> None:
@@ -332,7 +420,12 @@ class DistillationTrainer(transformers.Trainer):
                 f"teacher: 'data' needs a column {' or '.join(STORED_COLUMNS)} in the training rows; "
                 f"they have {', '.join(columns)}"
             )
-        if is_on(self.weights["hard"]) and not {"label", "label_ids", *self.label_names} & set(columns):
+        own_labels = self._masking is not None or self.problem_type == "causal_lm"
+        if (
+            is_on(self.weights["hard"])
+            and not own_labels
+            and not {"label", "label_ids", *self.label_names} & set(columns)
+        ):
             raise InputError(f"hard_weight: the training rows have no labels (only {', '.join(columns)}); set it to 0")
 
     def _read_negatives(self, teacher: Teacher) -> Tensor:

@@ -7,7 +7,7 @@ import datasets
 import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from distill.columns import text_problem, words_problem
+from distill.columns import column_problem
 from distill.errors import InputError, nearest_name
 from distill.readers import read_splits
 from distill.tasks import Task
@@ -83,7 +83,7 @@ def read_unlabelled(
             problems += [
                 f"data.unlabelled: column {column!r} of {split} {problem}"
                 for column in task.text
-                if (problem := (words_problem if task.kind == "token-classification" else text_problem)(rows, column))
+                if (problem := column_problem(rows, column, task.kind))
             ]
             part = unlabelled_rows(task, texts)
             parts.append(with_stored(part, rows, "unlabelled", task, stored, problems))

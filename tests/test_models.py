@@ -71,7 +71,7 @@ def test_a_model_without_a_head_is_no_teacher(tmp_path):
     model = tiny_bert(id2label={0: "negative", 1: "positive"})
     model.bert.save_pretrained(tmp_path)
     with pytest.raises(
-        InputError, match=r"no trained classification head \(classifier.bias, classifier.weight missing\)"
+        InputError, match=r"no trained head for this task \(classifier.bias, classifier.weight missing\)"
     ):
         load_classifier(str(tmp_path), GLUE["sst2"])
     assert load_for_finetuning(str(tmp_path), GLUE["mnli"]).config.num_labels == 3

@@ -455,7 +455,7 @@ def test_no_token_is_written(tmp_path, pretrained, sst2_folder):
                 "steps.a.model: /no/such/folder: no such file or folder",
                 "steps.b.teacher: 'c' is not an earlier step",
                 "steps.c.num_layers: 9 is out of range; the model has 4 layers",
-                "has no trained classification head",
+                "has no trained head for this task",
                 "steps.e.model: tacher: no such folder here, and not to be had from the Hub",
             ],
         ),

@@ -1,0 +1,89 @@
+"""LoRA adapters (PEFT): made from a recipe's options, found in a model folder."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from bitsandbytes.nn import Int8Params, Params4bit
+from peft import LoraConfig, PeftModel, TaskType
+from pydantic import ConfigDict, Field
+from transformers import PreTrainedModel
+from typing_extensions import TypedDict  # typing's own from Python 3.12 on
+
+from distill.tasks import TaskKind
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+class LoraOptions(TypedDict, total=False):
+    """The `lora:` block of a step (Hu et al. 2021): rank, scale, and the layers that get an adapter."""
+
+    r: Annotated[int, Field(ge=1)]
+    alpha: Annotated[int, Field(ge=1)]
+    dropout: Annotated[float, Field(ge=0, lt=1)]
+    target_modules: str | list[str]
+    modules_to_save: list[str]
+
+
+LoraOptions.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
+
+_TASK_TYPES: dict[TaskKind, TaskType] = {
+    "classification": TaskType.SEQ_CLS,
+    "multi-label": TaskType.SEQ_CLS,
+    "regression": TaskType.SEQ_CLS,
+    "token-classification": TaskType.TOKEN_CLS,
+    "question-answering": TaskType.QUESTION_ANS,
+    "causal-lm": TaskType.CAUSAL_LM,
+}
+
+
+def lora_config(options: LoraOptions, kind: TaskKind) -> LoraConfig:
+    """PEFT's config: rank 8, twice the rank as alpha, and all linear layers but the head, unless options say otherwise.
+
+    The head of a classifier is trained and saved as a whole.
+    """
+    rank = options.get("r", 8)
+    heads = ["classifier"] if kind == "image-classification" else None  # PEFT knows those of the other kinds
+    return LoraConfig(
+        r=rank,
+        lora_alpha=options.get("alpha", 2 * rank),
+        lora_dropout=options.get("dropout", 0.0),
+        target_modules=options.get("target_modules", "all-linear"),
+        modules_to_save=options.get("modules_to_save", heads),
+        task_type=_TASK_TYPES.get(kind),
+    )
+
+
+@contextmanager
+def in_float32(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Norms, biases and heads in float32 while adapters are trained, as in QLoRA (Dettmers et al. 2023).
+
+    AdamW's small steps would be lost in a head of bfloat16. Afterwards every parameter has its own dtype again, so that
+    the model is what its folder will be loaded as.
+    """
+    before = {
+        parameter: parameter.dtype
+        for parameter in model.parameters()
+        if parameter.dtype in (torch.bfloat16, torch.float16) and not isinstance(parameter, Params4bit | Int8Params)
+    }
+    for parameter in before:
+        parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
+        for parameter, dtype in before.items():
+            parameter.data = parameter.data.to(dtype)
+
+
+def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The plain model with its adapters added to its weights."""
+    return model.merge_and_unload() if isinstance(model, PeftModel) else model
+
+
+def base_of(folder: Path | str) -> str | None:
+    """What an adapter's folder says it belongs to; None for a folder that is no adapter, or a Hub id."""
+    file = Path(folder) / ADAPTER_CONFIG
+    return json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"] if file.is_file() else None

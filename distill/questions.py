@@ -1,0 +1,75 @@
+"""Answers from the logits of a context's windows, and how SQuAD scores them."""
+
+import re
+import string
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+LONGEST_ANSWER = 30
+"""Tokens; SQuAD's answers are shorter (as in BERT's script for it)."""
+
+_BEST = 20
+
+
+def answers_of(
+    contexts: Sequence[str], windows: Iterable[tuple[int, list[int], list[int], NDArray]], *, may_be_none: bool
+) -> list[str]:
+    """The best answer to each question: the span with the largest sum of a start's and an end's logit.
+
+    Args:
+        contexts: one a question.
+        windows: for each window its question's number, the first and last characters of its tokens in the context (−1
+            for tokens that are none of it), and its logits 2×T.
+        may_be_none: whether "" is an answer; it then is where the first token's logits are larger (Devlin et al. 2019,
+            section 4.3).
+    """
+    best = [(-np.inf, "")] * len(contexts)
+    none = np.full(len(contexts), np.inf)
+    for row, starts, ends, logits in windows:
+        size = len(starts)
+        none[row] = min(none[row], logits[0, 0] + logits[1, 0])
+        known = np.array(starts) >= 0
+        begin, end = (np.where(known, values[:size], -np.inf) for values in logits)
+        first, last = (np.argsort(-values)[:_BEST] for values in (begin, end))
+        length = last[None, :] - first[:, None]
+        sums = begin[first][:, None] + end[last][None, :]
+        scores = np.where((length >= 0) & (length < LONGEST_ANSWER), sums, -np.inf)
+        place = np.unravel_index(scores.argmax(), scores.shape)
+        if scores[place] > best[row][0]:
+            span = contexts[row][starts[first[place[0]]] : ends[last[place[1]]]]
+            best[row] = (float(scores[place]), span)
+    return ["" if may_be_none and none[row] > score else answer for row, (score, answer) in enumerate(best)]
+
+
+def answer_scores(answers: Sequence[str], accepted: Sequence[Sequence[str]]) -> NDArray[np.float64]:
+    """N×2: for each answer its F1 and whether it matches exactly, against the accepted one that is nearest.
+
+    Both after case, punctuation and articles are dropped, F1 over words (Rajpurkar et al. 2016, section 6.1). No
+    accepted answer means that "" is right.
+    """
+    scores = [
+        [max(score(answer, each) for each in known or [""]) for score in (_f1, _exact_match)]
+        for answer, known in zip(answers, accepted, strict=True)
+    ]
+    return np.array(scores, dtype=np.float64).reshape(-1, 2)
+
+
+def normalised(answer: str) -> str:
+    """An answer in lower case without punctuation, articles, and spaces that say nothing."""
+    plain = "".join(letter for letter in answer.lower() if letter not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", plain).split())
+
+
+def _exact_match(answer: str, accepted: str) -> float:
+    return float(normalised(answer) == normalised(accepted))
+
+
+def _f1(answer: str, accepted: str) -> float:
+    found, right = normalised(answer).split(), normalised(accepted).split()
+    if not found or not right:
+        return float(found == right)
+    same = sum((Counter(found) & Counter(right)).values())
+    return 2 * same / (len(found) + len(right))

@@ -1,0 +1,145 @@
+"""LoRA: adapters alone are trained, saved, read again, merged; and refused where they could not be read."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import AutoModelForSequenceClassification, pipeline
+
+from distill import DistillationConfig, DistillationTrainer, build_student
+from distill.errors import InputError
+from distill.models import load_classifier
+from distill.pipeline import run_plan
+from distill.plan import make_plan
+from distill.recipe import load_recipe
+from distill.report import write_report
+from tests.conftest import make_tokenizer
+from tests.test_exactness import make_models, make_rows
+
+RECIPE = """
+task: sst2
+output_dir: {folder}/run
+data: {{path: {data}, max_length: 32}}
+benchmark: {{sequence_length: 16, rounds: 1}}
+steps:
+  teacher: {{run: finetune, model: {model}, max_steps: 30, learning_rate: 1e-3}}
+  student: {{run: distill, teacher: teacher, num_layers: 2, max_steps: 5, learning_rate: 1e-3}}
+  nf4: {{run: quantize, model: student, format: nf4}}
+  {step}
+"""
+
+
+def plan_of(tmp_path, sst2_folder, pretrained, step):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.format(folder=tmp_path, data=sst2_folder, model=pretrained, step=step))
+    return make_plan(load_recipe(path, draft=True))
+
+
+def make_trainer(folder, **options):
+    teacher, student = make_models()
+    args = DistillationConfig(
+        output_dir=str(folder), max_steps=4, learning_rate=1e-2, per_device_train_batch_size=4, disable_tqdm=True,
+        hard_weight=0.5, hidden_weight=0.5, save_steps=2, save_total_limit=2, logging_steps=1, **options,
+    )  # fmt: skip
+    return DistillationTrainer(
+        model=student, teacher=teacher, args=args, train_dataset=make_rows(), processing_class=make_tokenizer(),
+        peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS", lora_dropout=0.1),
+    )  # fmt: skip
+
+
+def test_adapters_alone_are_trained_and_a_resumed_run_ends_the_same(tmp_path):
+    trainer = make_trainer(tmp_path / "whole")
+    before = {name: weight.clone() for name, weight in trainer.student.state_dict().items()}
+    trainer.train()
+    changed = {name for name, weight in trainer.student.state_dict().items() if not torch.equal(weight, before[name])}
+    assert changed
+    assert all("lora_" in name or "modules_to_save" in name for name in changed)
+    files = {path.name for path in (tmp_path / "whole" / "checkpoint-2").iterdir()}
+    assert "adapter_model.safetensors" in files
+    assert "model.safetensors" not in files
+
+    again = make_trainer(tmp_path / "again")
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    for name, weight in trainer.student.state_dict().items():
+        torch.testing.assert_close(again.student.state_dict()[name], weight, rtol=1e-5, atol=1e-6)
+
+
+def test_an_adapters_dropout_stays_what_its_config_says(tmp_path):
+    trainer = make_trainer(tmp_path)
+    seen = set()
+    trainer.student.register_forward_hook(
+        lambda *_: seen.update(
+            m.p for n, m in trainer.student.named_modules() if "lora_dropout" in n and hasattr(m, "p")
+        )
+    )
+    trainer.train()
+    assert seen == {0.1}
+
+
+@pytest.mark.parametrize("start", ["student", "nf4"])
+def test_an_adapter_goes_from_recipe_to_report_and_pipeline(tmp_path, sst2_folder, pretrained, start):
+    options = f"run: distill, teacher: teacher, model: {start}, lora: {{r: 2}}, max_steps: 5, learning_rate: 1e-2"
+    plan = plan_of(tmp_path, sst2_folder, pretrained, f"adapter: {{{options}}}")
+    run_plan(plan)
+    folder = tmp_path / "run" / "adapter"
+    assert (folder / "adapter_model.safetensors").is_file()
+    assert not (folder / "model.safetensors").exists()
+    report = write_report(plan)
+    entries = {model["name"]: model for model in report["models"]}
+    own = (folder / "adapter_model.safetensors").stat().st_size
+    assert entries["adapter"]["size_on_disk_bytes"] == entries[start]["size_on_disk_bytes"] + own
+    assert entries["adapter"]["num_parameters"] > entries[start]["num_parameters"]
+
+    ids = torch.tensor([[2, 7, 8, 9, 3]])
+    ours = load_classifier(str(folder), plan.data.task)
+    plain = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / start).eval()
+    assert torch.equal(ours(input_ids=ids).logits, plain(input_ids=ids).logits)
+    assert not torch.allclose(plain(input_ids=ids).logits, base(input_ids=ids).logits)
+    assert pipeline("text-classification", str(folder))("a good film", truncation=True)[0]["label"] in (
+        "negative",
+        "positive",
+    )
+    assert json.loads((folder / "step.json").read_text())["options"]["lora"] == {"r": 2}
+
+
+def test_merged_adapters_make_a_whole_model(tmp_path, sst2_folder, pretrained):
+    step = "merged: {run: distill, teacher: teacher, num_layers: 2, lora: {}, merge: true, max_steps: 5}"
+    plan = plan_of(tmp_path, sst2_folder, pretrained, step)
+    run_plan(plan)
+    folder = tmp_path / "run" / "merged"
+    assert (folder / "model.safetensors").is_file()
+    assert not (folder / "adapter_model.safetensors").exists()
+    model = load_classifier(str(folder), plan.data.task)
+    assert not any("lora" in name for name, _ in model.named_parameters())
+    teacher = load_classifier(str(tmp_path / "run" / "teacher"), plan.data.task)
+    cut = build_student(teacher, num_layers=2).state_dict()
+    assert any(not torch.equal(weight, cut[name]) for name, weight in model.state_dict().items())
+    assert torch.equal(
+        model.state_dict()["bert.embeddings.word_embeddings.weight"], cut["bert.embeddings.word_embeddings.weight"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        ("x: {run: distill, teacher: teacher, num_layers: 2, lora: {}}", "lora: the adapter alone would not tell"),
+        (
+            "x: {run: distill, teacher: teacher, model: nf4, lora: {}, merge: true}",
+            "merge: adapters merged into quantized",
+        ),
+        ("x: {run: distill, teacher: teacher, model: nf4}", "nf4 is quantized; .*lora"),
+        ("x: {run: distill, teacher: teacher, model: student, merge: true}", "merge: there are no adapters"),
+        ("x: {run: distill, teacher: teacher, model: student, lora: {rank: 8}}", "rank is no such key"),
+        (
+            "a: {run: distill, teacher: teacher, model: student, lora: {}}\n"
+            "  x: {run: quantize, model: a, format: int8}",
+            "a makes an adapter; say merge: true",
+        ),
+        ("x: {run: distill, teacher: teacher, from_scratch: true}", "from_scratch: needs a `model`"),
+    ],
+)
+def test_what_could_not_be_read_again_is_refused(tmp_path, sst2_folder, pretrained, step, message):
+    with pytest.raises(InputError, match=message):
+        plan_of(tmp_path, sst2_folder, pretrained, step)
