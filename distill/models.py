@@ -192,7 +192,7 @@ def load_for_finetuning(location: str, task: Task, *, from_scratch: bool = False
     """
     config = AutoConfig.from_pretrained(location)
     set_labels(config, task)
-    if config.pad_token_id is None:
+    if task.kind != "image-classification" and config.pad_token_id is None:
         config.pad_token_id = config.eos_token_id  # as the tokenizer pads
     if from_scratch:
         return from_config(config, task.kind)

@@ -52,10 +52,11 @@ def against_labels(
         logits: as `logits_of` gives them.
         counted_rows: B booleans.
     """
-    expected = labels_of(problem, batch, counted_rows)
+    logits = shifted(problem, logits)
+    expected = labels_of(problem, batch, counted_rows).beside(logits)
     if expected.labels is None:
         return {}
-    logits = among(expected.classes, shifted(problem, logits), as_values=False)
+    logits = among(expected.classes, logits, as_values=False)
     weights = _class_weights(config, logits.device)
     total = losses.hard_loss(logits, expected.labels, config.label_smoothing_factor, _ONE, class_weights=weights)
     return {"hard": Part(total, LABELS)}
@@ -77,11 +78,12 @@ def against_teacher(
         counted_rows: B booleans.
     """
     logits, shown = student
-    targets, seen = teacher.outputs(batch)
+    expected = labels_of(teacher.problem, batch, counted_rows)
+    alone = teacher.problem == "masked_lm" and logits.shape[:-1] != expected.counted.shape
+    targets, seen = teacher.outputs(batch, counted=expected.counted if alone else None)
     tokens = batch["attention_mask"] * counted_rows.unsqueeze(-1)
     parts = {}
     if is_on(config.soft_weight):
-        expected = labels_of(teacher.problem, batch, counted_rows)
         logits, targets = logits[..., : teacher.vocabulary], targets[..., : teacher.vocabulary]
         total = _soft(config, logits, targets, expected, temperature, teacher.problem)
         parts["soft"] = Part(total, PREDICTIONS)
@@ -114,6 +116,7 @@ def _soft(
     temperature: float | None,
     problem: ProblemType,
 ) -> Tensor:
+    expected = expected.beside(shifted(problem, logits))
     as_values = problem == "regression" or temperature is None or config.soft_loss == "mse"
     logits, targets = (
         among(expected.classes, shifted(problem, each), as_values=as_values) for each in (logits, targets)

@@ -1,12 +1,13 @@
 """What a model predicts, by its kind: for rows, tokens or spans; the labels, and which predictions count."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from distill.errors import InputError
@@ -89,6 +90,13 @@ class Labels:
     classes: Tensor | None = None
     """For spans B×1×T: the tokens that can be an end, padding aside."""
 
+    def beside(self, logits: Tensor) -> "Labels":
+        """These, or in one row those that count, where the logits are of them alone (see `predicting_alone`)."""
+        if logits.shape[:-1] == self.counted.shape:
+            return self
+        labels = None if self.labels is None else self.labels[self.counted].unsqueeze(0)
+        return Labels(labels, self.counted.new_ones(1, int(self.counted.sum())))
+
 
 def labels_of(problem: ProblemType, batch: Mapping[str, Tensor], counted_rows: Tensor) -> Labels:
     """The labels that stand against `shifted(problem, logits)`.
@@ -123,6 +131,30 @@ def labels_of(problem: ProblemType, batch: Mapping[str, Tensor], counted_rows: T
         return Labels(None, tokens)
     known = labels != IGNORED
     return Labels(labels, torch.where(known.any(-1, keepdim=True), known, tokens))
+
+
+@contextmanager
+def predicting_alone(model: PreTrainedModel, counted: Tensor | None) -> Iterator[None]:
+    """Let a masked LM predict the tokens that count alone: its logits are then 1×N×V.
+
+    The head of a small model is most of its work: 30,000 outputs for each token, and of seven tokens one is masked.
+
+    Args:
+        counted: B×T booleans with N true; None for all tokens.
+    """
+    if counted is None:
+        yield
+        return
+
+    def select(encoder: nn.Module, arguments: tuple, output: Any) -> Any:
+        output.last_hidden_state = output.last_hidden_state[counted].unsqueeze(0)
+        return output
+
+    hook = plain_model(model).base_model.register_forward_hook(select)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def shifted(problem: ProblemType, logits: Tensor) -> Tensor:

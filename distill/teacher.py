@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from distill.cache import TEACHER_OUTPUTS, Layout, TeacherCache, restored
 from distill.config import PARTS, DistillationConfig, is_on
 from distill.errors import InputError
-from distill.predictions import ProblemType, problem_type
+from distill.predictions import ProblemType, predicting_alone, problem_type
 from distill.representations import Reader, Representations, Wanted, depth_of, resolve_layer_map, width_of
 
 FROM_DATA = "data"
@@ -53,15 +53,20 @@ class Teacher:
     autocast: Callable[[], AbstractContextManager] = nullcontext
     """Of the trainer; Accelerate puts its own around the student's forward alone."""
 
-    def outputs(self, batch: Mapping[str, Any]) -> tuple[Tensor, Representations]:
-        """Logits and representations of a batch, without gradients: those that it carries, or else computed."""
+    def outputs(self, batch: Mapping[str, Any], *, counted: Tensor | None = None) -> tuple[Tensor, Representations]:
+        """Logits and representations of a batch, without gradients: those that it carries, or else computed.
+
+        Args:
+            counted: for a masked LM the tokens (B×T) to predict; all by default.
+        """
         if self.model is None or self.reader is None:
             return stored_logits(batch, self.problem), Representations()
         stored, layout = batch.get(TEACHER_OUTPUTS, {}).get(str(self.number)), self.layout
         if stored is not None and layout is not None:
             return restored(stored, layout, batch["attention_mask"])
         self.model.eval()  # whatever was called on it since
-        with record_function("teacher"), torch.inference_mode(), self.autocast():
+        predicting = predicting_alone(self.model, counted)
+        with record_function("teacher"), torch.inference_mode(), self.autocast(), predicting:
             logits, (shown,) = self.reader(self.inputs(batch))
         # Outside of inference mode, as the student's backward may keep them.
         return logits.clone(), shown.cloned()

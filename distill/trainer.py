@@ -28,7 +28,16 @@ from distill.masking import Masking
 from distill.monitoring import Announcement, DivergenceWatch, Sums
 from distill.objective import COUNTS, Part, against_labels, against_teacher, count
 from distill.packing import packed
-from distill.predictions import IGNORED, OF_TOKENS, label_columns, logits_of, plain_model, problem_type
+from distill.predictions import (
+    IGNORED,
+    OF_TOKENS,
+    label_columns,
+    labels_of,
+    logits_of,
+    plain_model,
+    predicting_alone,
+    problem_type,
+)
 from distill.representations import ProjectedStudent, accepted_inputs, input_names, width_of
 from distill.student import dropout
 from distill.teacher import STORED_COLUMNS, AnyTeacher, Teacher, match_teachers
@@ -269,7 +278,11 @@ class DistillationTrainer(transformers.Trainer):
         inputs = self._completed(inputs)
         if num_items_in_batch is None:
             num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
-        with record_function("student forward"), self._arithmetic_of_student():
+        counted = None
+        if self.problem_type == "masked_lm" and model.training and not return_outputs:
+            counted = labels_of(self.problem_type, inputs, inputs[COUNTED_ROWS]).counted
+        predicting = predicting_alone(self.student, counted)
+        with record_function("student forward"), self._arithmetic_of_student(), predicting:
             if self.teachers:
                 outputs = model(**inputs)
             else:

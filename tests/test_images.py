@@ -1,0 +1,132 @@
+"""Image classification: folders of images, vision transformers and convolutional students, and a whole run."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import MobileNetV2Config, ResNetConfig, ViTConfig, ViTImageProcessor, pipeline
+
+from distill.data import DataOptions, load_data
+from distill.errors import InputError
+from distill.models import load_processor
+from distill.pipeline import run_plan
+from distill.plan import make_plan
+from distill.recipe import load_recipe
+from distill.report import write_report
+
+CONFIGS = {
+    "vit": ViTConfig(
+        image_size=8, patch_size=4, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64
+    ),
+    "resnet": ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"),
+    "mobilenet": MobileNetV2Config(image_size=8, depth_multiplier=0.25),
+}
+
+
+def draw(folder, split, count, seed):
+    """Bright images are of one class, dark ones of the other."""
+    generator = np.random.default_rng(seed)
+    for number in range(count):
+        name = ("dark", "bright")[number % 2]
+        pixels = generator.integers(0, 120, (8, 8, 3)) + 130 * (name == "bright")
+        (folder / split / name).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / split / name / f"{number}.png")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    draw(folder / "data", "train", 48, 0)
+    draw(folder / "data", "validation", 24, 1)
+    for name, config in CONFIGS.items():
+        config.save_pretrained(folder / name)
+        ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(folder / name)
+    return folder
+
+
+def test_images_are_read_as_pipeline_reads_them(folder):
+    data = load_data(None, DataOptions(kind="image-classification", path=str(folder / "data")))
+    assert data.task.label_names == ("bright", "dark")
+    processor = load_processor(str(folder / "vit"), "image-classification")
+    rows = data.tokenized("validation", processor)
+    images = sorted((folder / "data" / "validation").glob("*/*.png"))
+    shown = pipeline("image-classification", model=_saved(folder), image_processor=processor)
+    expected = shown.preprocess(str(images[3]))["pixel_values"][0]
+    assert np.array_equal(rows[3]["pixel_values"], expected)
+    assert len(rows) == len(images)
+
+
+def _saved(folder):
+    from transformers import AutoModelForImageClassification
+
+    return AutoModelForImageClassification.from_config(CONFIGS["vit"])
+
+
+def test_files_may_name_their_images(folder, tmp_path):
+    draw(tmp_path, "pictures", 8, 0)
+    rows = [{"image": str(path.relative_to(tmp_path)), "label": path.parent.name}
+            for path in sorted(tmp_path.glob("pictures/*/*.png"))]  # fmt: skip
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = load_data(None, DataOptions(kind="image-classification", path=str(tmp_path)))
+    assert data.splits["train"][0]["image"].size == (8, 8)
+    (tmp_path / "train.jsonl").write_text(json.dumps({"image": "nowhere.png", "label": "dark"}) + "\n")
+    with pytest.raises(InputError, match=r"names .*nowhere.png, and there is no such file"):
+        load_data(None, DataOptions(kind="image-classification", path=str(tmp_path)))
+
+
+def test_a_folder_without_images_is_told(tmp_path):
+    (tmp_path / "train" / "dark").mkdir(parents=True)
+    with pytest.raises(InputError, match="holds no class folders with images"):
+        load_data(None, DataOptions(kind="image-classification", path=str(tmp_path)))
+
+
+def plan_of(folder, tmp_path, steps):
+    path = tmp_path / "images.yaml"
+    path.write_text(f"""
+output_dir: {tmp_path / "run"}
+data: {{kind: image-classification, path: {folder / "data"}}}
+benchmark: {{throughput_batch_size: 2, rounds: 1}}
+steps:
+  teacher: {{run: finetune, model: {folder / "vit"}, from_scratch: true, max_steps: 40, learning_rate: 2e-3}}
+  {steps}
+""")
+    return make_plan(load_recipe(path, draft=True))
+
+
+def test_a_whole_run(folder, tmp_path):
+    options = "max_steps: 40, learning_rate: 2e-3, hard_weight: 0.5"
+    steps = f"student: {{run: distill, teacher: teacher, num_layers: 2, hidden_weight: 0.5, {options}}}"
+    for name in ("resnet", "mobilenet"):
+        model = f"model: {folder / name}, from_scratch: true"
+        steps += f"\n  {name}: {{run: distill, teacher: teacher, {model}, {options}}}"
+    steps += "\n  small: {run: quantize, model: student, format: int8}"
+    made = plan_of(folder, tmp_path, steps)
+    run_plan(made)
+    by_name = {model["name"]: model for model in write_report(made)["models"]}
+    assert by_name["teacher"]["metrics"]["accuracy"] == 1.0
+    assert by_name["student"]["metrics"]["accuracy"] == 1.0
+    assert by_name["resnet"]["metrics"]["accuracy"] > 0.8
+    assert by_name["student"]["flops_per_sample"] < by_name["teacher"]["flops_per_sample"]
+    images = sorted((folder / "data" / "validation" / "dark").glob("*.png"))
+    for name in ("student", "resnet", "mobilenet"):
+        classify = pipeline("image-classification", str(made.steps[name].folder))
+        found = classify(str(images[0]))
+        assert {each["label"] for each in found} == {"bright", "dark"}
+    assert pipeline("image-classification", str(made.steps["student"].folder))(str(images[0]))[0]["label"] == "dark"
+
+
+@pytest.mark.parametrize("part", ["hidden_weight", "attention_weight", "contrastive_weight"])
+def test_what_is_inside_of_a_convolutional_student_is_not_compared(folder, tmp_path, part):
+    step = f"student: {{run: distill, teacher: teacher, model: {folder / 'resnet'}, from_scratch: true, {part}: 1.0}}"
+    with pytest.raises(InputError, match=f"{part}: resnet has no transformer blocks to compare; set it to 0"):
+        plan_of(folder, tmp_path, step)
+
+
+def test_two_image_processors_are_refused(folder, tmp_path):
+    other = tmp_path / "other"
+    CONFIGS["resnet"].save_pretrained(other)
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(other)
+    with pytest.raises(InputError, match="its image processor is not that of teacher"):
+        plan_of(folder, tmp_path, f"student: {{run: distill, teacher: teacher, model: {other}, from_scratch: true}}")
