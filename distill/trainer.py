@@ -14,7 +14,7 @@ import transformers
 from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
 from torch.profiler import record_function
-from torch.utils.data import DataLoader, Sampler, SequentialSampler
+from torch.utils.data import DataLoader, RandomSampler, Sampler, SequentialSampler
 from transformers import DataCollatorForTokenClassification, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
@@ -165,9 +165,19 @@ class DistillationTrainer(transformers.Trainer):
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
         """Trainer's, but windows of questions in their order, as answers are put together from several."""
-        if self.problem_type == "question_answering" and self.args.world_size == 1:
+        in_order = _made_as_read(eval_dataset) or self.problem_type == "question_answering"
+        if in_order and self.args.world_size == 1:
             return SequentialSampler(eval_dataset)
         return super()._get_eval_sampler(eval_dataset)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        """Trainer's, but images have no length to be grouped by."""
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        return RandomSampler(rows) if _made_as_read(rows) else super()._get_train_sampler(rows)
+
+    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
+        """Trainer's, but what rows are made of as they are read stays."""
+        return dataset if _made_as_read(dataset) else super()._remove_unused_columns(dataset, description)
 
     # --- rows and cached teachers -----------------------------------------------------------------------------------
 
@@ -195,7 +205,7 @@ class DistillationTrainer(transformers.Trainer):
 
     def reader(self, rows: Any, what_for: str) -> Reader:
         """Reads batches of rows that hold only what models and losses take."""
-        if isinstance(rows, datasets.Dataset) and rows.format["type"] != "custom":  # those are made as they are read
+        if isinstance(rows, datasets.Dataset):
             rows = self._remove_unused_columns(rows, what_for)
         tokenizer = None if self._collates_otherwise else self.processing_class
         multiple = 8 if self.args.device.type == "cuda" else 1  # tensor cores
@@ -527,6 +537,11 @@ class DistillationTrainer(transformers.Trainer):
             self._load_from_checkpoint(self.state.best_model_checkpoint)
         else:
             super()._load_best_model()
+
+
+def _made_as_read(rows: Any) -> bool:
+    """Whether rows (images) become inputs only when they are read, by a transform of their own."""
+    return isinstance(rows, datasets.Dataset) and rows.format["type"] == "custom"
 
 
 def _count_of(part: Part, counts: Tensor) -> Tensor:
