@@ -4,7 +4,8 @@ import json
 import os
 import shutil
 import time
-from dataclasses import asdict
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from distill.benchmark import environment
 from distill.card import write_model_card
 from distill.console import escape, log
 from distill.errors import InputError, nearest_name
+from distill.folders import written_whole
 from distill.hardware import allocator
 from distill.models import size_on_disk
 from distill.plan import Plan, PlannedStep
@@ -53,25 +55,34 @@ def run_plan(plan: Plan, *, only: list[str] | None = None, force: bool = False, 
             _say(f"[{number}/{len(steps)}] {name}: finished already")
             continue
         _say(f"[{number}/{len(steps)}] {name}: {planned.step.run}{_parameters(planned)}")
-        started, clock = datetime.now(timezone.utc), time.perf_counter()
-        if state.is_main_process:
-            _prepare_folder(planned, discard=force)
-        state.wait_for_everyone()
-        made = run_step(planned.step.options, planned.inputs, plan.data, planned.folder, profile=profile)
-        state.wait_for_everyone()
-        if state.is_main_process:
-            seconds = time.perf_counter() - clock
-            shutil.rmtree(planned.folder / "checkpoints", ignore_errors=True)
-            for weights in planned.folder.glob("*.safetensors"):  # safetensors writes them for the owner alone
-                shutil.copymode(planned.folder / "step.json", weights)
-            write_model_card(plan, planned)
-            record = _record(plan, planned) | asdict(made)
-            record |= {"started": started.isoformat(timespec="seconds"), "wall_seconds": round(seconds, 2)}
-            _write_record(planned, {**record, "status": "finished"})
-            _say(f"      {name}: finished in {seconds:.0f} s → {planned.folder}")
+        clock = time.perf_counter()
+        whole = planned.step.run == "quantize" and state.is_main_process  # it has no checkpoints to resume from
+        with written_whole(planned.folder) if whole else nullcontext(planned.folder) as folder:
+            _run(plan, replace(planned, folder=folder), discard=force, profile=profile)
+        _say(f"      {name}: finished in {time.perf_counter() - clock:.0f} s → {planned.folder}")
         state.wait_for_everyone()
         ran.append(name)
     return ran
+
+
+def _run(plan: Plan, planned: PlannedStep, *, discard: bool, profile: bool) -> None:
+    """One step, from an empty folder to a record that it is finished."""
+    state = process_state()
+    started, clock = datetime.now(timezone.utc), time.perf_counter()
+    if state.is_main_process:
+        _prepare_folder(planned, discard=discard)
+    state.wait_for_everyone()
+    made = run_step(planned.step.options, planned.inputs, plan.data, planned.folder, profile=profile)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        seconds = time.perf_counter() - clock
+        shutil.rmtree(planned.folder / "checkpoints", ignore_errors=True)
+        for weights in planned.folder.glob("*.safetensors"):  # safetensors writes them for the owner alone
+            shutil.copymode(planned.folder / "step.json", weights)
+        write_model_card(plan, planned)
+        record = _record(plan, planned) | asdict(made)
+        record |= {"started": started.isoformat(timespec="seconds"), "wall_seconds": round(seconds, 2)}
+        _write_record(planned, {**record, "status": "finished"})
 
 
 def is_finished(planned: PlannedStep) -> bool:
