@@ -7,6 +7,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # first: else a line 
 from distill.config import DistillationConfig
 from distill.data import DataOptions, load_data
 from distill.errors import InputError
+from distill.formats import QuantizationSettings
 from distill.quantize import quantize_model
 from distill.student import build_student
 from distill.trainer import DistillationTrainer
@@ -16,6 +17,7 @@ __all__ = [
     "DistillationConfig",
     "DistillationTrainer",
     "InputError",
+    "QuantizationSettings",
     "build_student",
     "load_data",
     "quantize_model",

@@ -6,12 +6,13 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from distill.plan import Plan, PlannedStep
+from distill.steps import Options, QuantizeOptions
 from distill.tasks import Task
 
 _WHAT = {
     "finetune": "fine-tuned from {parents} on labels",
     "distill": "distilled from the teacher {parents}",
-    "quantize": "{parents} quantized to {format} with bitsandbytes, word embeddings in int8",
+    "quantize": "{parents} quantized with bitsandbytes: {formats}",
 }
 
 _LOAD = """```python
@@ -29,15 +30,17 @@ def write_model_card(plan: Plan, planned: PlannedStep, results: dict[str, Any] |
         results: the model's entry of report.json, once there is one.
     """
     step, task = planned.step, plan.data.task
-    quantized = step.run == "quantize"
+    tags, quantized = ["distill", step.run], step.run == "quantize"
+    if isinstance(step.options, QuantizeOptions):
+        tags.append(step.options.format or "mixed-precision")
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag=_pipeline(task),
-        tags=["distill", step.run] + ([step.options.format] if quantized else []),
+        tags=tags,
         base_model=[parent for parent in planned.parents if _is_hub_id(plan, parent)] or None,
         metrics=[task.primary_metric],
     )
-    what = _WHAT[step.run].format(parents=" and ".join(planned.parents), format=getattr(step.options, "format", ""))
+    what = _WHAT[step.run].format(parents=" and ".join(planned.parents), formats=_formats(step.options))
     lines = [f"---\n{data.to_yaml()}\n---", f"# {step.name}", f"A model for {_task_sentence(plan)}: {what}."]
     load = _LOAD.format(
         path=step.name,
@@ -52,6 +55,17 @@ def write_model_card(plan: Plan, planned: PlannedStep, results: dict[str, Any] |
     lines += [f"## How it was made\n`run: {step.run}`", given or "All options at their defaults."]
     lines += ["What it was run with stands in `step.json`."]
     (planned.folder / "README.md").write_text("\n\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _formats(options: Options) -> str:
+    """What a quantize step's model is made of."""
+    if not isinstance(options, QuantizeOptions):
+        return ""
+    if options.format is None:
+        return f"the formats that keep closest to it within {options.bits_budget} (`sensitivity.json`)"
+    parts = [f"linear layers in {options.format}", f"embeddings in {options.embeddings or 'int8'}"]
+    parts += ["some modules otherwise (`config.json`)"] * bool(options.skip or options.overrides)
+    return ", ".join(parts)
 
 
 def _pipeline(task: Task) -> str:

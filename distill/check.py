@@ -17,7 +17,6 @@ from distill.console import log, results
 from distill.models import from_config, load_processor
 from distill.pipeline import is_finished
 from distill.plan import Plan, PlannedStep
-from distill.quantize import quantized_size
 from distill.representations import show_pairs
 from distill.steps import DistillOptions, QuantizeOptions, teachers_of
 from distill.teacher import FROM_DATA
@@ -85,7 +84,7 @@ def estimate_step(plan: Plan, planned: PlannedStep) -> Estimate:
         skeleton = from_config(planned.config, plan.data.task.kind)
     num_parameters = sum(parameter.numel() for parameter in skeleton.parameters())
     if isinstance(options, QuantizeOptions):
-        weights = quantized_size(skeleton, format=options.format, double_quant=options.double_quant)
+        weights = options.planned_size(skeleton)
         return Estimate(num_parameters, weights, None, None, None)
     training_bytes = 16 * num_parameters
     teacher_configs = _teacher_configs(plan, planned)

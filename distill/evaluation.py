@@ -1,5 +1,6 @@
 """Score one model on a task's validation and test rows."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -256,11 +257,25 @@ def agreement(task: Task, predictions: list, baseline: list) -> float:
 def _forwards(
     model: PreTrainedModel, rows: datasets.Dataset, tokenizer: Processor, *, batch_size: int, text: str
 ) -> _Batches:
-    """The logits of batches of rows of like length, so little padding is computed; for spans B×2×T.
+    """The logits of `input_batches`; for spans B×2×T.
+
+    Args:
+        text: beside the progress bar.
+    """
+    batches = input_batches(rows, tokenizer, batch_size=batch_size)
+    with torch.inference_mode():
+        for chosen, batch in progress(batches, text, total=math.ceil(len(rows) / batch_size)):
+            batch = {name: values.to(model.device) for name, values in batch.items()}
+            yield chosen, logits_of(model(**accepted_inputs(model, batch))).float().cpu()
+
+
+def input_batches(
+    rows: datasets.Dataset, tokenizer: Processor, *, batch_size: int
+) -> Iterator[tuple[NDArray[np.int64], dict[str, Tensor]]]:
+    """Batches of rows of like length, so little padding is computed: the rows' numbers, and a model's inputs.
 
     Args:
         rows: as `distill.encoding.tokenize` makes them.
-        text: beside the progress bar.
     """
     if isinstance(tokenizer, BaseImageProcessor):
         order, inputs, collate = np.arange(len(rows)), rows, default_data_collator
@@ -268,9 +283,6 @@ def _forwards(
         order = np.argsort(rows["length"], kind="stable")
         inputs = rows.select_columns([name for name in tokenizer.model_input_names if name in rows.column_names])
         collate = DataCollatorWithPadding(tokenizer)
-    with torch.inference_mode():
-        for start in progress(range(0, len(rows), batch_size), text):
-            chosen = order[start : start + batch_size]
-            batch = collate([inputs[int(index)] for index in chosen])
-            batch = {name: values.to(model.device) for name, values in batch.items()}
-            yield chosen, logits_of(model(**accepted_inputs(model, batch))).float().cpu()
+    for start in range(0, len(rows), batch_size):
+        chosen = order[start : start + batch_size]
+        yield chosen, dict(collate([inputs[int(index)] for index in chosen]))

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PretrainedConfig
 
 from distill.data import Data, load_data, tokenizer_fingerprint
@@ -17,6 +18,7 @@ from distill.errors import InputError, near_name
 from distill.models import (
     ModelSource,
     find_model,
+    from_config,
     has_head,
     label_order,
     load_processor,
@@ -62,7 +64,11 @@ _TRAINING_CODE = (
     ),
     *("config", "losses", "predictions", "representations", "teacher", "objective", "monitoring", "trainer", "steps"),
 )
-_CODE = {"finetune": _TRAINING_CODE, "distill": _TRAINING_CODE, "quantize": ("models", "student", "quantize", "steps")}
+_CODE = {
+    "finetune": _TRAINING_CODE,
+    "distill": _TRAINING_CODE,
+    "quantize": ("models", "student", "linears", "embeddings", "formats", "quantize", "sensitivity", "steps"),
+}
 
 # Options that change what is shown or kept while a step runs, and not what it makes.
 _NOT_IN_FINGERPRINT = {
@@ -242,6 +248,8 @@ def _plan_step(
     if data is not None:
         set_labels(config, data.task)
     if isinstance(options, QuantizeOptions):
+        if data is not None:
+            _check_quantization(options, config, data)
         config.quantization_config = {"format": options.format}
     return PlannedStep(
         step=step,
@@ -282,6 +290,16 @@ def _adapter_problems(
             "as it is, or say merge: true"
         )
     return problems
+
+
+def _check_quantization(options: QuantizeOptions, config: PretrainedConfig, data: Data) -> None:
+    """Whether its patterns match modules and its budget can be kept."""
+    with torch.device("meta"):
+        skeleton = from_config(config, data.task.kind)
+    try:
+        options.planned_size(skeleton)
+    except InputError as error:
+        raise _Unplannable(error.problems) from None
 
 
 def _resolve_input(
@@ -394,7 +412,7 @@ def _fingerprint(step: Step, inputs: dict[str, str], data: Data | None) -> str:
     if data is None:
         rows: Any = None
     elif isinstance(step.options, QuantizeOptions):
-        rows = [data.task.label_names, data.max_length]
+        rows = [data.task.label_names, data.max_length, *([data.train_fingerprint] if step.options.bits_budget else [])]
     else:
         rows = data.fingerprint if step.options.load_best_model_at_end else data.train_fingerprint
     code = [code_fingerprint(module) for module in _CODE[step.run]]

@@ -21,12 +21,16 @@ from distill.adapters import LoraOptions, in_float32, lora_config, merged
 from distill.config import DistillationConfig, TrainingConfig
 from distill.console import log
 from distill.data import Data
-from distill.evaluation import metrics_while_training
+from distill.errors import InputError
+from distill.evaluation import input_batches, metrics_while_training
+from distill.formats import Format, QuantizationSettings, choose_formats
 from distill.models import load_classifier, load_for_finetuning, load_processor
+from distill.predictions import problem_type
 from distill.processes import process_state
 from distill.profiling import StepProfile
-from distill.quantize import Format, quantize_model
+from distill.quantize import apply_formats, quantized_size
 from distill.representations import depth_of
+from distill.sensitivity import budget_in_bytes, calibration_logits, check_budget, choose_mix, write_sensitivity
 from distill.student import StudentArch, Width, build_student, choose_layers
 from distill.teacher import FROM_DATA, AnyTeacher, own_columns
 from distill.trainer import DistillationTrainer
@@ -105,15 +109,37 @@ class DistillOptions(StudentOptions, DistillationConfig):
 
 
 @dataclass(kw_only=True)
-class QuantizeOptions:
-    """Quantize a model with bitsandbytes, word embeddings in int8, heads left in bfloat16."""
+class QuantizeOptions(QuantizationSettings):
+    """Quantize a model with bitsandbytes, embeddings included."""
 
     model: str = field(metadata={"help": "What to quantize: a Hub id, a folder, package:…, or an earlier step."})
-    format: Format = field(metadata={"help": "Format of the linear layers in the blocks."})
-    double_quant: bool = field(default=True, metadata={"help": "Quantize the scales of 4-bit blocks too."})
+    bits_budget: Annotated[float, Field(gt=0)] | Annotated[str, Field(pattern=r"^\d+(\.\d+)?[kMG]B$")] | None = field(
+        default=None,
+        metadata={
+            "help": "Instead of format: pick one for every module by measuring what each costs, within this many bits "
+            "per quantizable weight on average (5.2), or bytes of the whole model (15.3MB)."
+        },
+    )
+    calibration_rows: Annotated[int, Field(ge=1)] = field(
+        default=256, metadata={"help": "bits_budget: training rows on which it is measured."}
+    )
     label_map: dict[str, str] | None = field(
         default=None, metadata={"help": "The model's label names → the task's, where they differ."}
     )
+
+    def __post_init__(self) -> None:
+        if self.bits_budget is not None and self.format is not None:
+            raise InputError("format: is picked by bits_budget; leave one of them out (overrides fix single modules)")
+
+    def planned_size(self, model: PreTrainedModel) -> int:
+        """Bytes of weights that the step will leave, from a float model that may lie on meta.
+
+        Raises:
+            InputError: patterns that match nothing, or a budget that is too small.
+        """
+        if self.bits_budget is None:
+            return quantized_size(model, self)
+        return check_budget(model, self, budget_in_bytes(self.bits_budget, model, self))
 
 
 Options = FinetuneOptions | DistillOptions | QuantizeOptions
@@ -204,9 +230,36 @@ def quantize(options: QuantizeOptions, inputs: dict[str, str], data: Data, folde
     """Quantize `inputs["model"]`; on the main process alone."""
     if process_state().is_main_process:
         model = load_classifier(inputs["model"], data.task, label_map=options.label_map, dtype=torch.float32)
-        quantize_model(model, format=options.format, double_quant=options.double_quant).save_pretrained(folder)
+        if options.bits_budget is None:
+            formats = choose_formats(model, options)
+        else:
+            formats = _pick_formats(model, options, data, inputs["model"], folder)
+        apply_formats(model, formats, options).save_pretrained(folder)
         load_processor(inputs["model"], data.task.kind, data.max_length).save_pretrained(folder)
     return Made()
+
+
+def _pick_formats(
+    model: PreTrainedModel, options: QuantizeOptions, data: Data, processor_from: str, folder: Path
+) -> dict[str, Format]:
+    """The formats that keep closest to the model within its budget; what was measured goes into the folder."""
+    processor = load_processor(processor_from, data.task.kind, data.max_length)
+    rows = data.tokenized("train", processor)
+    rows = rows.shuffle(seed=0).select(range(min(options.calibration_rows, len(rows))))
+    batches = [batch for _, batch in input_batches(rows, processor, batch_size=64)]
+    budget = budget_in_bytes(options.bits_budget or 0, model, options)
+    mixes, measured = choose_mix(
+        model.to("cuda" if torch.cuda.is_available() else "cpu"),
+        options,
+        budget,
+        predict=lambda model: calibration_logits(model, batches),
+        problem=problem_type(model),
+    )
+    write_sensitivity(folder, budget, mixes, measured)
+    for mix in mixes:
+        log.print(f"      {mix.name}: {mix.size / 1e6:.2f} MB, divergence {mix.divergence:.3g}")
+    model.to("cpu")
+    return {name: format for name, format in mixes[0].formats.items() if format != "none"}  # type: ignore[misc]
 
 
 def is_adapter(options: Options) -> bool:

@@ -1,82 +1,24 @@
-import json
-import subprocess
-import sys
-
 import bitsandbytes as bnb
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
 
+from distill.embeddings import Nf4Embedding
 from distill.errors import InputError
+from distill.formats import QuantizationSettings
+from distill.linears import FourBitLinear, Int8Linear, dequantized
 from distill.models import size_on_disk
-from distill.quantize import Int8Embedding, quantize_model, quantized_size, weight_memory
+from distill.quantize import quantize_model, quantized_size, weight_memory
 from distill.student import build_student
-from tests.conftest import tiny_bert
+from tests.conftest import tiny_bert, tiny_config
 
-IDS = torch.tensor([[2, 5, 9, 14, 3, 0, 0], [2, 6, 7, 8, 9, 10, 3]])
-MASK = (IDS > 0).long()
 FORMATS = ["int8", "nf4", "fp4"]
-
-
-def logits(model):
-    with torch.no_grad():
-        return model.eval()(input_ids=IDS, attention_mask=MASK).logits
 
 
 @pytest.fixture(params=["bert", "distilbert"])
 def model(request):
     bert = tiny_bert()
     return bert if request.param == "bert" else build_student(bert, student_arch="distilbert", num_layers=2)
-
-
-@pytest.mark.parametrize("format", FORMATS)
-def test_logits_live_saved_and_reloaded_are_the_same_bits(model, format, tmp_path):
-    exact = logits(model)
-    quantized = quantize_model(model, format=format)
-    live = logits(quantized)  # evaluating before saving is what corrupts stock 4-bit weights
-    assert not torch.equal(live.float(), exact)
-    quantized.save_pretrained(tmp_path / "once")
-    assert torch.equal(logits(quantized), live)
-    reloaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "once")
-    assert torch.equal(logits(reloaded), live)
-    reloaded.save_pretrained(tmp_path / "twice")
-    assert torch.equal(logits(AutoModelForSequenceClassification.from_pretrained(tmp_path / "twice")), live)
-    once, twice = (load_file(tmp_path / name / "model.safetensors") for name in ("once", "twice"))
-    assert once.keys() == twice.keys()
-    assert all(torch.equal(once[name], twice[name]) for name in once)
-
-
-_RELOAD = """
-{import_distill}
-import json, sys, torch
-from transformers import AutoModelForSequenceClassification
-for folder in {folders!r}:
-    try:
-        model = AutoModelForSequenceClassification.from_pretrained(folder)
-        print(json.dumps(model(torch.tensor({ids}), torch.tensor({mask})).logits.tolist()))
-    except RuntimeError:
-        print("null")
-"""
-
-
-def test_another_process_reloads_it_with_import_distill_and_never_without(tmp_path):
-    expected, folders = [], []
-    for format in FORMATS:
-        quantized = quantize_model(tiny_bert(), format=format)
-        expected.append(logits(quantized).float())
-        quantized.save_pretrained(tmp_path / format)
-        folders.append(str(tmp_path / format))
-    outputs = {}
-    for first_line in ("import distill", ""):
-        script = _RELOAD.format(import_distill=first_line, folders=folders, ids=IDS.tolist(), mask=MASK.tolist())
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=200)
-        assert done.returncode == 0, done.stderr
-        outputs[first_line] = [json.loads(line) for line in done.stdout.splitlines()]
-    for found, live in zip(outputs["import distill"], expected, strict=True):
-        assert torch.equal(torch.tensor(found), live)
-    assert outputs[""] == [None, None, None]
-    assert done.stderr.count("first: import distill") >= 3
 
 
 def test_heads_are_not_quantized_and_the_rest_is_bfloat16(model):
@@ -90,32 +32,12 @@ def test_heads_are_not_quantized_and_the_rest_is_bfloat16(model):
             assert module.weight.dtype == torch.bfloat16
 
 
-def test_the_packing_that_corrupts_weights_is_off_after_loading(tmp_path):
-    quantize_model(tiny_bert(), format="nf4").save_pretrained(tmp_path)
-    reloaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
-    layers = [module for module in reloaded.modules() if isinstance(module, bnb.nn.Linear4bit)]
-    assert layers
-    assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
-
-
-def test_embedding_rows_are_within_half_a_step_and_survive_casts():
-    rows = torch.randn(50, 16) * torch.logspace(-4, 3, 50).unsqueeze(1)
-    rows[7] = 0
-    embedding = Int8Embedding(50, 16, dtype=torch.float32)
-    embedding.fill(rows)
-    step = embedding.scale.unsqueeze(1)
-    ids = torch.arange(50)
-    assert ((embedding(ids) - rows).abs() <= step / 2 * 1.0001).all()
-    assert (embedding.scale[rows.abs().amax(1) > 0] >= rows.abs().amax(1)[rows.abs().amax(1) > 0] / 127).all()
-    assert torch.equal(embedding.scale.to(torch.bfloat16).float(), embedding.scale)
-
-
 @pytest.mark.parametrize("format", FORMATS)
 def test_sizes_are_predicted_measured_and_smaller(format, tmp_path):
     model = tiny_bert(hidden_size=256, intermediate_size=512, vocab_size=4000)
     model.save_pretrained(tmp_path / "float")
     with torch.device("meta"):
-        predicted = quantized_size(type(model)(model.config), format=format)
+        predicted = quantized_size(type(model)(model.config), QuantizationSettings(format=format))
     quantized = quantize_model(model, format=format)
     quantized.save_pretrained(tmp_path / "quantized")
     size = size_on_disk(tmp_path / "quantized")
@@ -134,7 +56,7 @@ def test_quantized_weights_are_near_the_float_ones(format, error):
         if isinstance(module, bnb.nn.Linear4bit):
             weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
         elif isinstance(module, bnb.nn.Linear8bitLt):
-            weight = module.weight.data.float() * module.weight.SCB.unsqueeze(1) / 127
+            weight = module.weight.data.float() * module.SCB.unsqueeze(1) / 127
         else:
             continue
         assert (weight.float() - exact[name]).norm() < error * exact[name].norm()
@@ -151,3 +73,63 @@ def test_double_quantization_saves_bytes():
 def test_quantizing_twice_is_refused():
     with pytest.raises(InputError, match="quantized already"):
         quantize_model(quantize_model(tiny_bert(), format="nf4"), format="int8")
+
+
+def test_settings_and_their_short_forms_are_not_mixed():
+    with pytest.raises(InputError, match="leave them out"):
+        quantize_model(tiny_bert(), QuantizationSettings(format="nf4"), double_quant=False)
+    with pytest.raises(InputError, match="format: missing; say int8, nf4, fp4"):
+        quantize_model(tiny_bert())
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_pruned_weights_stay_zero(format):
+    model = tiny_bert(vocab_size=200)
+    masks = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+            masks[name] = torch.rand_like(module.weight) < 0.5
+            masks[name][1] = True  # a whole row
+            module.weight.data[masks[name]] = 0
+    quantized = quantize_model(model, QuantizationSettings(format=format, embeddings="nf4"))
+    checked = 0
+    for name, module in quantized.named_modules():
+        if isinstance(module, Int8Linear | FourBitLinear | Nf4Embedding):
+            weight = module.dense() if isinstance(module, Nf4Embedding) else dequantized(module)
+            assert (weight[masks[name]] == 0).all(), name
+            checked += 1
+    assert checked == 1 + 4 * 6
+
+
+_STUDENT = {"vocab_size": 30522, "hidden_size": 384, "num_hidden_layers": 3, "num_attention_heads": 12}
+
+
+@pytest.mark.parametrize(
+    ("settings", "megabytes"),
+    [
+        (QuantizationSettings(format="int8"), 17.9),
+        (QuantizationSettings(format="nf4"), 15.5),
+        (QuantizationSettings(format="nf4", embeddings="nf4"), 9.9),
+    ],
+)
+def test_a_three_layer_minilm_is_as_small_as_promised(settings, megabytes, tmp_path):
+    config = tiny_config(**_STUDENT, intermediate_size=1536, max_position_embeddings=512)
+    with torch.device("meta"):
+        skeleton = BertForSequenceClassification(config)
+    assert sum(4 * parameter.numel() for parameter in skeleton.parameters()) == pytest.approx(69.6e6, rel=0.001)
+    predicted = quantized_size(skeleton, settings)
+    model = quantize_model(BertForSequenceClassification(config), settings)
+    model.save_pretrained(tmp_path)
+    size = size_on_disk(tmp_path)
+    assert size <= megabytes * 1e6
+    assert predicted == pytest.approx(size, rel=0.01)
+    assert weight_memory(model) == pytest.approx(size, rel=0.01)
+
+
+def test_memory_counts_what_bitsandbytes_keeps_beside_the_weights():
+    stock = bnb.nn.Linear4bit(128, 64, bias=False, quant_type="nf4").to("cpu")  # quantizes
+    state = stock.weight.quant_state
+    parts = [stock.weight, state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+    assert weight_memory(stock) == sum(part.untyped_storage().nbytes() for part in parts)
+    int8 = bnb.nn.Linear8bitLt(128, 64, bias=False, has_fp16_weights=False).to("cpu")
+    assert weight_memory(int8) == 128 * 64 + 4 * 64

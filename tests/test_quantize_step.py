@@ -1,0 +1,193 @@
+"""The quantize verb in whole runs: mixed formats, budgets, wrong options, and folders that are whole or absent."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from transformers import AutoModelForSequenceClassification
+
+import distill  # noqa: F401  (registers the quantized formats)
+from distill.check import estimate_step
+from distill.errors import InputError
+from distill.folders import written_whole
+from distill.models import size_on_disk
+from distill.pipeline import read_record, run_plan
+from distill.plan import make_plan
+from distill.recipe import load_recipe
+from tests.conftest import tiny_bert
+
+STEPS = """
+  int8: {run: quantize, model: MODEL, format: int8, threshold: 6.0, rest_dtype: fp32}
+  small: {run: quantize, model: MODEL, format: nf4, embeddings: nf4, block_size: 128}
+  fixed: {run: quantize, model: MODEL, format: nf4, overrides: {"encoder.layer.0.*": int8}, skip: ["*.1.output.dense"]}
+  bits: {run: quantize, model: MODEL, bits_budget: 5.5, calibration_rows: 40}
+  bytes: {run: quantize, model: MODEL, bits_budget: 1.6MB, calibration_rows: 40, embeddings: int8}
+"""
+
+
+def write_recipe(folder, model, data, steps):
+    path = folder / "r.yaml"
+    path.write_text(
+        f"task: sst2\noutput_dir: {folder / 'run'}\ndata: {{path: {data}, max_length: 24}}\n"
+        f"steps:{steps.replace('MODEL', str(model))}"
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, tokenizer):
+    """A classifier large enough for bytes to compare, its labels named."""
+    folder = tmp_path_factory.mktemp("models") / "student"
+    student = tiny_bert(num_hidden_layers=2, hidden_size=256, intermediate_size=512, vocab_size=2000)
+    student.config.id2label = {0: "negative", 1: "positive"}
+    student.config.label2id = {"negative": 0, "positive": 1}
+    student.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, model, sst2_folder):
+    made = make_plan(load_recipe(write_recipe(tmp_path_factory.mktemp("runs"), model, sst2_folder, STEPS)))
+    run_plan(made)
+    return made
+
+
+def test_each_step_makes_what_check_said_it_would(finished):
+    for name, planned in finished.steps.items():
+        expected = estimate_step(finished, planned).weight_bytes
+        header = int.from_bytes((planned.folder / "model.safetensors").read_bytes()[:8], "little")
+        assert size_on_disk(planned.folder) - header == pytest.approx(expected, rel=0.02), name
+        loaded = AutoModelForSequenceClassification.from_pretrained(planned.folder)
+        formats = loaded.config.quantization_config.formats
+        assert formats == read_config(planned.folder)["formats"]
+    assert str(loaded.dtype) == "torch.bfloat16"
+    assert read_config(finished.steps["int8"].folder)["threshold"] == 6.0
+    fixed = read_config(finished.steps["fixed"].folder)["formats"]
+    assert "bert.encoder.layer.1.output.dense" not in fixed
+    assert fixed["bert.encoder.layer.0.output.dense"] == "int8"
+    assert fixed["bert.encoder.layer.1.intermediate.dense"] == "nf4"
+
+
+def read_config(folder):
+    return json.loads((folder / "config.json").read_text())["quantization_config"]
+
+
+def test_a_budget_is_kept_and_what_was_measured_is_left_in_the_folder(finished):
+    for name, budget in (("bits", None), ("bytes", 1_600_000)):
+        folder = finished.steps[name].folder
+        table = json.loads((folder / "sensitivity.json").read_text())
+        assert budget in (None, table["budget_bytes"])
+        assert table["mixes"][0]["size"] <= table["budget_bytes"]
+        assert read_config(folder)["formats"] == {
+            module: format for module, format in table["mixes"][0]["formats"].items() if format != "none"
+        }
+        assert (folder / "sensitivity.png").is_file()
+        assert "sensitivity.json" in (folder / "README.md").read_text()
+        assert read_record(folder)["options"]["calibration_rows"] == 40
+    assert table["mixes"][0]["formats"]["bert.embeddings.word_embeddings"] == "int8"  # as `embeddings` says
+
+
+def test_the_calibration_rows_belong_to_what_a_budget_makes(tmp_path, model, sst2_folder, finished):
+    other = load_recipe(finished.recipe.path, {"data.max_train_rows": "50"})
+    changed = make_plan(other)
+    for name, planned in finished.steps.items():
+        assert (changed.steps[name].fingerprint != planned.fingerprint) is (name in ("bits", "bytes")), name
+
+
+def test_wrong_options_are_told_before_anything_runs(tmp_path, model, sst2_folder):
+    steps = """
+  a: {run: quantize, model: MODEL, format: nf4, skip: ["encoder.layer.7.*"]}
+  b: {run: quantize, model: MODEL, bits_budget: 0.1MB}
+  c: {run: quantize, model: MODEL}
+"""
+    with pytest.raises(InputError) as error:
+        make_plan(load_recipe(write_recipe(tmp_path, model, sst2_folder, steps)))
+    first, second, third = error.value.problems
+    assert "steps.a.skip: 'encoder.layer.7.*' matches no quantizable module; the nearest is 'bert.encoder.la" in first
+    assert "steps.b.bits_budget: 0.10 MB are too few" in second
+    assert "steps.c.format: missing; say int8, nf4, fp4" in third
+    steps = """
+  a: {run: quantize, model: MODEL, format: nf4, bits_budget: 12MB}
+  b: {run: quantize, model: MODEL, bits_budget: 12 apples}
+  c: {run: quantize, model: MODEL, format: nf4, overrides: {"*": nf5}}
+  d: {run: quantize, model: MODEL, format: nf4, block_size: 48}
+"""
+    with pytest.raises(InputError) as error:
+        make_plan(load_recipe(write_recipe(tmp_path, model, sst2_folder, steps)))
+    for problem, key in zip(
+        error.value.problems, ["a: format", "b.bits_b", "c.overrides", "d.block_size"], strict=True
+    ):
+        assert f"steps.{key}" in problem
+
+
+def write_and_fail(folder):
+    with written_whole(folder) as partial:
+        (partial / "file").write_text("second")
+        (partial / "file" / "below").write_text("third")
+
+
+def test_a_block_that_fails_leaves_what_was_there(tmp_path):
+    with written_whole(tmp_path / "a") as folder:
+        (folder / "file").write_text("first")
+    with pytest.raises(NotADirectoryError):
+        write_and_fail(tmp_path / "a")
+    assert (tmp_path / "a" / "file").read_text() == "first"
+    with written_whole(tmp_path / "a") as folder:
+        (folder / "other").write_text("third")
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["other"]
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+_KILLS = """
+import os, pathlib, random, shutil, signal, sys, time
+import torch, transformers
+from safetensors.torch import load_file
+from distill.pipeline import is_finished, run_plan
+from distill.plan import make_plan
+from distill.recipe import load_recipe
+
+torch.set_num_threads(1)  # so that a fork computes
+transformers.logging.disable_progress_bar()
+made = make_plan(load_recipe(pathlib.Path(sys.argv[1])))
+planned = made.steps["q"]
+
+def started():
+    child = os.fork()
+    if child == 0:
+        run_plan(made, force=True)
+        os._exit(0)
+    return child
+
+begin = time.perf_counter()
+os.waitpid(started(), 0)
+seconds = time.perf_counter() - begin
+tensors = load_file(planned.folder / "model.safetensors").keys()
+random.seed(0)
+for kill in range(10):
+    if kill % 2:
+        shutil.rmtree(planned.folder, ignore_errors=True)
+    child = started()
+    time.sleep(seconds * (kill + random.random()) / 10)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    if not planned.folder.exists():
+        print("absent")
+    elif is_finished(planned) and load_file(planned.folder / "model.safetensors").keys() == tensors:
+        print("whole")
+    else:
+        print("broken")
+os.waitpid(started(), 0)
+print("finished" if is_finished(planned) else "broken", len(list(planned.folder.parent.glob(".q*"))))
+"""
+
+
+def test_killed_at_any_moment_the_folder_is_whole_or_absent(tmp_path, model, sst2_folder):
+    path = write_recipe(tmp_path, model, sst2_folder, "\n  q: {run: quantize, model: MODEL, format: nf4}\n")
+    done = subprocess.run([sys.executable, "-c", _KILLS, str(path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    *states, last = done.stdout.splitlines()
+    assert len(states) == 10
+    assert set(states) == {"whole", "absent"}
+    assert last == "finished 0"
