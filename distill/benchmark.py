@@ -1,10 +1,11 @@
 """Size, memory, FLOPs, latency and throughput of models, measured side by side."""
 
+import copy
 import importlib.metadata
 import os
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from distill.console import progress
 from distill.errors import InputError
+from distill.linears import Int8Linear
 from distill.models import load_config, longest_input, quiet_loading, size_on_disk
 from distill.quantize import weight_memory
 from distill.representations import input_names
@@ -60,17 +62,23 @@ class Benchmark:
     device: str
 
 
-def benchmark_models(locations: Mapping[str, str], options: BenchmarkOptions) -> dict[str, Benchmark]:
+def benchmark_models(
+    locations: Mapping[str, str], options: BenchmarkOptions, *, made_from: Mapping[str, str] | None = None
+) -> dict[str, Benchmark]:
     """Measure models in alternating rounds, so that a busy moment of the machine hits all of them.
 
     Args:
         locations: for each name a folder or Hub id.
+        made_from: for models made from another one here, its name. What could be faster on a CPU than the quantized
+            ones among them is then measured too, under the names of `variants_of`.
 
     Raises:
         InputError: a model is too short for `sequence_length`.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models = {name: _load(location).to(device).eval() for name, location in locations.items()}
+    if device.type == "cpu":
+        models |= _variants(models, made_from or {})
     for name, model in models.items():
         longest = longest_input(model.config)
         if longest is not None and longest < options.sequence_length:
@@ -92,10 +100,10 @@ def benchmark_models(locations: Mapping[str, str], options: BenchmarkOptions) ->
     results = {}
     for name, model in models.items():
         skeleton = _skeleton(model.config)
-        folder = Path(locations[name])
+        folder = Path(locations[name]) if name in locations else None
         results[name] = Benchmark(
             num_parameters=sum(p.numel() for p in skeleton.parameters()) + _in_adapters(model),
-            size_on_disk_bytes=size_on_disk(folder) if folder.is_dir() else None,
+            size_on_disk_bytes=size_on_disk(folder) if folder and folder.is_dir() else None,
             memory_bytes=weight_memory(model),
             flops_per_sample=_count_flops(skeleton, long[name]),
             latency_ms={f"p{q}": round(float(np.percentile(latencies[name], q)) * 1000, 3) for q in (50, 95)},
@@ -104,6 +112,28 @@ def benchmark_models(locations: Mapping[str, str], options: BenchmarkOptions) ->
             device=device.type,
         )
     return results
+
+
+def variants_of(name: str, parent: str) -> list[str]:
+    """The names of what could be faster on a CPU than a quantized model: its parent's plain weights, or no outliers."""
+    return [f"{parent} in bf16", f"{name} with threshold 0"]
+
+
+def _variants(models: Mapping[str, PreTrainedModel], made_from: Mapping[str, str]) -> dict[str, PreTrainedModel]:
+    found: dict[str, PreTrainedModel] = {}
+    for name, model in models.items():
+        parent = models.get(made_from.get(name, ""))
+        if parent is None or getattr(model.config, "quantization_config", None) is None:
+            continue
+        in_bf16, without_outliers = variants_of(name, made_from[name])
+        if parent.dtype == torch.float32 and in_bf16 not in found:
+            found[in_bf16] = copy.deepcopy(parent).to(torch.bfloat16)
+        if any(isinstance(module, Int8Linear) and module.threshold for module in model.modules()):
+            found[without_outliers] = copy.deepcopy(model)
+            for module in found[without_outliers].modules():
+                if isinstance(module, Int8Linear):
+                    module.threshold = 0.0
+    return found
 
 
 def environment() -> dict[str, Any]:
@@ -117,6 +147,17 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+def remarks_on(model: Mapping[str, Any], parent: Mapping[str, Any], variants: Sequence[Mapping[str, Any]]) -> list[str]:
+    """In words, where a model is no gain over the one it was made from, or over what `variants_of` them was measured.
+
+    Args:
+        model: a `Benchmark` as a mapping, with its `name`; the others alike.
+    """
+    names = variants_of(model["name"], parent["name"])
+    others = [parent, *(variant for variant in variants if variant["name"] in names)]
+    return [remark for other in others for remark in slower_or_not_smaller(model, other)]
 
 
 def slower_or_not_smaller(model: Mapping[str, Any], parent: Mapping[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ import transformers
 from rich import box
 from rich.table import Table
 
-from distill.benchmark import BenchmarkOptions, as_row, benchmark_models, environment, slower_or_not_smaller
+from distill.benchmark import BenchmarkOptions, as_row, benchmark_models, environment, remarks_on
 from distill.check import print_plan
 from distill.console import escape, log, results
 from distill.data import DataOptions, load_data
@@ -213,20 +213,23 @@ def _bench(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     if problems:
         raise InputError(*problems)
     locations = {reference: find_model(reference).location for reference in arguments.models}
-    rows = [as_row(name, result) for name, result in benchmark_models(locations, options).items()]
+    first, *others = locations
+    measured = benchmark_models(locations, options, made_from=dict.fromkeys(others, first))
+    measurements = [as_row(name, result) for name, result in measured.items()]
+    rows, variants = measurements[: len(locations)], measurements[len(locations) :]
     around = environment()
     results.print(
         f"{around['cpu']}, {around['threads']} threads, torch {around['torch']}; medians of alternating rounds"
     )
-    table = Table("", *(row["name"] for row in rows))
+    table = Table("", *(row["name"] for row in measurements))
     for key in rows[0]:
         if key != "name":
-            table.add_row(key, *(_cell(row[key]) for row in rows))
+            table.add_row(key, *(_cell(row[key]) for row in measurements))
     results.print(table)
     for row in rows[1:]:
-        for remark in slower_or_not_smaller(row, rows[0]):
+        for remark in remarks_on(row, rows[0], variants):
             results.print(f"[yellow]![/] {remark}")
-    print(json.dumps({"environment": around, "options": asdict(options), "models": rows}))
+    print(json.dumps({"environment": around, "options": asdict(options), "models": rows, "variants": variants}))
 
 
 def _report(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from distill.benchmark import as_row, benchmark_models, environment, slower_or_not_smaller
+from distill.benchmark import as_row, benchmark_models, environment, remarks_on
 from distill.card import write_model_card
 from distill.console import results
 from distill.errors import InputError
@@ -20,8 +20,8 @@ from distill.pipeline import is_finished, read_record, write_atomically
 from distill.plan import Plan, code_fingerprint
 
 _SCORING_CODE = (
-    *("readers", "data", "encoding", "masking", "tasks", "metrics", "entities", "questions", "models", "quantize"),
-    "evaluation",
+    *("readers", "data", "encoding", "masking", "tasks", "metrics", "entities", "questions", "models", "linears"),
+    *("embeddings", "quantize", "evaluation"),
 )
 _LOWER_IS_BETTER = ("perplexity",)
 
@@ -65,6 +65,7 @@ def write_report(plan: Plan) -> dict[str, Any]:
         "environment": environment() | {"benchmark": asdict(plan.recipe.benchmark)},
         "baseline": plan.baseline,
         "models": models,
+        "variants": [row for name, row in benchmarks.items() if name not in names],
         "comparisons": _comparisons(plan, evaluations, fingerprints, cache),
     }
     write_atomically(plan.recipe.output_dir / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
@@ -77,13 +78,14 @@ def write_report(plan: Plan) -> dict[str, Any]:
 
 
 def remarks(report: dict[str, Any]) -> list[str]:
-    """What a reader must not overlook: compressed models that are no smaller, or slower, than their parent."""
+    """What a reader must not overlook: compressed models that are no smaller, or slower, than their parent;
+    quantized ones that are slower than its plain bfloat16 weights."""
     by_name = {model["name"]: model for model in report["models"]}
     said = []
     for model in report["models"]:
         parent = by_name.get(model["parents"][0]) if model["parents"] else None  # a distill step's is its teacher
         if parent is not None and model["run"] != "finetune":
-            said += slower_or_not_smaller(model, parent)
+            said += remarks_on(model, parent, report["variants"])
     return said
 
 
@@ -140,7 +142,11 @@ def _benchmarks(
     key = _key(fingerprints, asdict(options), environment(), [code_fingerprint("benchmark")])
     known = _read_cache(cache / "benchmark.json", key)
     if known is None:
-        known = {name: as_row(name, result) for name, result in benchmark_models(locations, options).items()}
+        quantized = [each for each in plan.steps.values() if each.step.run == "quantize"]
+        measured = benchmark_models(
+            locations, options, made_from={each.step.name: each.parents[0] for each in quantized}
+        )
+        known = {name: as_row(name, result) for name, result in measured.items()}
         _write_cache(cache / "benchmark.json", key, known)
     return known
 

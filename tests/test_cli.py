@@ -9,10 +9,11 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from distill.benchmark import BenchmarkOptions, benchmark_models, slower_or_not_smaller
+from distill.benchmark import BenchmarkOptions, benchmark_models, remarks_on, slower_or_not_smaller
 from distill.cli import main
 from distill.data import DataOptions, load_data
 from distill.errors import InputError
+from distill.formats import QuantizationSettings
 from distill.quantize import quantize_model
 from distill.student import build_student
 from tests.conftest import sentences, tiny_bert, write_rows
@@ -78,6 +79,30 @@ def test_no_gain_is_said_in_words():
         "q is slower than student on cpu: 12.0 ms against 10.0 ms (1.20×).",
         "q has less throughput than student on cpu: 80.0 against 100.0 rows/s (0.80×).",
     ]
+
+
+def test_what_is_faster_than_a_quantized_model_on_a_cpu_is_named():
+    parent, variants = row("student", 4e6, 10.0, 100.0), [row("student in bf16", None, 5.0, 200.0)]
+    variants += [row("q with threshold 0", None, 7.0, 150.0), row("other in bf16", None, 1.0, 900.0)]
+    assert remarks_on(row("q", 1e6, 8.0, 180.0), parent, variants) == [
+        "q is slower than student in bf16 on cpu: 8.0 ms against 5.0 ms (1.60×).",
+        "q has less throughput than student in bf16 on cpu: 180.0 against 200.0 rows/s (0.90×).",
+        "q is slower than q with threshold 0 on cpu: 8.0 ms against 7.0 ms (1.14×).",
+    ]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="measured on CPUs alone")
+def test_variants_are_measured_beside_quantized_models(models, tmp_path):
+    settings = QuantizationSettings(format="int8", threshold=6.0)
+    quantize_model(tiny_bert(), settings).save_pretrained(tmp_path / "int8")
+    locations = {"teacher": str(models / "teacher"), "nf4": str(models / "nf4"), "int8": str(tmp_path / "int8")}
+    options = BenchmarkOptions(sequence_length=16, rounds=1, throughput_batch_size=2)
+    found = benchmark_models(locations, options, made_from={"nf4": "teacher", "int8": "teacher"})
+    assert list(found) == [*locations, "teacher in bf16", "int8 with threshold 0"]
+    # half the bytes, but for the position ids
+    assert found["teacher in bf16"].memory_bytes == pytest.approx(found["teacher"].memory_bytes / 2, rel=0.01)
+    assert found["teacher in bf16"].size_on_disk_bytes is None
+    assert list(benchmark_models({"nf4": locations["nf4"]}, options)) == ["nf4"]
 
 
 def test_eval_ends_with_the_metrics(models, sst2_folder, capsys):
