@@ -133,3 +133,22 @@ def test_spans_of_batches_of_different_lengths_stand_together():
     assert (found[:4, 5:] == -1e4).all()
     assert (found[4, 5:] == -1e4).all()  # padding of the first row
     assert divergence("question_answering", found, found) == 0
+
+
+@pytest.mark.parametrize("architecture", ["bert", "gpt2"])
+def test_tied_embeddings_are_measured_in_the_output_layer_too(architecture):
+    model = small_model(architecture, language_model=True)
+    words = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
+    settings = QuantizationSettings(
+        overrides={words: "nf4", "*.[01].*": "none"}, rest_dtype="fp32", compute_dtype="fp32"
+    )
+    batches = [{"input_ids": IDS, "attention_mask": MASK}]
+    reference = calibration_logits(model, batches)
+    mixes, measured = choose_mix(
+        model, settings, 10**9, predict=lambda model: calibration_logits(model, batches), problem="masked_lm"
+    )
+    quantized = apply_formats(small_model(architecture, language_model=True), {words: "nf4"}, settings)
+    found = divergence("masked_lm", reference, calibration_logits(quantized, batches))
+    assert found > 0
+    assert mixes[0].divergence == pytest.approx(found, rel=1e-3)
+    assert next(each for each in measured if each.module == words).divergence == pytest.approx(found, rel=1e-3)
