@@ -168,7 +168,8 @@ def _timed(plan: Plan, planned: PlannedStep, options: TrainingConfig, scratch: s
         start = int(position * max(len(rows) - size, 0))
         batch = read(order[start : start + size].tolist())
         began = time.perf_counter()
-        trainer.training_step(trainer.model, batch, trainer._get_num_items_in_batch([batch], options.device))
+        with trainer.accelerator.autocast():  # as the prepared model has it in training
+            trainer.training_step(trainer.model, batch, trainer._get_num_items_in_batch([batch], options.device))
         trainer.optimizer.step()
         stepped = time.perf_counter()
         for teacher, cached in plans:

@@ -419,6 +419,35 @@ def test_adapters_of_a_model_that_was_not_pushed_are_refused(run, adapters, tmp_
     assert written["revision"] == "a" * 40
 
 
+METRIC = """
+{first}
+import json, os, sys
+from transformers import pipeline
+rows = [json.loads(line) for line in open({rows!r})]
+predict = pipeline("text-classification", {repo_id!r})
+answers = predict([row["sentence"] for row in rows], truncation=True)
+right = sum((answer["label"] == "positive") == row["label"] for answer, row in zip(answers, rows))
+assert ("distill" in sys.modules) is bool({first!r})
+print(json.dumps(right / len(rows)))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "repo_id", "first"), [("student", "me/student", ""), ("nf4", "me/student-nf4", "import distill")]
+)
+def test_a_fresh_process_pulls_the_model_and_finds_the_same_metric(hub, run, tmp_path, name, repo_id, first):
+    """With transformers alone in full precision, with `import distill` before it for a quantized model."""
+    around = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
+    around |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    code = METRIC.format(first=first, repo_id=repo_id, rows=str(run.parent / "validation.jsonl"))
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=around, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 0, done.stderr
+    models = {model["name"]: model for model in json.loads((run / "report.json").read_text())["models"]}
+    assert json.loads(done.stdout.splitlines()[-1]) == pytest.approx(models[name]["metrics"]["accuracy"], abs=1e-9)
+
+
 FAILING = """
 import os, traceback
 from distill.sources import hub_problem, snapshot
