@@ -100,11 +100,16 @@ def print_plan(plan: Plan) -> None:
             if estimate.cache_bytes:
                 results.print(f"  {show_bytes(estimate.cache_bytes)} of teacher outputs cached on disk")
     results.print(f"\nabout {_duration(total)} of training on this machine")
+    for name, repo_id in plan.recipe.push.items():
+        results.print(f"then {name} is pushed to {repo_id}")
 
 
 def _inputs(plan: Plan, planned: PlannedStep) -> list[str]:
-    """The teachers' sizes, and how the labels of models from outside stand to the task's."""
+    """Commits of models on the Hub, the teachers' sizes, and how labels of models from outside stand to the task's."""
     lines, options, kind = [], planned.step.options, plan.data.task.kind
+    for source in (plan.sources[name] for name in planned.parents if name in plan.sources):
+        if source.revision is not None:
+            lines.append(f"{source.reference}: commit {source.revision}")
     for name, config in _teacher_configs(plan, planned):
         num_parameters = _num_parameters(config, kind)
         lines.append(f"teacher {name}: {_size(num_parameters, 4 * num_parameters)}")

@@ -74,7 +74,7 @@ CASES = {
     "an unknown step to run": ([*RUN, "--only", "studnt"], {}, "--only studnt: no such step; did you mean 'student'?"),
     "a file for a folder": (RUN, {"output_dir": "rows.jsonl"}, "output_dir: rows.jsonl is a file"),
     # data
-    "no such task": (RUN, {"task": "sst3", "data": {"max_length": 24}}, "task: 'sst3' is not a GLUE task; did you mean 'sst2'?"),
+    "no such task": (RUN, {"task": "sst3", "data": {"max_length": 24}}, "is not a GLUE task; did you mean 'sst2'?"),
     "no such data": (RUN, {"data.path": "./row.jsonl"}, "data.path: ./row.jsonl: no such file or folder"),
     "an empty file": (RUN, {"data.path": "empty.csv"}, "empty.csv: the file is empty"),
     "another kind of file": (RUN, {"data.path": "rows.xlsx"}, "rows.xlsx: not a .csv, .json"),
