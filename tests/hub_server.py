@@ -240,13 +240,13 @@ class _Handler(BaseHTTPRequestHandler):
         return {**found, "tags": [], "downloads": 0, "likes": 0, "siblings": siblings, "cardData": data}
 
     def _tree(self, kind: str, repo: str, revision: str, path: str = "") -> object:
-        _, files = self._files(self._readable(kind, repo), revision)
+        _, files = self._files(self._found(kind, repo), revision)
         if path and not any(name.startswith(f"{path}/") for name in files):
             raise _Refused(404, "EntryNotFound", "no such folder")
         return [_entry(name, files[name]) for name in files if name.startswith(path)]
 
     def _paths_info(self, kind: str, repo: str, revision: str) -> object:
-        _, files = self._files(self._readable(kind, repo), revision)
+        _, files = self._files(self._found(kind, repo), revision)
         try:
             wanted = json.loads(self.body)["paths"]
         except json.JSONDecodeError:

@@ -27,13 +27,15 @@ def record(**changes):
         "name": "student", "run": "distill", "parents": [teacher], "lineage": [teacher], "ancestors": {},
         "sources": {teacher: None}, "root": {"reference": teacher, "hub_id": None, "revision": None},
         "layers": [0, 3], "layer_pairs": {teacher: {"hidden": [[1, 2], [2, 4]]}},
-        "task": "own", "kind": "classification", "text": ["text"], "labels": ["no", "yes"], "scored": [["validation", "", ""]],
+        "task": "own", "kind": "classification", "text": ["text"], "labels": ["no", "yes"],
+        "scored": [["validation", "", ""]],
         "data": {"path": "/home/someone/rows.csv", "name": None, "max_length": 24}, "data_revision": None,
         "rows": {"train": 96, "validation": 40},
         "options": {
             "model": None, "soft_weight": 0.5, "soft_loss": "kl", "temperature": 2.0, "hard_weight": 0.5,
             "hidden_weight": {"from": 1.0, "to": 0.0}, "hidden_loss": "cosine", "embedding_weight": 0.0,
-            "max_steps": -1, "num_train_epochs": 3, "per_device_train_batch_size": 32, "learning_rate": 2e-5, "seed": 42,
+            "max_steps": -1, "num_train_epochs": 3, "per_device_train_batch_size": 32, "learning_rate": 2e-5,
+            "seed": 42,
         },
         "train_seconds": 12.3, "environment": {"torch": "2", "transformers": "5", "bitsandbytes": "0"},
     }  # fmt: skip
