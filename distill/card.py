@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from distill.adapters import base_of
 from distill.readers import GLUE_ON_THE_HUB
 from distill.records import read_record
 from distill.sources import split_revision
@@ -61,7 +62,7 @@ def model_card(
     """
     recipe = yaml.safe_load((folder.parent / "recipe.yaml").read_text(encoding="utf-8"))
     entry = next((each for each in (report or {}).get("models", []) if each["name"] == record["name"]), None)
-    is_adapter = (folder / "adapter_config.json").is_file()
+    is_adapter = base_of(folder) is not None
     data = _metadata(record, recipe, entry, name=name, is_adapter=is_adapter, adapted=adapted)
     template = Template((Path(__file__).parent / "card_template.md").read_text(encoding="utf-8"))
     return template.substitute(
@@ -191,12 +192,10 @@ def _base_name(path: str) -> str:
 
 def _is_quantized(folder: Path) -> bool:
     """Whether a folder, or the one that its adapters adapt, holds a model quantized here."""
-    adapters = folder / "adapter_config.json"
-    if adapters.is_file():
-        base = Path(json.loads(adapters.read_text(encoding="utf-8"))["base_model_name_or_path"])
-        return (base / "config.json").is_file() and _is_quantized(base)
-    method = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config", {})
-    return str(method.get("quant_method")).startswith("distill_")
+    base = base_of(folder)
+    file = (folder if base is None else Path(base)) / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return str(config.get("quantization_config", {}).get("quant_method")).startswith("distill_")
 
 
 def _making(record: dict[str, Any], output_dir: Path) -> str:
@@ -228,6 +227,8 @@ def _of_one_step(record: dict[str, Any]) -> list[str]:
             lines.append(
                 f"Layers matched by the {part} loss (student→{_shown(record, teacher)}, 0: embeddings): {shown}"
             )
+    if options.get("lora") is not None:
+        lines.append(f"Adapters (LoRA): rank {options['lora'].get('r', 8)}{', merged' if options['merge'] else ''}")
     if record["train_seconds"] is not None:
         length = (
             f"{options['max_steps']} steps" if options["max_steps"] > 0 else f"{options['num_train_epochs']} epochs"
@@ -266,11 +267,10 @@ def _results(record: dict[str, Any], output_dir: Path, plots: str) -> str:
 def _limits(record: dict[str, Any], *, quantized: bool) -> str:
     scored = ", ".join(f"{record['rows'][split]} {split} rows" for split, _, _ in record["scored"])
     root = _shown(record, record["root"]["reference"])
-    lines = [
-        f"Scored on {scored}; how it does on other text was not measured.",
-        f"Input beyond {record['data']['max_length']} tokens is cut (`truncation=True` cuts there).",
-        f"What {root} learned, biases too, is passed on; nothing here measured them.",
-    ]
+    lines = [f"Scored on {scored}; how it does on other input was not measured."]
+    if record["kind"] != "image-classification":
+        lines.append(f"Input beyond {record['data']['max_length']} tokens is cut (`truncation=True` cuts there).")
+    lines.append(f"What {root} learned, biases too, is passed on; nothing here measured them.")
     if quantized:
         lines.append(
             "Loads with `import distill` and bitsandbytes; plain transformers refuses it. "

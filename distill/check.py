@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from distill.adapters import lora_config
 from distill.batches import row_lengths
 from distill.cache import show_bytes
 from distill.config import TrainingConfig
@@ -22,7 +23,7 @@ from distill.pipeline import is_finished
 from distill.plan import Plan, PlannedStep
 from distill.quantize import quantized_size
 from distill.representations import show_pairs
-from distill.steps import DistillOptions, QuantizeOptions, teachers_of
+from distill.steps import DistillOptions, FinetuneOptions, QuantizeOptions, teachers_of
 from distill.tasks import TaskKind
 from distill.teacher import FROM_DATA
 from distill.trainer import DistillationTrainer
@@ -144,7 +145,9 @@ def estimate_step(plan: Plan, planned: PlannedStep) -> Estimate:
     return Estimate(num_parameters, 4 * num_parameters, memory, steps, seconds, cache_bytes)
 
 
-def _timed(plan: Plan, planned: PlannedStep, options: TrainingConfig, scratch: str) -> tuple[Memory, int, float, int]:
+def _timed(
+    plan: Plan, planned: PlannedStep, options: FinetuneOptions | DistillOptions, scratch: str
+) -> tuple[Memory, int, float, int]:
     """(memory, optimizer steps, seconds, bytes of cached teachers), from training steps over the longest rows, which
     warm up, and then over short, middling and long ones.
     """
@@ -159,6 +162,7 @@ def _timed(plan: Plan, planned: PlannedStep, options: TrainingConfig, scratch: s
             *([FROM_DATA] * (FROM_DATA in teachers_of(planned.step.given))),
         ],
         args=timed,
+        peft_config=None if options.lora is None else lora_config(options.lora, kind),
         train_dataset=rows,
         processing_class=tokenizer,
     )

@@ -25,6 +25,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import ModelInfo
 from huggingface_hub.utils import disable_progress_bars
 
+from distill.adapters import ADAPTER_CONFIG
 from distill.card import TAG, model_card
 from distill.console import log
 from distill.errors import InputError
@@ -119,9 +120,9 @@ def to_push(folder: Path, repo_id: str) -> dict[str, Path | bytes]:
     content: dict[str, Path | bytes] = {path.name: path for path in names}
     content |= {name: run / name for name in ("recipe.yaml", "report.json", "report.png") if (run / name).is_file()}
     adapted = None
-    if "adapter_config.json" in content:
+    if ADAPTER_CONFIG in content:
         adapted, config = _adapted(folder)
-        content["adapter_config.json"] = (json.dumps(config, indent=2) + "\n").encode()
+        content[ADAPTER_CONFIG] = (json.dumps(config, indent=2) + "\n").encode()
     card = model_card(folder.resolve(), record, report, name=repo_id, adapted=adapted)
     return content | {"README.md": card.encode()}
 
@@ -184,19 +185,20 @@ def _adapted(folder: Path) -> tuple[str, dict[str, Any]]:
     Raises:
         InputError: that model is a folder here that was not pushed.
     """
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     base = config["base_model_name_or_path"]
-    cached = _CACHED_MODEL.fullmatch(str(base))
+    cached = _CACHED_MODEL.fullmatch(base)
+    # A relative path started where the run did; a step of the same run lies beside this one.
+    here = next((each for each in (Path(base), folder.resolve().parent / Path(base).name) if each.is_dir()), None)
     if cached:
         repo_id, revision = cached["id"].replace("--", "/"), cached["revision"]
-    elif Path(base).is_dir():
-        file = Path(base) / PUSHED
-        if not file.is_file():
+    elif here is not None:
+        if not (here / PUSHED).is_file():
             raise InputError(
-                f"{folder}: adapters of {base}, a folder here, which nobody else has; push that one first "
-                f"(distill push {base} --repo-id ORG/NAME)"
+                f"{folder}: adapters of {here}, a folder here, which nobody else has; push that one first "
+                f"(distill push {here} --repo-id ORG/NAME)"
             )
-        pushed = json.loads(file.read_text(encoding="utf-8"))
+        pushed = json.loads((here / PUSHED).read_text(encoding="utf-8"))
         repo_id, revision = pushed["repo_id"], pushed["revision"] and pushed["commit"]
     else:
         repo_id, revision = split_revision(base)

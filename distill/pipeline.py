@@ -140,9 +140,15 @@ def _check_folders(output_dir: Path, steps: list[PlannedStep]) -> None:
 
 def _fetch_weights(plan: Plan, steps: list[PlannedStep]) -> None:
     """Have what the steps start from, all of it before the first one runs."""
-    for reference in dict.fromkeys(parent for planned in steps for parent in planned.parents):
-        if reference in plan.sources:
-            fetch_weights(plan.sources[reference])
+    needed = {
+        parent
+        for planned in steps
+        for option, parent in zip(planned.inputs, planned.parents, strict=True)
+        if not (option == "model" and planned.step.given.get("from_scratch"))
+    }
+    for source in plan.sources.values():
+        if source.reference in needed:
+            fetch_weights(source)
 
 
 def _prepare_folder(planned: PlannedStep, *, discard: bool) -> None:

@@ -30,6 +30,7 @@ steps:
   student: {{run: distill, teacher: teacher, num_layers: 2, num_train_epochs: 2, learning_rate: 1e-3, hidden_weight: 1}}
   int8: {{run: quantize, model: student, format: int8}}
   nf4: {{run: quantize, model: student, format: nf4}}
+  adapted: {{run: distill, teacher: teacher, model: nf4, lora: {{r: 2}}, max_steps: 4, learning_rate: 1e-2}}
 push: {{student: me/student, nf4: me/student-nf4}}
 """
 
@@ -166,23 +167,10 @@ def logits(where):
 """
 
 
-@pytest.fixture(scope="module")
-def adapters(run, worker):
-    """A run folder of LoRA adapters of the nf4 model, made by PEFT."""
-    folder = run / "adapted"
-    worker(
-        code=f"""
-import distill, peft, torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-torch.manual_seed(0)
-model = AutoModelForSequenceClassification.from_pretrained({str(run / "nf4")!r})
-lora = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value"], r=2, init_lora_weights=False)
-peft.get_peft_model(model, lora).save_pretrained({str(folder)!r})
-AutoTokenizer.from_pretrained({str(run / "nf4")!r}).save_pretrained({str(folder)!r})
-"""
-    )
-    shutil.copy(run / "student" / "step.json", folder / "step.json")
-    return folder
+@pytest.fixture
+def adapters(run):
+    """The run folder of LoRA adapters of the nf4 model."""
+    return run / "adapted"
 
 
 @pytest.mark.parametrize(
@@ -346,7 +334,7 @@ def test_a_warm_cache_is_enough_without_a_network(hub, run, worker):
     other = worker("check", run.parent / "r.yaml", "--data.path", "acme/reviews@" + 40 * "0")
     worker(code=offline.format(False))
     assert reply.status == 0, reply.err
-    assert reply.out.count("finished already") == 4
+    assert reply.out.count("finished already") == 5
     assert hub.seen.total() == before
     assert other.status == 2
     assert "its cache holds another revision" in other.err
@@ -407,6 +395,7 @@ def test_adapters_of_a_model_that_was_not_pushed_are_refused(run, adapters, tmp_
     (tmp_path / "run" / "nf4" / "pushed.json").unlink()
     for base, message in [
         (str(tmp_path / "run" / "nf4"), "a folder here, which nobody else has; push that one first"),
+        ("run/nf4", "run/nf4, a folder here, which nobody else has"),  # from where the run was started
         ("/no/such/base", "no model on the Hub and no folder here"),
     ]:
         file.write_text(json.dumps(config | {"base_model_name_or_path": base}))
