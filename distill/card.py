@@ -1,94 +1,293 @@
-"""The model card (README.md) of a run folder."""
+"""The model card (README.md) of a run folder, from what the run wrote there: step.json, recipe.yaml, report.*."""
 
+import json
 from pathlib import Path
+from string import Template
 from typing import Any
 
-from huggingface_hub import ModelCardData
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from distill.plan import Plan, PlannedStep
-from distill.steps import Options, QuantizeOptions
-from distill.tasks import Task
+from distill.adapters import base_of
+from distill.readers import GLUE_ON_THE_HUB
+from distill.records import read_record
+from distill.sources import split_revision
+from distill.usages import USAGES, usage_code
+
+TAG = "distill"
+"""In the front matter of every card that is written here."""
 
 _WHAT = {
-    "finetune": "fine-tuned from {parents} on labels",
+    "finetune": "fine-tuned on labels from {parents}",
     "distill": "distilled from the teacher {parents}",
     "quantize": "{parents} quantized with bitsandbytes: {formats}",
 }
 
-_LOAD = """```python
-from transformers import pipeline
-{import_distill}
-classifier = pipeline("{pipeline}", "{path}")
-classifier("…"{truncation})
-```"""
+# Ours → the Hub's names of metrics (https://hf.co/metrics), where they differ. GLUE's mean of two metrics has none.
+_HUB_METRICS = {
+    **{"pearson": "pearsonr", "average": "glue", "f1_macro": "f1", "f1_micro": "f1"},
+    **{"entity_f1": "seqeval", "entity_precision": "seqeval", "entity_recall": "seqeval"},
+}
 
 
-def write_model_card(plan: Plan, planned: PlannedStep, results: dict[str, Any] | None = None) -> None:
-    """Write a step's model card.
+def write_model_card(folder: Path, record: dict[str, Any], report: dict[str, Any] | None = None) -> None:
+    """Write a run folder's README.md.
 
     Args:
-        results: the model's entry of report.json, once there is one.
+        record: what step.json holds, or will.
+        report: what report.json holds, once the model was measured.
     """
-    step, task = planned.step, plan.data.task
-    tags, quantized = ["distill", step.run], step.run == "quantize"
-    if isinstance(step.options, QuantizeOptions):
-        tags.append(step.options.format or "mixed-precision")
-    data = ModelCardData(
-        library_name="transformers",
-        pipeline_tag=_pipeline(task),
-        tags=tags,
-        base_model=[parent for parent in planned.parents if _is_hub_id(plan, parent)] or None,
-        metrics=[task.primary_metric],
-    )
-    what = _WHAT[step.run].format(parents=" and ".join(planned.parents), formats=_formats(step.options))
-    lines = [f"---\n{data.to_yaml()}\n---", f"# {step.name}", f"A model for {_task_sentence(plan)}: {what}."]
-    load = _LOAD.format(
-        path=step.name,
-        pipeline=_pipeline(task),
-        truncation=", truncation=True" if _pipeline(task) == "text-classification" else "",
-        import_distill="import distill  # registers the quantized format\n" if quantized else "",
-    )
-    lines += ["## Use", load]
-    if results is not None:
-        lines += ["## Results", _results_table(results, plan.baseline)]
-    given = "\n".join(f"- `{key}`: {value}" for key, value in step.given.items() if not key.endswith("_token"))
-    lines += [f"## How it was made\n`run: {step.run}`", given or "All options at their defaults."]
-    lines += ["What it was run with stands in `step.json`."]
-    (planned.folder / "README.md").write_text("\n\n".join(lines) + "\n", encoding="utf-8")
+    card = model_card(folder, record, report, name=record["name"], plots="../")
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def _formats(options: Options) -> str:
+def model_card(
+    folder: Path,
+    record: dict[str, Any],
+    report: dict[str, Any] | None,
+    *,
+    name: str,
+    plots: str = "",
+    adapted: str | None = None,
+) -> str:
+    """The text of a card.
+
+    Args:
+        folder: the run folder; the recipe and the report lie beside it.
+        record: of step.json.
+        report: of report.json.
+        name: what `from_pretrained` is given, a repository or the folder's name.
+        plots: stands before the plots' names.
+        adapted: for a folder of adapters, the repository of the model that they adapt.
+    """
+    recipe = yaml.safe_load((folder.parent / "recipe.yaml").read_text(encoding="utf-8"))
+    entry = next((each for each in (report or {}).get("models", []) if each["name"] == record["name"]), None)
+    is_adapter = base_of(folder) is not None
+    data = _metadata(record, recipe, entry, name=name, is_adapter=is_adapter, adapted=adapted)
+    template = Template((Path(__file__).parent / "card_template.md").read_text(encoding="utf-8"))
+    return template.substitute(
+        front_matter=data.to_yaml(),
+        title=name.rpartition("/")[2],
+        summary=f"A model for {_task_sentence(record, recipe)}, {_what(record)}.",
+        usage=usage_code(record["kind"], name, pairs=len(record["text"]) == 2, quantized=_is_quantized(folder)),
+        making=_making(record, folder.parent),
+        results=_results(record, folder.parent, plots) if entry else "Not measured yet: `distill report` does it.",
+        limits=_limits(record, quantized=_is_quantized(folder)),
+    )
+
+
+def inherited(folder: Path) -> dict[str, Any]:
+    """License and language that the card of a model folder names."""
+    file = folder / "README.md"
+    if not file.is_file():
+        return {}
+    try:
+        data = ModelCard.load(file, ignore_metadata_errors=True).data
+    except (ValueError, yaml.YAMLError):  # a card of someone else's, without readable metadata
+        return {}
+    return {key: data[key] for key in ("license", "license_name", "license_link", "language") if data.get(key)}
+
+
+# --- front matter ---------------------------------------------------------------------------------------------------
+
+
+def _metadata(
+    record: dict[str, Any],
+    recipe: dict[str, Any],
+    entry: dict[str, Any] | None,
+    *,
+    name: str,
+    is_adapter: bool,
+    adapted: str | None,
+) -> ModelCardData:
+    """The front matter, by the Hub's specification (hub-docs, modelcard.md and model-cards.md)."""
+    root, is_glue = record["root"], "task" in recipe
+    base_model = adapted or recipe.get("base_model") or root["hub_id"]
+    relation = "adapter" if is_adapter else "quantized" if record["run"] == "quantize" else "finetune"
+    license = {key: root.get(key) for key in ("license", "license_name", "license_link")}
+    if "license" in recipe:
+        license = {"license": recipe["license"]}
+    tags = ["distillation"] if "distill" in (record["run"], *record["ancestors"].values()) else []
+    tags += [TAG, record["run"]]
+    if record["run"] == "quantize":
+        tags.append(record["options"]["format"] or "mixed-precision")
+    datasets = [GLUE_ON_THE_HUB] if is_glue else [split_revision(record["data"]["path"])[0]]
+    results = [] if entry is None else _eval_results(record, recipe, entry)
+    known = {
+        "base_model": base_model,
+        "base_model_relation": relation if base_model else None,
+        "datasets": datasets if is_glue or record["data_revision"] else None,
+        "language": recipe.get("language") or (["en"] if is_glue else root.get("language")),
+        **license,
+        "library_name": "peft" if is_adapter else "transformers",
+        "pipeline_tag": USAGES[record["kind"]].pipeline_tag,
+        "tags": tags,
+        "metrics": list(dict.fromkeys(each.metric_type for each in results)) or None,
+        "model_name": name.rpartition("/")[2],
+        "eval_results": results or None,
+    }
+    return ModelCardData(**known)
+
+
+def _eval_results(record: dict[str, Any], recipe: dict[str, Any], entry: dict[str, Any]) -> list[EvalResult]:
+    """Every measured metric, under the split that it was measured on."""
+    task, path = recipe.get("task"), record["data"]["path"]
+    if task:
+        of_a_copy = "" if path is None else " (rows of a copy)"
+        data = {"dataset_type": GLUE_ON_THE_HUB, "dataset_name": f"GLUE {task}{of_a_copy}", "dataset_config": task}
+    elif record["data_revision"]:
+        name = split_revision(path)[0]
+        data = {"dataset_type": name, "dataset_name": name, "dataset_config": record["data"]["name"]}
+    else:
+        data = {"dataset_type": "local", "dataset_name": _base_name(path)}
+    found = []
+    for key, value in entry["metrics"].items():
+        # A key belongs to the split whose prefix and suffix are the longest that fit.
+        split, prefix, suffix = max(
+            (each for each in record["scored"] if key.startswith(each[1]) and key.endswith(each[2])),
+            key=lambda each: len(each[1]) + len(each[2]),
+        )
+        metric = key[len(prefix) : len(key) - len(suffix)]
+        found.append(
+            EvalResult(
+                **data,
+                task_type=USAGES[record["kind"]].pipeline_tag,
+                dataset_split=split,
+                dataset_revision=record["data_revision"],
+                metric_type=_HUB_METRICS.get(metric, metric),
+                metric_name=metric.replace("_", " "),
+                metric_value=round(value, 6),
+            )
+        )
+    return found
+
+
+# --- text -----------------------------------------------------------------------------------------------------------
+
+
+def _task_sentence(record: dict[str, Any], recipe: dict[str, Any]) -> str:
+    path = record["data"]["path"]
+    if "task" in recipe:
+        name = f"GLUE {recipe['task']}"
+    else:
+        name = f"{record['kind']} of {path if record['data_revision'] else _base_name(path)}"
+    return f"{name} ({', '.join(record['labels'])})" if record["labels"] else name
+
+
+def _what(record: dict[str, Any]) -> str:
+    parents = record["parents"]
+    if record["run"] == "distill" and record["options"]["model"] is not None and len(parents) > 1:
+        parents = parents[:-1]  # the last one is what the student started from
+    named = " and ".join(_shown(record, each) for each in parents)
+    return _WHAT[record["run"]].format(parents=named, formats=_formats(record))
+
+
+def _formats(record: dict[str, Any]) -> str:
     """What a quantize step's model is made of."""
-    if not isinstance(options, QuantizeOptions):
+    options = record["options"]
+    if record["run"] != "quantize":
         return ""
-    if options.format is None:
-        return f"the formats that keep closest to it within {options.bits_budget} (`sensitivity.json`)"
-    parts = [f"linear layers in {options.format}", f"embeddings in {options.embeddings or 'int8'}"]
-    parts += ["some modules otherwise (`config.json`)"] * bool(options.skip or options.overrides)
+    if options["format"] is None:
+        return f"the formats that keep closest to it within {options['bits_budget']} (`sensitivity.json`)"
+    parts = [f"linear layers in {options['format']}", f"embeddings in {options['embeddings'] or 'int8'}"]
+    parts += ["some modules otherwise (`config.json`)"] * bool(options["skip"] or options["overrides"])
     return ", ".join(parts)
 
 
-def _pipeline(task: Task) -> str:
-    return "token-classification" if task.kind == "token-classification" else "text-classification"
+def _shown(record: dict[str, Any], reference: str) -> str:
+    """A model as a card names it: one from a local folder by the folder's name alone."""
+    is_local = record["sources"].get(reference, reference) is None
+    return f"`{_base_name(reference) if is_local else reference}`"
 
 
-def _is_hub_id(plan: Plan, parent: str) -> bool:
-    return parent in plan.sources and not Path(plan.sources[parent].location).exists()
+def _base_name(path: str) -> str:
+    return path if path.startswith("package:") else Path(path.partition("#")[0]).name
 
 
-def _task_sentence(plan: Plan) -> str:
-    task = plan.data.task
-    name = f"GLUE {task.name}" if plan.recipe.task else f"{task.kind} of {plan.recipe.data.path}"
-    return f"{name} ({', '.join(task.label_names)})" if task.label_names else name
+def _is_quantized(folder: Path) -> bool:
+    """Whether a folder, or the one that its adapters adapt, holds a model quantized here."""
+    base = base_of(folder)
+    file = (folder if base is None else Path(base)) / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return str(config.get("quantization_config", {}).get("quant_method")).startswith("distill_")
 
 
-def _results_table(results: dict[str, Any], baseline: str) -> str:
-    rows = [(name, f"{value:.4f}") for name, value in results["metrics"].items()]
-    if results["retention"] is not None:
-        rows.append((f"retention of {baseline}", f"{results['retention']:.4f}"))
-    rows.append((f"agreement with {baseline}", f"{results['agreement']:.4f}"))
-    rows.append(("parameters", f"{results['num_parameters']:,}"))
-    if results["size_on_disk_bytes"]:
-        rows.append(("weights on disk", f"{results['size_on_disk_bytes'] / 1e6:.1f} MB"))
-    rows.append((f"latency on {results['device']} (median)", f"{results['latency_ms']['p50']:.1f} ms"))
-    return "\n".join(["| | validation |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+def _making(record: dict[str, Any], output_dir: Path) -> str:
+    """What it was distilled from and how: the lineage, then each step of it."""
+    chain = [f"`{record['name']}` ({record['run']})"]
+    chain += [f"`{name}` ({verb})" for name, verb in record["ancestors"].items()]
+    chain += [f"{_shown(record, name)}{_at(revision)}" for name, revision in record["sources"].items()]
+    versions = ", ".join(f"{key} {record['environment'][key]}" for key in ("torch", "transformers", "bitsandbytes"))
+    parts = [f"Lineage: {' ← '.join(chain)}. Made with {versions}; `recipe.yaml` has every option."]
+    for each in [record, *(read_record(output_dir / name) for name in record["ancestors"])]:
+        lines = _of_one_step(each) if each else []  # an ancestor's folder may be gone
+        if lines:
+            parts.append("\n".join([f"### {each['name']}", "", *(f"- {line}" for line in lines)]))
+    return "\n\n".join(parts)
+
+
+def _of_one_step(record: dict[str, Any]) -> list[str]:
+    """Layers, losses and training."""
+    options = record["options"]
+    lines = []
+    if record["layers"] is not None:
+        lines.append(f"Layers taken from the source (from 0): {', '.join(map(str, record['layers']))}")
+    if record["run"] == "distill":
+        weights = {key.removesuffix("_weight"): value for key, value in options.items() if key.endswith("_weight")}
+        lines.append(f"Losses: {', '.join(_loss(part, weight, options) for part, weight in weights.items() if weight)}")
+    for teacher, maps in record["layer_pairs"].items():
+        for part, pairs in maps.items():
+            shown = ", ".join(f"{student}→{source}" for student, source in pairs)
+            lines.append(
+                f"Layers matched by the {part} loss (student→{_shown(record, teacher)}, 0: embeddings): {shown}"
+            )
+    if options.get("lora") is not None:
+        lines.append(f"Adapters (LoRA): rank {options['lora'].get('r', 8)}{', merged' if options['merge'] else ''}")
+    if record["train_seconds"] is not None:
+        length = (
+            f"{options['max_steps']} steps" if options["max_steps"] > 0 else f"{options['num_train_epochs']} epochs"
+        )
+        batch = f"{options['per_device_train_batch_size']} rows a batch and process"
+        rate = options["learning_rate"]
+        lines.append(
+            f"Training: {record['rows']['train']} rows, {length}, {batch}, "
+            f"{f'learning rate {rate:g}, ' if rate else ''}seed {options['seed']}, {record['train_seconds']:.0f} s"
+        )
+    return lines
+
+
+def _at(revision: str | None) -> str:
+    return f" at {revision[:12]}" if revision else ""
+
+
+def _loss(part: str, weight: Any, options: dict[str, Any]) -> str:
+    """One part of the loss: its weight (a number or a schedule), its name, and its variant."""
+    factor = f"{weight['from']} to {weight['to']}" if isinstance(weight, dict) else str(weight)
+    variant = [str(options[f"{part}_loss"])] if options.get(f"{part}_loss") else []
+    if part == "soft" and options["temperature"] is not None:
+        variant.append(f"temperature {options['temperature']}")
+    return f"{factor} × {part}" + (f" ({', '.join(variant)})" if variant else "")
+
+
+def _results(record: dict[str, Any], output_dir: Path, plots: str) -> str:
+    """report.md without its title; models from local folders appear by their folders' names alone."""
+    text = (output_dir / "report.md").read_text(encoding="utf-8").partition("\n\n")[2].strip()
+    for reference, revision in record["sources"].items():
+        if revision is None:
+            text = text.replace(reference, _base_name(reference))
+    return text.replace("](report.png)", f"]({plots}report.png)")
+
+
+def _limits(record: dict[str, Any], *, quantized: bool) -> str:
+    scored = ", ".join(f"{record['rows'][split]} {split} rows" for split, _, _ in record["scored"])
+    root = _shown(record, record["root"]["reference"])
+    lines = [f"Scored on {scored}; how it does on other input was not measured."]
+    if record["kind"] != "image-classification":
+        lines.append(f"Input beyond {record['data']['max_length']} tokens is cut (`truncation=True` cuts there).")
+    lines.append(f"What {root} learned, biases too, is passed on; nothing here measured them.")
+    if quantized:
+        lines.append(
+            "Loads with `import distill` and bitsandbytes; plain transformers refuses it. "
+            "bitsandbytes saves memory first of all: the table says how fast it is, and where."
+        )
+    return "\n".join(f"- {line}" for line in lines)

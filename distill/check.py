@@ -1,28 +1,54 @@
-"""What a recipe will do, told before it does it: students, labels, layers, bytes and expected time."""
+"""What a recipe will do, told before it does it: students, labels, layers, memory and expected time."""
 
 import copy
 import math
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PretrainedConfig
 
+from distill.adapters import lora_config
 from distill.batches import row_lengths
 from distill.cache import show_bytes
 from distill.config import TrainingConfig
 from distill.console import log, results
-from distill.models import from_config, load_processor
+from distill.models import from_config, label_order, load_processor
 from distill.pipeline import is_finished
 from distill.plan import Plan, PlannedStep
 from distill.representations import show_pairs
-from distill.steps import DistillOptions, QuantizeOptions, teachers_of
+from distill.steps import DistillOptions, FinetuneOptions, QuantizeOptions, teachers_of
+from distill.tasks import TaskKind
 from distill.teacher import FROM_DATA
 from distill.trainer import DistillationTrainer
 
 _TIMED_BATCHES = 3
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a step holds at once; the teachers' own activations, which are short-lived, are left out."""
+
+    weights: int
+    gradients: int = 0
+    optimizer: int = 0
+    teachers: int = 0
+    activations: int = 0
+    """What the forward of the longest batch keeps for its backward."""
+
+    @property
+    def peak(self) -> int:
+        """All together."""
+        return sum(asdict(self).values())
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {size / 1e6:.1f}" for name, size in asdict(self).items() if size)
+        return f"{self.peak / 1e6:.1f} MB of memory at the peak ({parts})"
 
 
 @dataclass(frozen=True)
@@ -32,10 +58,9 @@ class Estimate:
     num_parameters: int
     weight_bytes: int
     """Of the model that the step makes."""
-    training_bytes: int | None
-    """Weights, gradients, AdamW's two moments, and the teacher's weights; activations come on top."""
-    optimizer_steps: int | None
-    seconds: float | None
+    memory: Memory
+    optimizer_steps: int | None = None
+    seconds: float | None = None
     """Of its training, from batches timed on this machine."""
     cache_bytes: int = 0
     """Of its teachers' outputs, on disk."""
@@ -56,9 +81,9 @@ def print_plan(plan: Plan) -> None:
         with log.status(f"{name}: timing a few batches"):
             estimate = estimate_step(plan, planned)
         results.print(f"\n[bold]{name}[/]: {planned.step.run} of {', '.join(planned.parents)}")
-        results.print(
-            f"  {estimate.num_parameters / 1e6:.1f} M parameters, {estimate.weight_bytes / 1e6:.1f} MB of weights"
-        )
+        results.print(f"  {_size(estimate.num_parameters, estimate.weight_bytes)}")
+        for line in _inputs(plan, planned):
+            results.print(f"  {line}")
         if planned.layers is not None:
             results.print(f"  source layers {', '.join(map(str, planned.layers))} (from 0)")
         for teacher, pairs in planned.layer_pairs.items():
@@ -66,46 +91,65 @@ def print_plan(plan: Plan) -> None:
                 results.print(f"  {part} loss: {show_pairs(layers)} (student→{teacher}; 0 is the embeddings)")
         if is_finished(planned):
             results.print("  finished already")
-        elif estimate.seconds is not None and estimate.training_bytes is not None:
+        elif estimate.seconds is None:
+            results.print(f"  about {estimate.memory}")
+        else:
             total += estimate.seconds
-            results.print(
-                f"  {estimate.optimizer_steps} optimizer steps, about {_duration(estimate.seconds)}; "
-                f"{estimate.training_bytes / 1e6:.0f} MB for weights, gradients and optimizer, activations on top"
-            )
+            results.print(f"  {estimate.optimizer_steps} optimizer steps, about {_duration(estimate.seconds)}")
+            results.print(f"  about {estimate.memory}")
             if estimate.cache_bytes:
                 results.print(f"  {show_bytes(estimate.cache_bytes)} of teacher outputs cached on disk")
     results.print(f"\nabout {_duration(total)} of training on this machine")
+    for name, repo_id in plan.recipe.push.items():
+        results.print(f"then {name} is pushed to {repo_id}")
+
+
+def _inputs(plan: Plan, planned: PlannedStep) -> list[str]:
+    """Commits of models on the Hub, the teachers' sizes, and how labels of models from outside stand to the task's."""
+    lines, options, kind = [], planned.step.options, plan.data.task.kind
+    for source in (plan.sources[name] for name in planned.parents if name in plan.sources):
+        if source.revision is not None:
+            lines.append(f"{source.reference}: commit {source.revision}")
+    for name, config in _teacher_configs(plan, planned):
+        num_parameters = _num_parameters(config, kind)
+        lines.append(f"teacher {name}: {_size(num_parameters, 4 * num_parameters)}")
+    label_map: dict[str, str] | None = None
+    with_heads: list[str] = [name for name, _ in _teacher_configs(plan, planned)]
+    if isinstance(options, DistillOptions):
+        label_map = options.teacher_label_map
+    elif isinstance(options, QuantizeOptions):
+        with_heads, label_map = [*planned.parents], options.label_map
+    for name in with_heads:
+        if name in plan.sources and plan.data.task.label_names:
+            config = plan.sources[name].config
+            order = label_order(config, plan.data.task, label_map, where=name)
+            task_labels = enumerate(plan.data.task.label_names)
+            pairs = zip(order or range(config.num_labels), task_labels, strict=True)
+            shown = ", ".join(f"{its} {config.id2label[its]} → {ours} {label}" for its, (ours, label) in pairs)
+            lines.append(f"labels of {name}: {shown}")
+    return lines
 
 
 def estimate_step(plan: Plan, planned: PlannedStep) -> Estimate:
-    """Sizes from the configs alone, time from a few real batches through randomly initialised models."""
+    """Sizes from the configs alone, time and memory from a few real batches through randomly initialised models."""
     options = planned.step.options
     with torch.device("meta"):
         skeleton = from_config(planned.config, plan.data.task.kind)
     num_parameters = sum(parameter.numel() for parameter in skeleton.parameters())
     if isinstance(options, QuantizeOptions):
         weights = options.planned_size(skeleton)
-        return Estimate(num_parameters, weights, None, None, None)
-    training_bytes = 16 * num_parameters
-    teacher_configs = _teacher_configs(plan, planned)
-    with torch.device("meta"):
-        for config in teacher_configs:
-            training_bytes += 4 * sum(
-                parameter.numel() for parameter in from_config(config, plan.data.task.kind).parameters()
-            )
+        return Estimate(num_parameters, weights, Memory(weights=4 * num_parameters + weights))
     with tempfile.TemporaryDirectory() as scratch:  # Trainer makes its output folder when it is built
-        return Estimate(
-            num_parameters,
-            4 * num_parameters,
-            training_bytes,
-            *_timed(plan, planned, options, teacher_configs, scratch),
-        )
+        memory, steps, seconds, cache_bytes = _timed(plan, planned, options, scratch)
+    return Estimate(num_parameters, 4 * num_parameters, memory, steps, seconds, cache_bytes)
 
 
 def _timed(
-    plan: Plan, planned: PlannedStep, options: TrainingConfig, teacher_configs: list[PretrainedConfig], scratch: str
-) -> tuple[int, float, int]:
-    """(optimizer steps, seconds, bytes of cached teachers), from training steps over short, middling and long rows."""
+    plan: Plan, planned: PlannedStep, options: FinetuneOptions | DistillOptions, scratch: str
+) -> tuple[Memory, int, float, int]:
+    """(memory, optimizer steps, seconds, bytes of cached teachers), from training steps over the longest rows, which
+    warm up, and then over short, middling and long ones.
+    """
     timed, kind = copy.copy(options), plan.data.task.kind
     timed.output_dir, timed.disable_tqdm, timed.report_to = scratch, True, []
     tokenizer = load_processor(planned.tokenizer_location, kind, plan.data.max_length)
@@ -113,10 +157,11 @@ def _timed(
     trainer = DistillationTrainer(
         model=from_config(planned.config, kind),
         teacher=[
-            *(from_config(config, kind) for config in teacher_configs),
+            *(from_config(config, kind) for _, config in _teacher_configs(plan, planned)),
             *([FROM_DATA] * (FROM_DATA in teachers_of(planned.step.given))),
         ],
         args=timed,
+        peft_config=None if options.lora is None else lora_config(options.lora, kind),
         train_dataset=rows,
         processing_class=tokenizer,
     )
@@ -125,24 +170,68 @@ def _timed(
     order, size = np.arange(len(rows)) if lengths is None else np.argsort(lengths), options.per_device_train_batch_size
     read = trainer.reader(rows, "timing")
     plans = trainer.planned_caches()
-    in_steps, in_caches = [], []
-    for position in [0.5, *((np.arange(_TIMED_BATCHES) + 0.5) / _TIMED_BATCHES)]:  # the first one warms up
+
+    def step(position: float) -> tuple[float, float]:
+        """Seconds of a training step, and of what is cached of the teachers, at a place from short to long rows."""
         start = int(position * max(len(rows) - size, 0))
         batch = read(order[start : start + size].tolist())
         began = time.perf_counter()
-        trainer.training_step(trainer.model, batch, trainer._get_num_items_in_batch([batch], options.device))
+        with trainer.accelerator.autocast():  # as the prepared model has it in training
+            trainer.training_step(trainer.model, batch, trainer._get_num_items_in_batch([batch], options.device))
         trainer.optimizer.step()
-        trainer.optimizer.zero_grad()
         stepped = time.perf_counter()
         for teacher, cached in plans:
             if cached.layout is not None:
                 teacher.outputs(trainer._completed(batch))
-        in_caches.append(time.perf_counter() - stepped)
-        in_steps.append(stepped - began - in_caches[-1])
+        in_caches = time.perf_counter() - stepped
+        return stepped - began - in_caches, in_caches
+
+    with trainer.training_conditions():
+        parameters = list(trainer.model.parameters())
+        with kept_for_backward(parameters) as activations:
+            step(1.0)
+        memory = Memory(
+            weights=_bytes(parameters),
+            gradients=_bytes(each.grad for each in parameters if each.grad is not None),
+            optimizer=_bytes(
+                each for state in trainer.optimizer.state.values() for each in state.values() if torch.is_tensor(each)
+            ),
+            teachers=_bytes(
+                each for teacher in trainer.teachers if teacher.model for each in teacher.model.parameters()
+            ),
+            activations=sum(activations.values()),
+        )
+        seconds = []
+        for number in range(_TIMED_BATCHES):
+            trainer.optimizer.zero_grad()
+            seconds.append(step((number + 0.5) / _TIMED_BATCHES))
+    in_step, in_caches = np.mean(seconds, axis=0)
     micro_batches, steps = _count_steps(options, len(trainer.get_train_dataloader()))
-    batches_to_cache = len(rows) / size / options.world_size
-    seconds = micro_batches * np.mean(in_steps[1:]) + batches_to_cache * np.mean(in_caches[1:])
-    return steps, float(seconds), sum(cached.size for _, cached in plans)
+    expected = micro_batches * in_step + len(rows) / size / options.world_size * in_caches
+    return memory, steps, float(expected), sum(cached.size for _, cached in plans)
+
+
+@contextmanager
+def kept_for_backward(parameters: Iterable[Tensor]) -> Iterator[dict[int, int]]:
+    """Bytes of each storage that autograd keeps for a backward, by address; parameters' own are left out.
+
+    Each is counted once, however many views of it are kept; all of them live until the backward begins.
+    """
+    own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield kept
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def _count_steps(options: TrainingConfig, batches_of_an_epoch: int) -> tuple[int, int]:
@@ -153,9 +242,18 @@ def _count_steps(options: TrainingConfig, batches_of_an_epoch: int) -> tuple[int
     return math.ceil(batches_of_an_epoch * options.num_train_epochs), steps
 
 
-def _teacher_configs(plan: Plan, planned: PlannedStep) -> list[PretrainedConfig]:
+def _teacher_configs(plan: Plan, planned: PlannedStep) -> list[tuple[str, PretrainedConfig]]:
     teachers = [name for name in teachers_of(planned.step.given) if name != FROM_DATA]
-    return [plan.steps[name].config if name in plan.steps else plan.sources[name].config for name in teachers]
+    return [(name, plan.steps[name].config if name in plan.steps else plan.sources[name].config) for name in teachers]
+
+
+def _num_parameters(config: PretrainedConfig, kind: TaskKind) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in from_config(config, kind).parameters())
+
+
+def _size(num_parameters: int, weight_bytes: int) -> str:
+    return f"{num_parameters / 1e6:.1f} M parameters, {weight_bytes / 1e6:.1f} MB of weights"
 
 
 def _duration(seconds: float) -> str:

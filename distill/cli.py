@@ -1,4 +1,4 @@
-"""The command line: `distill check | run | eval | bench | report`."""
+"""The command line: `distill check | run | eval | bench | report | push`."""
 
 import argparse
 import json
@@ -21,11 +21,12 @@ from distill.console import escape, log, results
 from distill.data import DataOptions, load_data
 from distill.errors import InputError, TrainingDiverged, nearest_name
 from distill.evaluation import evaluate_model
-from distill.models import find_model, load_classifier, load_processor
+from distill.hub import push_folder, require_token, to_push, write_content
+from distill.models import fetch_weights, find_model, load_classifier, load_processor
 from distill.pipeline import run_plan
 from distill.plan import make_plan
 from distill.processes import process_state
-from distill.recipe import SET_BY_THE_RUN, load_recipe, parse_options, parse_value
+from distill.recipe import SET_BY_THE_RUN, Recipe, load_recipe, parse_options, parse_value
 from distill.report import print_report, write_report
 from distill.steps import VERBS
 from distill.tasks import OF_CLASSES
@@ -65,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "distill", description="Distil, quantize and measure Hugging Face encoders.", allow_abbrev=False
     )
-    commands = parser.add_subparsers(required=True, metavar="check | run | eval | bench | report")
+    commands = parser.add_subparsers(required=True, metavar="check | run | eval | bench | report | push")
 
     check = commands.add_parser(
         "check", allow_abbrev=False, help="tell what a recipe will do, and everything that is wrong with it"
@@ -113,6 +114,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.add_argument("directory", type=Path)
     report.set_defaults(command=_report)
+
+    push = commands.add_parser("push", allow_abbrev=False, help="upload a run folder with its model card to the Hub")
+    push.add_argument("folder", type=Path, metavar="RUN_FOLDER", help="output_dir/<step> of a run with a report")
+    push.add_argument("--repo-id", required=True, metavar="ORG/NAME", help="the repository; made if it does not exist")
+    push.add_argument("--private", action="store_true", help="make the repository private")
+    push.add_argument("--revision", metavar="BRANCH", help="push to a branch; made if it does not exist")
+    push.add_argument("--collection", metavar="ORG/SLUG", help="add the model to this collection")
+    push.add_argument("--dry-run", type=Path, metavar="FOLDER", help="write what would be uploaded to a new folder")
+    push.set_defaults(command=_push)
     return parser
 
 
@@ -160,13 +170,16 @@ def run_recipe(
     force: bool = False,
     profile: bool = False,
 ) -> None:
-    """Run a recipe's unfinished steps, then (unless `only` some were asked for) write and print the report."""
+    """Run a recipe's unfinished steps, then (unless `only` some were asked for) report, and push what it says."""
     plan = make_plan(load_recipe(path, overrides, draft=True))
+    if plan.recipe.push and only is None:
+        require_token()  # before the hours, not after them
     run_plan(plan, only=only, force=force, profile=profile)
     state = process_state()
     if only is None and state.is_main_process:
         print_report(write_report(plan))
         results.print(f"→ {plan.recipe.output_dir / 'report.md'}")
+        _push_all(plan.recipe)
     state.wait_for_everyone()
 
 
@@ -191,6 +204,7 @@ def _eval(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     data = load_data(arguments.task, options, to_score=True)
     for note in data.notes:
         results.print(f"note: {note}")
+    fetch_weights(source)
     model = load_classifier(source.location, data.task, label_map=label_map)
     evaluation = evaluate_model(model, load_processor(source.location, data.task.kind), data, name=arguments.model)
     table = Table("metric", arguments.model, "95 % interval")
@@ -212,7 +226,10 @@ def _bench(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     options = parse_options(BenchmarkOptions, {k: v for k, v in given.items() if v is not None}, "bench", problems)
     if problems:
         raise InputError(*problems)
-    locations = {reference: find_model(reference).location for reference in arguments.models}
+    sources = [find_model(reference) for reference in arguments.models]
+    for source in sources:
+        fetch_weights(source)
+    locations = {source.reference: source.location for source in sources}
     first, *others = locations
     measured = benchmark_models(locations, options, made_from=dict.fromkeys(others, first))
     measurements = [as_row(name, result) for name, result in measured.items()]
@@ -238,6 +255,42 @@ def _report(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
         raise InputError(f"{arguments.directory}: no run lies there (no recipe.yaml, which `distill run` writes)")
     plan = make_plan(load_recipe(recipe, {"output_dir": str(arguments.directory), **overrides}, draft=True))
     print_report(write_report(plan))
+
+
+def _push(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
+    if overrides:
+        raise InputError(f"--{next(iter(overrides))}: no such option of push")
+    if arguments.dry_run is not None:
+        content = to_push(arguments.folder, arguments.repo_id)
+        write_content(content, arguments.dry_run)
+        results.print(f"{arguments.dry_run}: {len(content)} files, as they would be pushed to {arguments.repo_id}")
+        return
+    _push_one(
+        arguments.folder,
+        arguments.repo_id,
+        private=arguments.private,
+        revision=arguments.revision,
+        collection=arguments.collection,
+    )
+
+
+def _push_all(recipe: Recipe) -> None:
+    """Push what a recipe's `push:` names, in the order of its steps (adapters come after what they adapt)."""
+    problems: list[str] = []
+    for name in [step for step in recipe.steps if step in recipe.push]:
+        try:
+            _push_one(recipe.output_dir / name, recipe.push[name])
+        except InputError as error:
+            problems += [f"push.{name}: {problem}" for problem in error.problems]
+    if problems:
+        raise InputError(*problems)
+
+
+def _push_one(
+    folder: Path, repo_id: str, *, private: bool = False, revision: str | None = None, collection: str | None = None
+) -> None:
+    pushed, is_new = push_folder(folder, repo_id, private=private, revision=revision, collection=collection)
+    results.print(f"→ {pushed.url}{'' if is_new else ' (nothing had changed)'}")
 
 
 def _launch(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
@@ -303,7 +356,9 @@ def _split_overrides(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
     words = iter(arguments)
     for word in words:
         name, equals, value = word.removeprefix("--").partition("=")
-        of_recipe = name in ("output_dir", "baseline") or (name == "task" and arguments[0] != "eval")
+        of_recipe = name in ("output_dir", "baseline", "base_model", "license", "language") or (
+            name == "task" and arguments[0] != "eval"
+        )
         if not word.startswith("--") or not ("." in name or of_recipe):
             plain.append(word)
         elif equals:

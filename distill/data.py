@@ -14,7 +14,7 @@ from transformers import BaseImageProcessor
 from distill.columns import MERGED_LABELS, all_hidden, checked_rows, merge_labels, name_labels
 from distill.encoding import Processor, tokenize
 from distill.errors import InputError
-from distill.readers import read_splits
+from distill.readers import hub_revision, read_splits
 from distill.tasks import DEFAULT_COLUMNS, OF_CLASSES, Task, TaskKind, glue_task, own_task
 from distill.teacher import STORED_COLUMNS
 from distill.unlabelled import read_unlabelled, sample_pairs, with_stored
@@ -99,6 +99,8 @@ class Data:
     """What was done that the user did not ask for in so many words, to be shown."""
     max_length: int
     stride: int | None = None
+    revision: str | None = None
+    """The commit of a data set on the Hub."""
     _tokenized: dict[tuple[str, str], datasets.Dataset] = field(default_factory=dict, repr=False)
 
     def tokenized(self, split: str, tokenizer: Processor) -> datasets.Dataset:
@@ -157,6 +159,7 @@ def load_data(task_name: str | None, options: DataOptions, *, to_score: bool = F
     """
     task = _task(task_name, options)
     found, source_fingerprint = read_splits(task, options.path, options.name)
+    revision = hub_revision(found)
     notes: list[str] = []
     problems: list[str] = []
     if isinstance(options.label, list):
@@ -219,6 +222,7 @@ def load_data(task_name: str | None, options: DataOptions, *, to_score: bool = F
         notes=tuple(notes),
         max_length=options.max_length,
         stride=options.stride,
+        revision=revision,
     )
 
 

@@ -24,7 +24,7 @@ from transformers import (
 
 from distill.adapters import ADAPTER_WEIGHTS, base_of
 from distill.errors import InputError
-from distill.sources import locate, sha256
+from distill.sources import locate, reason_of, sha256, snapshot, split_revision
 from distill.tasks import Task, TaskKind
 
 # transformers' names for our kinds.
@@ -51,7 +51,12 @@ _POSITIONS_AFTER_PADDING = {
     *("camembert", "data2vec-text", "ibert", "lilt", "longformer", "markuplm", "mpnet", "roberta"),
     *("roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
 }
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt", "spiece.model")
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt", "spiece.model"),
+    *("sentencepiece.bpe.model", "tokenizer.model"),
+)
+_SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "README.md")
+_WEIGHTS = ("model*.safetensors",)
 
 
 def auto_class(kind: TaskKind) -> Any:
@@ -73,10 +78,17 @@ class ModelSource:
     reference: str
     """As the user wrote it."""
     location: str
-    """What `from_pretrained` takes."""
+    """The folder that `from_pretrained` takes; one in the Hub's cache lacks the weights until `fetch_weights`."""
     config: PretrainedConfig
     fingerprint: str
     """Changes with the weights, the config and the tokenizer."""
+    revision: str | None = None
+    """The commit, of a model on the Hub."""
+
+    @property
+    def hub_id(self) -> str | None:
+        """The name of a model on the Hub."""
+        return split_revision(self.reference)[0] if self.revision else None
 
 
 def find_model(reference: str, *, weights: bool = True) -> ModelSource:
@@ -90,21 +102,29 @@ def find_model(reference: str, *, weights: bool = True) -> ModelSource:
     """
     located = locate(reference)
     if isinstance(located, Path):
-        _check_folder(located, weights=weights)
-    try:
-        config = AutoConfig.from_pretrained(str(located))
-    except Exception as error:  # the Hub client, the network and each config raise their own kinds
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        if isinstance(located, Path):
-            raise InputError(f"{reference}: its config.json cannot be read ({reason})") from error
-        raise InputError(
-            f"{reference}: no such folder here, and not to be had from the Hub nor from its cache ({reason})"
-        ) from error
-    if isinstance(located, Path):
-        fingerprint = _folder_fingerprint(located)
+        folder, revision = located, None
+        _check_folder(folder, weights=weights)
     else:
-        fingerprint = f"{located}@{getattr(config, '_commit_hash', None)}"
-    return ModelSource(reference, str(located), config, fingerprint)
+        folder = snapshot(located, _SMALL_FILES)
+        revision = folder.name
+    try:
+        config = AutoConfig.from_pretrained(str(folder))
+    except Exception as error:  # each config raises its own kinds
+        raise InputError(f"{reference}: its config.json cannot be read ({reason_of(error)})") from error
+    fingerprint = f"{split_revision(reference)[0]}@{revision}" if revision else _folder_fingerprint(folder)
+    return ModelSource(reference, str(folder), config, fingerprint, revision)
+
+
+def fetch_weights(source: ModelSource) -> None:
+    """Have the weights of a model on the Hub beside its config.
+
+    Raises:
+        InputError: it has none in safetensors, or they are not to be had.
+    """
+    if source.revision is not None:
+        folder = snapshot(f"{source.hub_id}@{source.revision}", (*_SMALL_FILES, *_WEIGHTS))
+        if not _weight_files(folder):
+            raise InputError(f"{source.reference}: has no safetensors weights on the Hub; pickled ones are not read")
 
 
 def load_config(location: str) -> PretrainedConfig:
@@ -125,8 +145,7 @@ def load_tokenizer(location: str, max_length: int | None = None) -> PreTrainedTo
     try:
         tokenizer = AutoTokenizer.from_pretrained(location)
     except Exception as error:  # as for the config
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise InputError(f"{location}: its tokenizer cannot be loaded ({reason})") from error
+        raise InputError(f"{location}: its tokenizer cannot be loaded ({reason_of(error)})") from error
     if tokenizer.pad_token is None:  # GPT-2, Llama; padding is masked, so any token will do
         tokenizer.pad_token = tokenizer.eos_token
     if max_length is not None:
@@ -147,8 +166,7 @@ def load_processor(
     try:
         return AutoImageProcessor.from_pretrained(location)
     except Exception as error:  # as for the config
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise InputError(f"{location}: its image processor cannot be loaded ({reason})") from error
+        raise InputError(f"{location}: its image processor cannot be loaded ({reason_of(error)})") from error
 
 
 def load_classifier(

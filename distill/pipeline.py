@@ -13,15 +13,16 @@ from typing import Any
 import yaml
 
 from distill.benchmark import environment
-from distill.card import write_model_card
+from distill.card import inherited, write_model_card
 from distill.console import escape, log
 from distill.errors import InputError, nearest_name
 from distill.folders import written_whole
 from distill.hardware import allocator
-from distill.models import size_on_disk
+from distill.models import fetch_weights, size_on_disk
 from distill.plan import Plan, PlannedStep
 from distill.processes import process_state
 from distill.recipe import Recipe
+from distill.records import read_record
 from distill.representations import show_pairs
 from distill.steps import run_step
 
@@ -42,6 +43,7 @@ def run_plan(plan: Plan, *, only: list[str] | None = None, force: bool = False, 
     """
     steps = _chosen(plan, only)
     _check_folders(plan.recipe.output_dir, steps)
+    _fetch_weights(plan, [planned for planned in steps if force or not is_finished(planned)])
     state = process_state()
     if state.is_main_process:
         plan.recipe.output_dir.mkdir(parents=True, exist_ok=True)
@@ -79,9 +81,9 @@ def _run(plan: Plan, planned: PlannedStep, *, discard: bool, profile: bool) -> N
         shutil.rmtree(planned.folder / "checkpoints", ignore_errors=True)
         for weights in planned.folder.glob("*.safetensors"):  # safetensors writes them for the owner alone
             shutil.copymode(planned.folder / "step.json", weights)
-        write_model_card(plan, planned)
         record = _record(plan, planned) | asdict(made)
         record |= {"started": started.isoformat(timespec="seconds"), "wall_seconds": round(seconds, 2)}
+        write_model_card(planned.folder, record)
         _write_record(planned, {**record, "status": "finished"})
 
 
@@ -92,22 +94,14 @@ def is_finished(planned: PlannedStep) -> bool:
     return same and size_on_disk(planned.folder) > 0
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    """A run folder's step.json; empty where there is none."""
-    try:
-        return json.loads((folder / "step.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return {}
-
-
 def save_recipe(recipe: Recipe) -> None:
     """Write the recipe with its overrides into the output folder, where `distill report` finds it; no tokens."""
     content: dict[str, Any] = {"task": recipe.task} if recipe.task else {}
     content |= {"output_dir": str(recipe.output_dir)}
     for key, options in (("data", recipe.data), ("benchmark", recipe.benchmark)):
         content[key] = {name: value for name, value in asdict(options).items() if value is not None}
-    if recipe.baseline:
-        content["baseline"] = recipe.baseline
+    published = {key: getattr(recipe, key) for key in ("baseline", "base_model", "license", "language", "push")}
+    content |= {key: list(value) if isinstance(value, tuple) else value for key, value in published.items() if value}
     content["steps"] = {
         step.name: {"run": step.run, **{key: value for key, value in step.given.items() if not key.endswith("_token")}}
         for step in recipe.steps.values()
@@ -155,6 +149,19 @@ def _check_folders(output_dir: Path, steps: list[PlannedStep]) -> None:
         raise InputError(*problems)
 
 
+def _fetch_weights(plan: Plan, steps: list[PlannedStep]) -> None:
+    """Have what the steps start from, all of it before the first one runs."""
+    needed = {
+        parent
+        for planned in steps
+        for option, parent in zip(planned.inputs, planned.parents, strict=True)
+        if not (option == "model" and planned.step.given.get("from_scratch"))
+    }
+    for source in plan.sources.values():
+        if source.reference in needed:
+            fetch_weights(source)
+
+
 def _prepare_folder(planned: PlannedStep, *, discard: bool) -> None:
     """An empty folder marked as running; checkpoints of the same step stay, for it to resume from."""
     record = read_record(planned.folder)
@@ -183,10 +190,19 @@ def _record(plan: Plan, planned: PlannedStep) -> dict[str, Any]:
         "fingerprint": planned.fingerprint,
         "parents": list(planned.parents),
         "lineage": lineage(plan, planned),
+        "ancestors": {name: plan.steps[name].step.run for name in lineage(plan, planned) if name in plan.steps},
+        "sources": {name: plan.sources[name].revision for name in lineage(plan, planned) if name in plan.sources},
+        "root": _root(plan, planned),
         "layers": planned.layers,
         "layer_pairs": planned.layer_pairs,
         "task": plan.data.task.name,
+        "kind": plan.data.task.kind,
+        "text": plan.data.task.text,
+        "labels": plan.data.task.label_names,
+        "scored": plan.data.scored_splits(),
         "data": asdict(plan.recipe.data),
+        "data_revision": plan.data.revision,
+        "rows": {split: len(rows) for split, rows in plan.data.splits.items()},
         "options": resolved,
         "environment": {**environment(), "allocator": allocator()},
     }
@@ -202,6 +218,16 @@ def lineage(plan: Plan, planned: PlannedStep) -> list[str]:
             found.append(name)
             queue += plan.steps[name].parents if name in plan.steps else ()
     return found
+
+
+def _root(plan: Plan, planned: PlannedStep) -> dict[str, Any]:
+    """The model outside the recipe that the weights come from in the end, with what its card says."""
+    reference = planned.parents[-1 if "model" in planned.inputs else 0]
+    if reference in plan.steps:
+        return _root(plan, plan.steps[reference])
+    source = plan.sources[reference]
+    found = {"reference": reference, "hub_id": source.hub_id, "revision": source.revision}
+    return found | inherited(Path(source.location))
 
 
 def _parameters(planned: PlannedStep) -> str:

@@ -1,17 +1,21 @@
 """Read the splits of a data set: from the Hub, from csv, json and parquet files, or from folders of texts."""
 
 import logging
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import datasets
 
 from distill.errors import InputError
-from distill.sources import locate, sha256
+from distill.sources import hub_problem, locate, reason_of, sha256, split_revision
 from distill.tasks import Task
 
 logger = logging.getLogger(__name__)
 
-_GLUE = "nyu-mll/glue"
+GLUE_ON_THE_HUB = "nyu-mll/glue"
+
+_COMMIT = re.compile("[0-9a-f]{40}")
 
 _IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 
@@ -39,7 +43,7 @@ def read_splits(
         InputError: nothing there, or not readable.
     """
     try:
-        location = locate(path or _GLUE)
+        location = locate(path or GLUE_ON_THE_HUB)
         return _read(task, location, name if path else task.name)
     except InputError as error:
         raise InputError(*(f"{key}: {problem}" for problem in error.problems)) from None
@@ -62,19 +66,32 @@ def _read(task: Task, location: str | Path, name: str | None) -> tuple[dict[str,
     return found, fingerprint
 
 
-def _read_hub(path: str, name: str | None) -> tuple[dict[str, datasets.Dataset], str]:
-    where = f"{path} ({name})" if name else path
+def _read_hub(reference: str, name: str | None) -> tuple[dict[str, datasets.Dataset], str]:
+    where = f"{reference} ({name})" if name else reference
+    path, wanted = split_revision(reference)
     try:
-        loaded = datasets.load_dataset(path, name)
+        loaded = datasets.load_dataset(path, name, revision=wanted)
     except Exception as error:  # the Hub client, the network and each builder raise their own kinds
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise InputError(
-            f"{where}: no such file or folder here, and not to be had from the Hub nor from its cache "
-            f"({reason}). Without a network, give it a local folder with train.* and validation.* files"
-        ) from error
+            f"{hub_problem(error, reference, where=where, nothing_here='no such file or folder here')}. "
+            "Without a network, give it a local folder with train.* and validation.* files"
+        ) from None
     if not isinstance(loaded, dict):
         raise InputError(f"{where} has no splits")
+    found = hub_revision(loaded)
+    if wanted is not None and found is not None and _COMMIT.fullmatch(wanted) and found != wanted:
+        # Without a network, datasets takes what was cached last, whatever revision was asked for.
+        raise InputError(f"{where}: not to be had from the Hub now, and its cache holds another revision, {found}")
     return dict(loaded), " ".join(f"{split} {rows._fingerprint}" for split, rows in loaded.items())
+
+
+def hub_revision(splits: Mapping[str, datasets.Dataset]) -> str | None:
+    """The commit that rows from the Hub were read from; None for rows of files.
+
+    datasets tells it nowhere, but keeps the rows of each commit in a folder named after it.
+    """
+    folders = [Path(file["filename"]).parent.name for rows in splits.values() for file in rows.cache_files]
+    return next((name for name in folders if _COMMIT.fullmatch(name)), None)
 
 
 def _split_files(folder: Path, task: Task) -> dict[str, Path]:
@@ -103,8 +120,7 @@ def _read_file(path: Path) -> datasets.Dataset:
         if "corresponds to no data" in str(error):
             raise InputError(f"{path}: the file holds no rows") from None
         cause = error.__cause__ or error
-        reason = str(cause).strip().split("\n")[0] or type(cause).__name__
-        raise InputError(f"{path}: cannot be read as {suffix[1:]} ({reason})") from error
+        raise InputError(f"{path}: cannot be read as {suffix[1:]} ({reason_of(cause)})") from error
     if len(rows) == 0:
         raise InputError(f"{path}: the file holds no rows")
     return rows

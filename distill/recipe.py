@@ -3,7 +3,7 @@
 import re
 import typing
 from collections.abc import Collection, Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,17 @@ from distill.benchmark import BenchmarkOptions
 from distill.config import TrainingConfig, checked
 from distill.data import DataOptions
 from distill.errors import InputError, near_name, nearest_name
+from distill.sources import repo_id_problem
 from distill.steps import VERBS, Options
 
-_TOP_LEVEL = ("task", "data", "output_dir", "baseline", "benchmark", "steps")
+_TOP_LEVEL = (
+    *("task", "data", "output_dir", "baseline", "benchmark", "steps"),
+    *("base_model", "license", "language", "push"),
+)
 _FILES_OF_A_RUN = ("recipe.yaml", "report.json", "report.md", "report.png")
 _STEP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
+_LANGUAGE = re.compile(r"[a-z]{2,3}|code|multilingual")  # ISO 639-1, 639-2 or 639-3, and the Hub's two special words
 SET_BY_THE_RUN = ("output_dir", "resume_from_checkpoint", "do_train", "do_eval", "do_predict", "remove_unused_columns")
 
 
@@ -50,6 +56,14 @@ class Recipe:
     problems: tuple[str, ...] = ()
     flags: frozenset[str] = frozenset()
     """Paths of the values that were typed on the command line."""
+    base_model: str | None = None
+    """What model cards name as the root of the lineage, a Hub id; for a root that is no model on the Hub."""
+    license: str | None = None
+    """Of model cards; by default the root's."""
+    language: tuple[str, ...] = ()
+    """Of model cards; by default GLUE's or the root's."""
+    push: dict[str, str] = field(default_factory=dict)
+    """For steps, the repositories that their models are pushed to after the report."""
 
 
 def load_recipe(path: Path, overrides: Mapping[str, str] | None = None, *, draft: bool = False) -> Recipe:
@@ -93,6 +107,8 @@ def load_recipe(path: Path, overrides: Mapping[str, str] | None = None, *, draft
         step = _parse_step(name, options, Path(str(output_dir)), given[name], problems)
         if step is not None:
             parsed[name] = step
+    push = _checked_push(content.get("push"), steps, problems)
+    base_model, license, language = _checked_card(content, problems)
     problems = [located(problem, path, overrides) for problem in problems]
     if problems and not draft:
         raise InputError(*problems)
@@ -109,6 +125,10 @@ def load_recipe(path: Path, overrides: Mapping[str, str] | None = None, *, draft
         data_is_readable=data is not None and "task" in names and not misnamed,
         problems=tuple(problems),
         flags=frozenset(overrides),
+        base_model=base_model,
+        license=license,
+        language=language,
+        push=push,
     )
 
 
@@ -159,6 +179,45 @@ def _near_recipe(path: Path) -> str:
     return f"; {nearest_name(str(path), map(str, recipes))}" if recipes else ""
 
 
+# --- what is published ---------------------------------------------------------------------------------------------
+
+
+def _checked_push(given: Any, steps: Mapping[str, Any], problems: list[str]) -> dict[str, str]:
+    """The `push:` block; what is wrong with it goes into `problems`."""
+    if given is None:
+        return {}
+    if not isinstance(given, dict):
+        problems.append(f"push: should be a mapping like {{{next(iter(steps), 'student')}: ORG/NAME}}, got {given!r}")
+        return {}
+    right: dict[str, str] = {}
+    for name, repo_id in given.items():
+        problem = repo_id_problem(repo_id) if isinstance(repo_id, str) else f"should be ORG/NAME, got {repo_id!r}"
+        if name not in steps:
+            problems.append(f"push.{name}: no step {name!r}; {nearest_name(name, steps)}")
+        elif problem:
+            problems.append(f"push.{name}: {problem}")
+        elif repo_id in right.values():
+            problems.append(f"push.{name}: {repo_id} is another step's already; each has its own repository")
+        else:
+            right[name] = repo_id
+    return right
+
+
+def _checked_card(content: Mapping[str, Any], problems: list[str]) -> tuple[str | None, str | None, tuple[str, ...]]:
+    """base_model, license and language, by the rules that the Hub has for them."""
+    base_model, license, language = (content.get(key) for key in ("base_model", "license", "language"))
+    if base_model is not None and (
+        not isinstance(base_model, str) or Path(base_model).exists() or repo_id_problem(base_model)
+    ):
+        problems.append(f"base_model: should name a model on the Hub, like org/name; got {base_model!r}")
+    if license is not None and not (isinstance(license, str) and _LICENSE.fullmatch(license)):
+        problems.append(f"license: should be one of the Hub's identifiers, like apache-2.0; got {license!r}")
+    languages = language if isinstance(language, list) else [] if language is None else [language]
+    if not all(isinstance(each, str) and _LANGUAGE.fullmatch(each) for each in languages):
+        problems.append(f"language: should be codes of two or three letters, like en; got {language!r}")
+    return base_model, license, tuple(languages)
+
+
 # --- steps ----------------------------------------------------------------------------------------------------------
 
 
@@ -196,7 +255,7 @@ def _apply_overrides(content: dict[str, Any], overrides: Mapping[str, str], prob
         except yaml.YAMLError:
             problems.append(f"--{path}: {text!r} is no YAML value; quote it")
             continue
-        if first in ("data", "benchmark") and rest:
+        if first in ("data", "benchmark", "push") and rest:
             block = content.get(first)
             content[first] = {**(block if isinstance(block, dict) else {}), rest: value}
         elif path in _TOP_LEVEL and path != "steps":
@@ -206,7 +265,7 @@ def _apply_overrides(content: dict[str, Any], overrides: Mapping[str, str], prob
             block = content["steps"][step]
             content["steps"][step] = {**(block if isinstance(block, dict) else {}), path[len(step) + 1 :]: value}
         elif content["steps"]:
-            known = [*content["steps"], "data", "benchmark", "task", "output_dir", "baseline"]
+            known = [*content["steps"], *(key for key in _TOP_LEVEL if key != "steps")]
             problems.append(f"--{path}: no such step or key; {nearest_name(first, known)}")
 
 

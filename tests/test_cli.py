@@ -376,6 +376,7 @@ def test_check_tells_what_a_recipe_will_do_and_writes_nothing(tmp_path, pretrain
     for part in (
         "labels: negative, positive", "rows: train 96, validation 40", "6 optimizer steps",
         "source layers 0, 3 (from 0)", "hidden loss: 1→2, 2→4 (student→teacher", "of training on this machine",
+        "teacher teacher: 0.1 M parameters, 0.6 MB of weights", "of teacher outputs cached on disk",
     ):  # fmt: skip
         assert part in out, f"{part!r} is not in\n{out}"
     assert [path.name for path in tmp_path.iterdir()] == ["r.yaml"]

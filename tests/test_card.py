@@ -1,0 +1,125 @@
+import json
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from distill.card import inherited, model_card
+from distill.steps import VERBS
+
+REPORT = """# run
+
+accuracy on 40 validation rows.
+
+| model | accuracy |
+| --- | ---: |
+| /home/someone/models/teacher | 0.9000 |
+| student | 0.8000 |
+
+![accuracy against size and latency](report.png)
+"""
+
+
+def record(**changes):
+    """step.json of a student of a local teacher, as a run writes it."""
+    teacher = "/home/someone/models/teacher"
+    found = {
+        "name": "student", "run": "distill", "parents": [teacher], "lineage": [teacher], "ancestors": {},
+        "sources": {teacher: None}, "root": {"reference": teacher, "hub_id": None, "revision": None},
+        "layers": [0, 3], "layer_pairs": {teacher: {"hidden": [[1, 2], [2, 4]]}},
+        "task": "own", "kind": "classification", "text": ["text"], "labels": ["no", "yes"],
+        "scored": [["validation", "", ""]],
+        "data": {"path": "/home/someone/rows.csv", "name": None, "max_length": 24}, "data_revision": None,
+        "rows": {"train": 96, "validation": 40},
+        "options": {
+            "model": None, "soft_weight": 0.5, "soft_loss": "kl", "temperature": 2.0, "hard_weight": 0.5,
+            "hidden_weight": {"from": 1.0, "to": 0.0}, "hidden_loss": "cosine", "embedding_weight": 0.0,
+            "max_steps": -1, "num_train_epochs": 3, "per_device_train_batch_size": 32, "learning_rate": 2e-5,
+            "seed": 42,
+        },
+        "train_seconds": 12.3, "environment": {"torch": "2", "transformers": "5", "bitsandbytes": "0"},
+    }  # fmt: skip
+    return {**found, **changes}
+
+
+@pytest.fixture
+def card(tmp_path):
+    """The card of a record, with the recipe and the metrics given."""
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "config.json").write_text("{}")
+    (tmp_path / "report.md").write_text(REPORT)
+
+    def write(recipe=None, metrics=None, name="me/it", **changes):
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe or {}))
+        step = record(**changes)
+        report = {"models": [{"name": step["name"], "metrics": metrics or {"accuracy": 0.8}}]}
+        return ModelCard(model_card(tmp_path / "student", step, report, name=name))
+
+    return write
+
+
+def test_local_models_and_data_are_told_by_their_names_alone(card):
+    found = card()
+    assert "/home/someone" not in str(found)
+    assert "distilled from the teacher `teacher`" in found.text
+    assert "classification of rows.csv (no, yes)" in found.text
+    assert "| teacher | 0.9000 |" in found.text
+    assert found.data.get("base_model") is None
+    assert found.data.get("base_model_relation") is None
+    assert found.data.get("datasets") is None
+    (result,) = found.data.eval_results
+    assert (result.dataset_type, result.dataset_name) == ("local", "rows.csv")
+
+
+def test_losses_and_layers_are_told(card):
+    text = card().text
+    assert "Losses: 0.5 × soft (kl, temperature 2.0), 0.5 × hard, 1.0 to 0.0 × hidden (cosine)" in text
+    assert "Layers matched by the hidden loss (student→`teacher`, 0: embeddings): 1→2, 2→4" in text
+    assert "Training: 96 rows, 3 epochs, 32 rows a batch and process, learning rate 2e-05, seed 42, 12 s" in text
+
+
+def test_the_recipe_names_what_a_local_root_does_not(card):
+    data = card({"base_model": "org/root", "license": "apache-2.0", "language": ["de", "no"]}).data
+    assert (data.base_model, data.base_model_relation) == ("org/root", "finetune")
+    assert (data.license, data.language) == ("apache-2.0", ["de", "no"])  # not False, as YAML 1.1 reads it
+
+
+def test_a_root_on_the_hub_gives_its_name_license_and_language(card, tmp_path):
+    readme = "---\nlicense: other\nlicense_name: odd\nlicense_link: LICENSE\nlanguage: fr\n---\nHello.\n"
+    (tmp_path / "README.md").write_text(readme)
+    root = {"reference": "org/root@v1", "hub_id": "org/root", "revision": "a" * 40, **inherited(tmp_path)}
+    data = card(root=root).data
+    assert (data.base_model, data.license, data.license_name, data.language) == ("org/root", "other", "odd", "fr")
+    assert data.license_link == "LICENSE"
+    (tmp_path / "README.md").write_text("---\n: [\n---\n")
+    assert inherited(tmp_path) == {}
+
+
+def test_each_metric_stands_under_the_split_that_it_was_measured_on(card):
+    scored = [["validation_matched", "", ""], ["validation_mismatched", "", "_mm"], ["test", "test_", ""]]
+    metrics = {"accuracy": 0.8, "accuracy_mm": 0.7, "test_accuracy": 0.6, "pearson": 0.5, "average": 0.4}
+    rows = {split: 40 for split, _, _ in scored}
+    results = card({"task": "mnli"}, metrics, scored=scored, rows={"train": 96, **rows}).data.eval_results
+    found = {(each.dataset_split, each.metric_type): each.metric_value for each in results}
+    assert found == {
+        ("validation_matched", "accuracy"): 0.8,
+        ("validation_mismatched", "accuracy"): 0.7,
+        ("test", "accuracy"): 0.6,
+        ("validation_matched", "pearsonr"): 0.5,
+        ("validation_matched", "glue"): 0.4,
+    }
+    assert {(each.dataset_type, each.dataset_config) for each in results} == {("nyu-mll/glue", "mnli")}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_its_words_and_relation(card, verb):
+    options = {**record()["options"], "format": "int8"}
+    data = card({"base_model": "org/root"}, run=verb, options=options).data
+    assert data.base_model_relation == {"quantize": "quantized"}.get(verb, "finetune")
+    assert ("distillation" in data.tags) is (verb == "distill")
+
+
+def test_names_with_brackets_and_dollars_stay_as_they_are(card):
+    found = card(labels=["$usage", "{x}"])
+    assert "($usage, {x})" in found.text
+    assert json.dumps(found.data.to_dict())

@@ -1,0 +1,66 @@
+import pytest
+import torch
+
+from distill.check import Memory, estimate_step, kept_for_backward, print_plan
+from distill.plan import make_plan
+from distill.recipe import load_recipe
+from tests.conftest import WORDS, make_tokenizer, tiny_bert
+
+
+def test_what_autograd_keeps_is_counted_once_and_without_the_weights():
+    inputs, weight = torch.randn(4, 10), torch.randn(10, 10, requires_grad=True)
+    with kept_for_backward([weight]) as kept:
+        product = inputs @ weight  # keeps inputs (4×10×4 = 160 bytes) and the weight, which is left out
+        sine = product.sin()  # keeps product: 160
+        (sine * product.view(2, 20).view(4, 10)).exp().sum().backward()  # sine: 160, product again, exp's result: 160
+    assert sum(kept.values()) == 4 * 160
+    with torch.no_grad(), kept_for_backward([weight]) as kept:
+        (inputs @ weight).sin()
+    assert not kept
+
+
+def test_the_peak_is_the_sum_of_its_parts():
+    memory = Memory(weights=40_000_000, gradients=30_000_000, optimizer=60_000_000, teachers=5_000_000)
+    assert memory.peak == 135_000_000
+    assert str(memory) == "135.0 MB of memory at the peak (weights 40.0, gradients 30.0, optimizer 60.0, teachers 5.0)"
+
+
+@pytest.fixture
+def estimates(tmp_path, sst2_folder, monkeypatch, capsys):
+    """The memory of each step, as `distill check` finds it."""
+    found = {}
+
+    def estimate(plan, planned):
+        return found.setdefault(planned.step.name, estimate_step(plan, planned))
+
+    monkeypatch.setattr("distill.check.estimate_step", estimate)
+    recipe = tmp_path / "r.yaml"
+    reordered = {"id2label": {0: "positive", 1: "negative"}, "label2id": {"positive": 0, "negative": 1}}
+    tiny_bert(**reordered).save_pretrained(tmp_path / "teacher")
+    make_tokenizer().save_pretrained(tmp_path / "teacher")
+    student = f"run: distill, teacher: {tmp_path / 'teacher'}, num_layers: 2"
+    recipe.write_text(
+        f"task: sst2\noutput_dir: {tmp_path / 'out'}\ndata: {{path: {sst2_folder}, max_length: 24}}\nsteps:\n"
+        f"  small: {{{student}, per_device_train_batch_size: 8}}\n"
+        f"  large: {{{student}, per_device_train_batch_size: 32}}\n"
+        f"  frozen: {{{student}, freeze_embeddings: true}}\n"
+        "  nf4: {run: quantize, model: small, format: nf4}\n"
+    )
+    print_plan(make_plan(load_recipe(recipe)))
+    return found
+
+
+def test_memory_is_measured_step_by_step(estimates, capsys):
+    small, large, frozen = (estimates[name].memory for name in ("small", "large", "frozen"))
+    size = 4 * estimates["small"].num_parameters
+    assert (small.weights, small.gradients) == (size, size)
+    assert small.optimizer == pytest.approx(2 * size, rel=0.01)  # AdamW's two moments, and its step counts
+    assert small.teachers == 4 * sum(parameter.numel() for parameter in tiny_bert().parameters())
+    assert 3 * small.activations < large.activations < 5 * small.activations  # four times the rows
+    embeddings = 4 * (len(WORDS) + 5) * 64
+    assert frozen.gradients == size - embeddings
+    assert frozen.optimizer == pytest.approx(2 * (size - embeddings), rel=0.01)
+    assert estimates["nf4"].memory.peak == size + estimates["nf4"].weight_bytes
+    out = capsys.readouterr().out
+    assert out.count(" MB of memory at the peak (weights") == 4
+    assert out.count(": 1 negative → 0 negative, 0 positive → 1 positive\n") == 3
