@@ -131,7 +131,7 @@ def own(path, **changes):
         ([{**row, "topic": "x"} for row in ROWS], {}, "holds 1 class"),
         (ROWS, {"kind": "regression"}, "'sport', which is no number"),
         (ROWS, {"label_names": ["sport", "science"]}, r"'tech', which is none of the classes \(sport, science\)"),
-        (ROWS, {"text": ["title", "body", "topic"]}, "one or two columns, not 3"),
+        (ROWS, {"text": ["title", "body", "topic"]}, "1 or 2 for classification, not 3 columns"),
         (ROWS[:1], {}, "class"),
     ],
 )
