@@ -6,6 +6,7 @@ import shutil
 import time
 from dataclasses import asdict
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,10 @@ from distill.errors import InputError, nearest_name
 from distill.hardware import allocator
 from distill.models import size_on_disk
 from distill.plan import Plan, PlannedStep
-from distill.processes import process_state
+from distill.processes import on_main_process, process_state, wait_for_everyone
 from distill.recipe import Recipe
 from distill.representations import show_pairs
-from distill.steps import run_step
+from distill.steps import Made, run_step
 
 
 def run_plan(plan: Plan, *, only: list[str] | None = None, force: bool = False, profile: bool = False) -> list[str]:
@@ -40,36 +41,22 @@ def run_plan(plan: Plan, *, only: list[str] | None = None, force: bool = False, 
     """
     steps = _chosen(plan, only)
     _check_folders(plan.recipe.output_dir, steps)
-    state = process_state()
-    if state.is_main_process:
-        plan.recipe.output_dir.mkdir(parents=True, exist_ok=True)
-        save_recipe(plan.recipe)
+    on_main_process(lambda: save_recipe(plan.recipe))
     ran = []
     for number, planned in enumerate(steps, start=1):
         name = planned.step.name
         todo = force or not is_finished(planned)
-        state.wait_for_everyone()  # nobody writes step.json before all have read it
+        wait_for_everyone()  # nobody writes step.json before all have read it
         if not todo:
             _say(f"[{number}/{len(steps)}] {name}: finished already")
             continue
         _say(f"[{number}/{len(steps)}] {name}: {planned.step.run}{_parameters(planned)}")
         started, clock = datetime.now(timezone.utc), time.perf_counter()
-        if state.is_main_process:
-            _prepare_folder(planned, discard=force)
-        state.wait_for_everyone()
+        on_main_process(partial(_prepare_folder, planned, discard=force))
         made = run_step(planned.step.options, planned.inputs, plan.data, planned.folder, profile=profile)
-        state.wait_for_everyone()
-        if state.is_main_process:
-            seconds = time.perf_counter() - clock
-            shutil.rmtree(planned.folder / "checkpoints", ignore_errors=True)
-            for weights in planned.folder.glob("*.safetensors"):  # safetensors writes them for the owner alone
-                shutil.copymode(planned.folder / "step.json", weights)
-            write_model_card(plan, planned)
-            record = _record(plan, planned) | asdict(made)
-            record |= {"started": started.isoformat(timespec="seconds"), "wall_seconds": round(seconds, 2)}
-            _write_record(planned, {**record, "status": "finished"})
-            _say(f"      {name}: finished in {seconds:.0f} s → {planned.folder}")
-        state.wait_for_everyone()
+        wait_for_everyone()
+        seconds = time.perf_counter() - clock
+        on_main_process(partial(_finish, plan, planned, made, started=started, seconds=seconds))
         ran.append(name)
     return ran
 
@@ -102,6 +89,7 @@ def save_recipe(recipe: Recipe) -> None:
         for step in recipe.steps.values()
     }
     text = yaml.safe_dump(json.loads(json.dumps(content, default=str)), sort_keys=False, allow_unicode=True)
+    recipe.output_dir.mkdir(parents=True, exist_ok=True)
     write_atomically(recipe.output_dir / "recipe.yaml", text)
 
 
@@ -155,6 +143,18 @@ def _prepare_folder(planned: PlannedStep, *, discard: bool) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     planned.folder.mkdir(parents=True, exist_ok=True)
     _write_record(planned, {"name": planned.step.name, "fingerprint": planned.fingerprint, "status": "running"})
+
+
+def _finish(plan: Plan, planned: PlannedStep, made: Made, *, started: datetime, seconds: float) -> None:
+    """A folder as others may take it: no checkpoints, a card, and the record that says it is finished."""
+    shutil.rmtree(planned.folder / "checkpoints", ignore_errors=True)
+    for weights in planned.folder.glob("*.safetensors"):  # safetensors writes them for the owner alone
+        shutil.copymode(planned.folder / "step.json", weights)
+    write_model_card(plan, planned)
+    record = _record(plan, planned) | asdict(made)
+    record |= {"started": started.isoformat(timespec="seconds"), "wall_seconds": round(seconds, 2)}
+    _write_record(planned, {**record, "status": "finished"})
+    _say(f"      {planned.step.name}: finished in {seconds:.0f} s → {planned.folder}")
 
 
 def _write_record(planned: PlannedStep, record: dict[str, Any]) -> None:

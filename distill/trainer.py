@@ -38,6 +38,7 @@ from distill.predictions import (
     predicting_alone,
     problem_type,
 )
+from distill.processes import wait_for_everyone
 from distill.representations import ProjectedStudent, accepted_inputs, input_names, width_of
 from distill.student import dropout
 from distill.teacher import STORED_COLUMNS, AnyTeacher, Teacher, match_teachers
@@ -161,6 +162,8 @@ class DistillationTrainer(transformers.Trainer):
         packing = packed(models) if self.args.packing else nullcontext()
         with fast_attention(models, longest, self.args.device), dropout(self.student, probability), packing:
             self.cache_teachers()
+            if self.args.world_size > 1 and self.args.ddp_find_unused_parameters is None:
+                self.accelerator.ddp_handler.find_unused_parameters = self._has_idle_weights()
             return super().train(*arguments, **options)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
@@ -168,6 +171,15 @@ class DistillationTrainer(transformers.Trainer):
         if self.problem_type == "question_answering" and self.args.world_size == 1:
             return SequentialSampler(eval_dataset)
         return super()._get_eval_sampler(eval_dataset)
+
+    def _has_idle_weights(self) -> bool:
+        """Whether the loss leaves some weight out (a pooler, upper layers), so that DDP must look for it in every step."""
+        batch = self._prepare_inputs(self.reader(self.train_dataset, "training")([0]))
+        self.model.eval()
+        with self.compute_loss_context_manager():
+            loss = self.compute_loss(self.model, batch)
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        return any(gradient is None for gradient in torch.autograd.grad(loss, trained, allow_unused=True))
 
     # --- rows and cached teachers -----------------------------------------------------------------------------------
 
@@ -258,7 +270,7 @@ class DistillationTrainer(transformers.Trainer):
                 precision="bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "fp32",
                 process_index=self.args.process_index,
                 num_processes=self.args.world_size,
-                wait=self.accelerator.wait_for_everyone,
+                wait=wait_for_everyone,
             )  # fmt: skip
 
     # --- the loss ---------------------------------------------------------------------------------------------------
