@@ -225,6 +225,7 @@ def test_two_processes_one_of_them_killed_make_what_one_makes(
     assert done.stderr.count("teacher: finished already") == 1
     assert done.stderr.count("resuming from checkpoint-4") == 1
     assert done.stderr.count("found in the cache") == 1
+    assert "unused parameters" not in said + done.stderr
     assert {path: path.stat().st_mtime_ns for path in (recipe.parent / "cache").rglob("*.arrow")} == cached
     assert len(cached) == 1
     for step, seen in (("teacher", 2), ("student", 2)):
