@@ -173,7 +173,7 @@ class DistillationTrainer(transformers.Trainer):
         return super()._get_eval_sampler(eval_dataset)
 
     def _has_idle_weights(self) -> bool:
-        """Whether the loss leaves some weight out (a pooler, upper layers), so that DDP must look for it in every step."""
+        """Whether the loss leaves some weight out (a pooler, upper layers), so that DDP must look for it each step."""
         batch = self._prepare_inputs(self.reader(self.train_dataset, "training")([0]))
         self.model.eval()
         with self.compute_loss_context_manager():
