@@ -4,8 +4,8 @@
     python scripts/glue_submission.py 'org/student-{task}' --data_root path/to/glue --output submission.zip
 
 {task} stands for cola, sst2, mrpc, stsb, mnli, qnli, qqp, rte and wnli; the MNLI model also predicts MNLI's mismatched
-rows and the diagnostic set AX. The rows are the Hub's (nyu-mll/glue), or with --data_root those of files: <task>/test.*,
-mnli/test_matched.*, mnli/test_mismatched.*, ax/test.*. The server wants every file, with its rows in their order.
+rows and the diagnostic set AX. The rows are the Hub's (nyu-mll/glue), or with --data_root those of files:
+<task>/test.*, mnli/test_matched.*, mnli/test_mismatched.*, ax/test.*. The server wants every file, with every row.
 """
 
 import argparse
@@ -132,8 +132,11 @@ def predict_files(models: str, rows: dict[str, datasets.Dataset]) -> dict[str, s
         InputError: with every model that is not there, or whose labels are not the task's.
     """
     if "{task}" not in models:
-        raise InputError(f"{models}: should hold {{task}}, which stands for the task's name; each task has its own model")
-    locations, problems = {}, []
+        raise InputError(
+            f"{models}: should hold {{task}}, which stands for the task's name; each task has its own model"
+        )
+    locations: dict[str, str] = {}
+    problems: list[str] = []
     for task in dict.fromkeys(file.task for file in FILES.values()):
         try:
             locations[task] = find_model(models.replace("{task}", task)).location

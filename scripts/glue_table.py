@@ -220,13 +220,10 @@ def _write(folder: Path, board: Leaderboard, runs: Sequence[Run]) -> None:
     steps = dict.fromkeys(f"{NAMES[run.task]} {run.steps}" for run in runs if run.steps)
     more = [about, *([f"Steps of each model: {', '.join(steps)}."] if steps else [])]
     problems = [f"{run.name}: {run.problem}" for run in runs if run.problem is not None]
-    for suffix, text in (
-        ("md", as_markdown(board, *more, *problems)),
-        ("json", as_json(board)),
-        ("csv", as_csv(board)),
-    ):
+    table = as_markdown(board, *more, *problems)
+    for suffix, text in (("md", table), ("json", as_json(board)), ("csv", as_csv(board))):
         write_atomically(folder / f"glue.{suffix}", text)
-    results.print(escape(as_markdown(board)))
+    results.print(escape(table))
     results.print(f"→ {folder / 'glue.md'}, .json, .csv")
 
 

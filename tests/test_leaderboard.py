@@ -52,7 +52,7 @@ def test_averages_are_those_worked_out_by_hand():
     teacher, student = board.rows
     assert board.tasks == ["cola", "mrpc", "wnli"]  # GLUE's order
     assert (board.averaged_tasks, board.notes) == (board.tasks, [])
-    # the teacher's scores: (50 + 85 + 50) / 3 and (60 + 85 + 50) / 3; the student's: (40 + 75 + 30) / 3, (50 + 78 + 30) / 3
+    # the teacher: (50 + 85 + 50) / 3 and (60 + 85 + 50) / 3; the student: (40 + 75 + 30) / 3 and (50 + 78 + 30) / 3
     assert teacher.average.values == pytest.approx([185 / 3, 195 / 3])
     assert student.average.values == pytest.approx([145 / 3, 158 / 3])
     assert student.average_without_wnli.values == pytest.approx([115 / 2, 128 / 2])
