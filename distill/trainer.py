@@ -1,7 +1,7 @@
 """`DistillationTrainer`: transformers' Trainer with teachers, and with losses that add up exactly."""
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -174,7 +174,7 @@ class DistillationTrainer(transformers.Trainer):
 
     def _has_idle_weights(self) -> bool:
         """Whether the loss leaves some weight out (a pooler, upper layers), so that DDP must look for it each step."""
-        batch = self._prepare_inputs(self.reader(self.train_dataset, "training")([0]))
+        batch = self._prepare_inputs(self._batch_reader()([0], 0))
         self.model.eval()
         with self.compute_loss_context_manager():
             loss = self.compute_loss(self.model, batch)
@@ -188,6 +188,10 @@ class DistillationTrainer(transformers.Trainer):
         lengths = row_lengths(self.train_dataset, self.args.length_column_name)
         if lengths is None or not self._draws_batches:
             return super().get_train_dataloader()
+        return length_loader(self._batch_reader(), lengths, self.args, self._train_batch_size)
+
+    def _batch_reader(self) -> Callable[[list[int], int], dict[str, Any]]:
+        """Makes the training batch of the rows with these numbers in an epoch, with what is cached of the teachers."""
         read = self.reader(self.train_dataset, "training")
 
         def collate(numbers: list[int], epoch: int) -> dict[str, Any]:
@@ -198,7 +202,7 @@ class DistillationTrainer(transformers.Trainer):
                 batch = self._masking(batch, numbers, epoch)
             return {**batch, COUNTED_ROWS: every, **({TEACHER_OUTPUTS: cached} if cached else {})}
 
-        return length_loader(collate, lengths, self.args, self._train_batch_size)
+        return collate
 
     @property
     def _draws_batches(self) -> bool:

@@ -16,13 +16,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import datasets
+import numpy as np
 import torch
 
 from distill.console import escape, log, results
 from distill.data import tokenize
 from distill.errors import InputError
-from distill.evaluation import predict_logits
-from distill.metrics import predict
+from distill.evaluation import predict_rows
 from distill.models import find_model, load_classifier, load_tokenizer
 from distill.readers import read_splits
 from distill.tasks import GLUE, Task
@@ -115,7 +115,7 @@ def read_test_rows(file: TestFile, data_root: Path | None) -> datasets.Dataset:
     if missing:
         raise InputError(f"{where}: has no column {' and '.join(missing)}; found {', '.join(rows.column_names)}")
     if "idx" in rows.column_names:
-        rows = rows.sort("idx")
+        rows = rows.select(np.argsort(rows["idx"]))
         if list(rows["idx"]) != list(range(len(rows))):
             raise InputError(f"{where}: idx should be the rows' numbers from 0 to {len(rows) - 1}, each once")
     return rows
@@ -154,8 +154,7 @@ def predict_files(models: str, rows: dict[str, datasets.Dataset]) -> dict[str, s
                 rows[name].select_columns(list(GLUE[task].text)).add_column("label", [0] * len(rows[name])),
                 GLUE[task], tokenizer, min(tokenizer.model_max_length, model.config.max_position_embeddings),
             )  # fmt: skip
-            logits = predict_logits(model, inputs, tokenizer, batch_size=64, text=f"Predicting {name}")
-            texts[name] = as_tsv(GLUE[task], predict(GLUE[task], logits).tolist())
+            texts[name] = as_tsv(GLUE[task], predict_rows(model, tokenizer, GLUE[task], inputs, name=name))
     return {name: texts[name] for name in FILES}
 
 

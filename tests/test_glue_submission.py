@@ -1,6 +1,7 @@
 """The zip for the GLUE server, from made-up test rows and models whose predictions are known."""
 
 import importlib.util
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from distill.tasks import GLUE
-from tests.conftest import sentences, tiny_bert, write_rows
+from tests.conftest import make_tokenizer, sentences, tiny_bert, write_rows
 
 _SPEC = importlib.util.spec_from_file_location(
     "glue_submission", Path(__file__).parents[1] / "scripts" / "glue_submission.py"
@@ -21,9 +22,10 @@ ALWAYS = {"cola": 1, "sst2": 0, "mrpc": 1, "qqp": 0, "mnli": 2, "qnli": 0, "rte"
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, tokenizer):
+def made(tmp_path_factory):
     """Models and test rows of all tasks; QNLI's model has its labels in another order, RTE's rows come shuffled."""
     folder = tmp_path_factory.mktemp("submission")
+    tokenizer = make_tokenizer()
     tokenizer.model_max_length = 32
     for task in GLUE.values():
         names = list(task.label_names or ["score"])
@@ -71,7 +73,7 @@ def test_scores_are_clipped_and_labels_written_in_words():
     assert script.as_tsv(GLUE["wnli"], [0, 1]).split()[3::2] == ["0", "1"]
 
 
-def test_predictions_stand_beside_their_rows(made, tokenizer):
+def test_predictions_stand_beside_their_rows(made, tmp_path, tokenizer):
     """A model whose answers differ from row to row, against its own forward; batches are by length, rows are not."""
     file = script.FILES["SST-2.tsv"]
     rows = script.read_test_rows(file, made / "glue")
@@ -79,11 +81,12 @@ def test_predictions_stand_beside_their_rows(made, tokenizer):
     with torch.no_grad():
         logits = [model(**tokenizer(text, return_tensors="pt")).logits[0] for text in rows["sentence"]]
         model.classifier.bias.sub_(torch.stack(logits).mean(0))  # so that both classes are predicted
-    model.save_pretrained(made / "models" / "sst2")
+    shutil.copytree(made / "models", tmp_path / "models")
+    model.save_pretrained(tmp_path / "models" / "sst2")
     expected = [int((each - torch.stack(logits).mean(0)).argmax()) for each in logits]
     assert set(expected) == {0, 1}
     every = {name: script.read_test_rows(each, made / "glue") for name, each in script.FILES.items()}
-    text = script.predict_files(str(made / "models" / "{task}"), every)["SST-2.tsv"]
+    text = script.predict_files(str(tmp_path / "models" / "{task}"), every)["SST-2.tsv"]
     assert text.split()[3::2] == list(map(str, expected))
 
 
