@@ -3,7 +3,6 @@
 import argparse
 import json
 import logging
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, asdict, fields
@@ -19,13 +18,14 @@ from distill.benchmark import BenchmarkOptions, as_row, benchmark_models, enviro
 from distill.check import print_plan
 from distill.console import escape, log, results
 from distill.data import DataOptions, load_data
-from distill.errors import InputError, TrainingDiverged, nearest_name
+from distill.errors import InputError, MainProcessFailed, TrainingDiverged
 from distill.evaluation import evaluate_model
 from distill.hub import push_folder, require_token, to_push, write_content
+from distill.launch import check_config, find_config, launch
 from distill.models import fetch_weights, find_model, load_classifier, load_processor
 from distill.pipeline import run_plan
-from distill.plan import make_plan
-from distill.processes import process_state
+from distill.plan import Plan, make_plan
+from distill.processes import check_launch, on_main_process
 from distill.recipe import SET_BY_THE_RUN, Recipe, load_recipe, parse_options, parse_value
 from distill.report import print_report, write_report
 from distill.steps import VERBS
@@ -48,18 +48,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if unknown:
             command = next(word for word in plain if not word.startswith("-"))
             parser.error(f"unrecognized arguments: {' '.join(unknown)}\n{_hint(command, unknown[0])}")
-        known.command(known, overrides)
+        return known.command(known, overrides) or 0
     except InputError as error:
         for problem in error.problems:
             log.print(f"[red]error:[/] {escape(problem)}")
         return 2
-    except TrainingDiverged as error:
+    except (TrainingDiverged, MainProcessFailed) as error:
         log.print(f"[red]error:[/] {escape(str(error))}")
         return 1
     except KeyboardInterrupt:
         log.print("stopped; the same command goes on from the last checkpoint")
         return 1
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -85,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--profile", action="store_true", help="write where the steps' time goes into their run folders")
     run.add_argument("--force", action="store_true", help="run finished steps again")
     run.add_argument("--accelerate_config", metavar="NAME", help="launch with accelerate_configs/NAME.yaml (or a path)")
+    run.add_argument("--num_processes", type=int, metavar="N", help="of the launch, instead of the file's")
     run.set_defaults(command=_run)
 
     evaluate = commands.add_parser(
@@ -155,11 +155,13 @@ def _check(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
         print_plan(make_plan(load_recipe(arguments.recipe, overrides, draft=True)))
 
 
-def _run(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
+def _run(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
     if arguments.accelerate_config:
-        _launch(arguments, overrides)
-        return
+        return _launch(arguments, overrides)
+    if arguments.num_processes is not None:
+        raise InputError("--num_processes: goes with --accelerate_config, which starts them")
     run_recipe(arguments.recipe, overrides, only=arguments.only, force=arguments.force, profile=arguments.profile)
+    return 0
 
 
 def run_recipe(
@@ -171,16 +173,19 @@ def run_recipe(
     profile: bool = False,
 ) -> None:
     """Run a recipe's unfinished steps, then (unless `only` some were asked for) report, and push what it says."""
+    check_launch()
     plan = make_plan(load_recipe(path, overrides, draft=True))
     if plan.recipe.push and only is None:
         require_token()  # before the hours, not after them
     run_plan(plan, only=only, force=force, profile=profile)
-    state = process_state()
-    if only is None and state.is_main_process:
-        print_report(write_report(plan))
-        results.print(f"→ {plan.recipe.output_dir / 'report.md'}")
-        _push_all(plan.recipe)
-    state.wait_for_everyone()
+    if only is None:
+        on_main_process(lambda: _report_and_push(plan))
+
+
+def _report_and_push(plan: Plan) -> None:
+    print_report(write_report(plan))
+    results.print(f"→ {plan.recipe.output_dir / 'report.md'}")
+    _push_all(plan.recipe)
 
 
 def _eval(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
@@ -293,36 +298,14 @@ def _push_one(
     results.print(f"→ {pushed.url}{'' if is_new else ' (nothing had changed)'}")
 
 
-def _launch(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
-    """`accelerate launch` of this same command, on every process of a launch configuration."""
-    given = arguments.accelerate_config
-    folders = [Path("accelerate_configs"), Path(__file__).parent.parent / "accelerate_configs"]
-    candidates = [Path(given), *(folder / f"{given}.yaml" for folder in folders)]
-    config = next((path for path in candidates if path.is_file()), None)
-    if config is None:
-        known = [path.stem for folder in folders for path in folder.glob("*.yaml")]
-        raise InputError(
-            f"--accelerate_config: {given} is no file and no known configuration; {nearest_name(given, known)}"
-        )
-    make_plan(load_recipe(arguments.recipe, overrides, draft=True))  # what is wrong is told once, here
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        str(config),
-        "--module",
-        "distill.cli",
-    ]
-    command += ["run", str(arguments.recipe), *(["--only", *arguments.only] if arguments.only else [])]
-    command += (
-        ["--force"] * arguments.force
-        + ["--profile"] * arguments.profile
-        + [part for key, value in overrides.items() for part in (f"--{key}", value)]
-    )
-    status = subprocess.run(command, check=False).returncode
-    if status:
-        sys.exit(status)
+def _launch(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
+    """This same command by `accelerate launch`; what is wrong with the recipe is told once, here."""
+    check_config(find_config(arguments.accelerate_config), arguments.num_processes)
+    make_plan(load_recipe(arguments.recipe, overrides, draft=True))
+    command = ["run", str(arguments.recipe), *(["--only", *arguments.only] if arguments.only else [])]
+    command += ["--force"] * arguments.force + ["--profile"] * arguments.profile
+    command += [part for key, value in overrides.items() for part in (f"--{key}", value)]
+    return launch(arguments.accelerate_config, command, num_processes=arguments.num_processes)
 
 
 def _print_options(name: str) -> None:

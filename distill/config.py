@@ -14,7 +14,7 @@ from typing_extensions import NotRequired, TypedDict  # typing's own from Python
 from distill.errors import InputError
 from distill.hardware import has_bf16
 from distill.losses import AttentionLoss, HiddenLoss, SoftLoss
-from distill.processes import check_world_size
+from distill.processes import check_world_size, runs_on_cpu
 from distill.representations import LayerMap
 
 
@@ -145,13 +145,15 @@ class TrainingConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()  # a moving bar fills a log file with its every move
-        if not torch.accelerator.is_available():
+        if runs_on_cpu():
             self.use_cpu = True
         if self.bf16 is None:
             accelerator = None if self.use_cpu else torch.accelerator.current_accelerator(check_available=True)
             self.bf16 = not self.fp16 and has_bf16(accelerator.type if accelerator else "cpu")
         super().__post_init__()
         check_world_size(self.world_size)
+        if self.n_gpu > 1:
+            self._n_gpu = 1  # else Trainer splits batches with DataParallel, which knows nothing of our losses
 
 
 @dataclass

@@ -16,6 +16,10 @@ class InputError(ValueError):
         super().__init__("\n".join(problems))
 
 
+class MainProcessFailed(RuntimeError):
+    """What this process waited for failed on the main one, which tells why."""
+
+
 class TrainingDiverged(RuntimeError):
     """A loss or a weight became NaN or infinite; what was saved before is good."""
 

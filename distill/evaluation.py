@@ -62,6 +62,18 @@ def evaluate_model(
     return Evaluation(metrics, interval, predictions)
 
 
+def predict_rows(
+    model: PreTrainedModel, tokenizer: Processor, task: Task, rows: datasets.Dataset, *, name: str, batch_size: int = 64
+) -> list:
+    """Class ids or scores of tokenized rows, in their order.
+
+    Args:
+        name: of the rows, beside the progress bar.
+    """
+    batches = _forwards(model.eval(), rows, tokenizer, batch_size=batch_size, text=f"Predicting {name}")
+    return predict(task, _together(batches, len(rows))).tolist()
+
+
 _Batches = Iterator[tuple[NDArray[np.int64], Tensor]]
 """Numbers of rows, and their logits."""
 

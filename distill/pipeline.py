@@ -7,6 +7,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,11 @@ from distill.folders import written_whole
 from distill.hardware import allocator
 from distill.models import fetch_weights, size_on_disk
 from distill.plan import Plan, PlannedStep
-from distill.processes import process_state
+from distill.processes import on_main_process, process_state, wait_for_everyone
 from distill.recipe import Recipe
 from distill.records import read_record
 from distill.representations import show_pairs
-from distill.steps import run_step
+from distill.steps import Made, run_step
 
 
 def run_plan(plan: Plan, *, only: list[str] | None = None, force: bool = False, profile: bool = False) -> list[str]:
@@ -44,47 +45,34 @@ def run_plan(plan: Plan, *, only: list[str] | None = None, force: bool = False, 
     steps = _chosen(plan, only)
     _check_folders(plan.recipe.output_dir, steps)
     _fetch_weights(plan, [planned for planned in steps if force or not is_finished(planned)])
-    state = process_state()
-    if state.is_main_process:
-        plan.recipe.output_dir.mkdir(parents=True, exist_ok=True)
-        save_recipe(plan.recipe)
+    on_main_process(lambda: save_recipe(plan.recipe))
     ran = []
     for number, planned in enumerate(steps, start=1):
         name = planned.step.name
         todo = force or not is_finished(planned)
-        state.wait_for_everyone()  # nobody writes step.json before all have read it
+        wait_for_everyone()  # nobody writes step.json before all have read it
         if not todo:
             _say(f"[{number}/{len(steps)}] {name}: finished already")
             continue
         _say(f"[{number}/{len(steps)}] {name}: {planned.step.run}{_parameters(planned)}")
         clock = time.perf_counter()
-        whole = planned.step.run == "quantize" and state.is_main_process  # it has no checkpoints to resume from
+        whole = planned.step.run == "quantize" and process_state().is_main_process  # no checkpoints to resume from
         with written_whole(planned.folder) if whole else nullcontext(planned.folder) as folder:
             _run(plan, replace(planned, folder=folder), discard=force, profile=profile)
         _say(f"      {name}: finished in {time.perf_counter() - clock:.0f} s → {planned.folder}")
-        state.wait_for_everyone()
+        wait_for_everyone()
         ran.append(name)
     return ran
 
 
 def _run(plan: Plan, planned: PlannedStep, *, discard: bool, profile: bool) -> None:
     """One step, from an empty folder to a record that it is finished."""
-    state = process_state()
     started, clock = datetime.now(timezone.utc), time.perf_counter()
-    if state.is_main_process:
-        _prepare_folder(planned, discard=discard)
-    state.wait_for_everyone()
+    on_main_process(partial(_prepare_folder, planned, discard=discard))
     made = run_step(planned.step.options, planned.inputs, plan.data, planned.folder, profile=profile)
-    state.wait_for_everyone()
-    if state.is_main_process:
-        seconds = time.perf_counter() - clock
-        shutil.rmtree(planned.folder / "checkpoints", ignore_errors=True)
-        for weights in planned.folder.glob("*.safetensors"):  # safetensors writes them for the owner alone
-            shutil.copymode(planned.folder / "step.json", weights)
-        record = _record(plan, planned) | asdict(made)
-        record |= {"started": started.isoformat(timespec="seconds"), "wall_seconds": round(seconds, 2)}
-        write_model_card(planned.folder, record)
-        _write_record(planned, {**record, "status": "finished"})
+    wait_for_everyone()
+    seconds = time.perf_counter() - clock
+    on_main_process(partial(_finish, plan, planned, made, started=started, seconds=seconds))
 
 
 def is_finished(planned: PlannedStep) -> bool:
@@ -107,6 +95,7 @@ def save_recipe(recipe: Recipe) -> None:
         for step in recipe.steps.values()
     }
     text = yaml.safe_dump(json.loads(json.dumps(content, default=str)), sort_keys=False, allow_unicode=True)
+    recipe.output_dir.mkdir(parents=True, exist_ok=True)
     write_atomically(recipe.output_dir / "recipe.yaml", text)
 
 
@@ -173,6 +162,17 @@ def _prepare_folder(planned: PlannedStep, *, discard: bool) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     planned.folder.mkdir(parents=True, exist_ok=True)
     _write_record(planned, {"name": planned.step.name, "fingerprint": planned.fingerprint, "status": "running"})
+
+
+def _finish(plan: Plan, planned: PlannedStep, made: Made, *, started: datetime, seconds: float) -> None:
+    """A folder as others may take it: no checkpoints, a card, and the record that says it is finished."""
+    shutil.rmtree(planned.folder / "checkpoints", ignore_errors=True)
+    for weights in planned.folder.glob("*.safetensors"):  # safetensors writes them for the owner alone
+        shutil.copymode(planned.folder / "step.json", weights)
+    record = _record(plan, planned) | asdict(made)
+    record |= {"started": started.isoformat(timespec="seconds"), "wall_seconds": round(seconds, 2)}
+    write_model_card(planned.folder, record)
+    _write_record(planned, {**record, "status": "finished"})
 
 
 def _write_record(planned: PlannedStep, record: dict[str, Any]) -> None:

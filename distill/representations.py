@@ -253,6 +253,8 @@ class ProjectedStudent(nn.Module):
         self.config = student.config
         self.reader = Reader(student, wanted)
         self._uses_logits = uses_logits
+        known = {type(module).__name__ for module in student.modules()}
+        self._no_split_modules = sorted(known & set(student._no_split_modules or ()))  # where FSDP cuts
         self.projections = nn.ModuleDict()
         width = width_of(student.config)
         for teacher, (each, teacher_width) in enumerate(zip(wanted, teacher_widths, strict=True)):

@@ -26,7 +26,7 @@ from distill.evaluation import input_batches, metrics_while_training
 from distill.formats import Format, QuantizationSettings, choose_formats
 from distill.models import load_classifier, load_for_finetuning, load_processor
 from distill.predictions import problem_type
-from distill.processes import process_state
+from distill.processes import on_main_process
 from distill.profiling import StepProfile
 from distill.quantize import apply_formats, quantized_size
 from distill.representations import depth_of
@@ -155,6 +155,9 @@ class Made:
     samples_per_second: float | None = None
     """Training rows per second, all processes together."""
     world_size: int | None = None
+    device: str | None = None
+    effective_batch_size: int | None = None
+    """Rows of an optimizer step, all processes together; null where batches are made by their tokens."""
     log: list[dict[str, float]] = field(default_factory=list)
     """Trainer's log lines."""
 
@@ -228,7 +231,8 @@ def distill(
 
 def quantize(options: QuantizeOptions, inputs: dict[str, str], data: Data, folder: Path) -> Made:
     """Quantize `inputs["model"]`; on the main process alone."""
-    if process_state().is_main_process:
+
+    def work() -> None:
         model = load_classifier(inputs["model"], data.task, label_map=options.label_map, dtype=torch.float32)
         if options.bits_budget is None:
             formats = choose_formats(model, options)
@@ -236,6 +240,8 @@ def quantize(options: QuantizeOptions, inputs: dict[str, str], data: Data, folde
             formats = _pick_formats(model, options, data, inputs["model"], folder)
         apply_formats(model, formats, options).save_pretrained(folder)
         load_processor(inputs["model"], data.task.kind, data.max_length).save_pretrained(folder)
+
+    on_main_process(work)
     return Made()
 
 
@@ -350,6 +356,9 @@ def _train(
         clock.resume(checkpoint)
         if trainer.is_world_process_zero():
             log.print(f"      resuming from {checkpoint.name}")
+    rows_of_a_step, said = _batch(trainer)
+    if trainer.is_world_process_zero():
+        log.print(f"      {said}")
     with in_float32(trainer.student):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if options.merge:
@@ -360,7 +369,28 @@ def _train(
         trainer.save_model(str(folder))
     seconds = clock.seconds()
     rows = len(trainer.train_dataset) * (trainer.state.epoch or 0)
-    return Made(seconds, rows / seconds, trainer.accelerator.num_processes, trainer.state.log_history)
+    return Made(
+        train_seconds=seconds,
+        samples_per_second=rows / seconds,
+        world_size=trainer.accelerator.num_processes,
+        device=trainer.args.device.type,
+        effective_batch_size=rows_of_a_step,
+        log=trainer.state.log_history,
+    )
+
+
+def _batch(trainer: DistillationTrainer) -> tuple[int | None, str]:
+    """The rows of an optimizer step (None where tokens are counted), and in words how they are shared out and where."""
+    args, processes = trainer.args, trainer.accelerator.num_processes
+    budget = args.max_tokens_per_batch
+    a_batch, unit = (args.train_batch_size, "rows") if budget is None else (budget, "tokens")
+    total = a_batch * args.gradient_accumulation_steps * processes
+    shared = [f"{processes} processes" if processes > 1 else "1 process", f"{a_batch} {unit}"]
+    shared += [f"{args.gradient_accumulation_steps} batches"] * (args.gradient_accumulation_steps > 1)
+    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+    at_most = "" if budget is None else "at most "
+    said = f"{at_most}{total} {unit} a step ({' × '.join(shared)}) on {args.device.type}, {precision}"
+    return (total if budget is None else None), said
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -1,7 +1,7 @@
 """`DistillationTrainer`: transformers' Trainer with teachers, and with losses that add up exactly."""
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from distill.predictions import (
     predicting_alone,
     problem_type,
 )
+from distill.processes import wait_for_everyone
 from distill.representations import ProjectedStudent, accepted_inputs, input_names, width_of
 from distill.student import dropout
 from distill.teacher import STORED_COLUMNS, AnyTeacher, Teacher, match_teachers
@@ -156,6 +157,8 @@ class DistillationTrainer(transformers.Trainer):
             keep_freed_memory()
         with self.training_conditions():
             self.cache_teachers()
+            if self.args.world_size > 1 and self.args.ddp_find_unused_parameters is None:
+                self.accelerator.ddp_handler.find_unused_parameters = self._has_idle_weights()
             return super().train(*arguments, **options)
 
     @contextmanager
@@ -185,6 +188,15 @@ class DistillationTrainer(transformers.Trainer):
         """Trainer's, but what rows are made of as they are read stays."""
         return dataset if _made_as_read(dataset) else super()._remove_unused_columns(dataset, description)
 
+    def _has_idle_weights(self) -> bool:
+        """Whether the loss leaves some weight out (a pooler, upper layers), so that DDP must look for it each step."""
+        batch = self._prepare_inputs(self._batch_reader()([0], 0))
+        self.model.eval()
+        with self.compute_loss_context_manager():
+            loss = self.compute_loss(self.model, batch)
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        return any(gradient is None for gradient in torch.autograd.grad(loss, trained, allow_unused=True))
+
     # --- rows and cached teachers -----------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
@@ -192,6 +204,10 @@ class DistillationTrainer(transformers.Trainer):
         lengths = row_lengths(self.train_dataset, self.args.length_column_name)
         if lengths is None or not self._draws_batches:
             return super().get_train_dataloader()
+        return length_loader(self._batch_reader(), lengths, self.args, self._train_batch_size)
+
+    def _batch_reader(self) -> Callable[[list[int], int], dict[str, Any]]:
+        """Makes the training batch of the rows with these numbers in an epoch, with what is cached of the teachers."""
         read = self.reader(self.train_dataset, "training")
 
         def collate(numbers: list[int], epoch: int) -> dict[str, Any]:
@@ -202,7 +218,7 @@ class DistillationTrainer(transformers.Trainer):
                 batch = self._masking(batch, numbers, epoch)
             return {**batch, COUNTED_ROWS: every, **({TEACHER_OUTPUTS: cached} if cached else {})}
 
-        return length_loader(collate, lengths, self.args, self._train_batch_size)
+        return collate
 
     @property
     def _draws_batches(self) -> bool:
@@ -274,7 +290,7 @@ class DistillationTrainer(transformers.Trainer):
                 precision="bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "fp32",
                 process_index=self.args.process_index,
                 num_processes=self.args.world_size,
-                wait=self.accelerator.wait_for_everyone,
+                wait=wait_for_everyone,
             )  # fmt: skip
 
     # --- the loss ---------------------------------------------------------------------------------------------------

@@ -265,6 +265,19 @@ def test_parts_times_weights_are_the_loss(tmp_path, case):
         assert set(parts) == {part for part, weight in trainer.weights.items() if weight != 0}
 
 
+@pytest.mark.parametrize(("case", "idle"), [("default", False), ("every part", False), ("hidden", True)])
+def test_weights_that_the_loss_leaves_out_are_found(tmp_path, case, idle):
+    """The hidden loss leaves out the head; DDP looks for such weights only where there are some."""
+    options = dict(CASES[case])
+    teacher, student = make_models(narrow=options.pop("narrow", False))
+    trainer = DistillationTrainer(
+        model=student, teacher=teacher, train_dataset=make_rows(), processing_class=make_tokenizer(),
+        args=DistillationConfig(output_dir=str(tmp_path), bf16=False, **options),
+    )  # fmt: skip
+    assert trainer._has_idle_weights() == idle
+    assert all(parameter.grad is None for parameter in student.parameters())
+
+
 _WORKER = """
 import sys, torch
 sys.path.insert(0, {root!r})

@@ -8,8 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 
 from distill.cli import main
+from distill.errors import InputError
+from distill.launch import check_config
 from distill.pipeline import read_record
 from distill.recipe import load_recipe
 from tests.conftest import sentences, tiny_bert, write_rows
@@ -32,6 +36,24 @@ def test_every_launch_configuration_loads_in_accelerate(path):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_launch_configuration_starts_what_it_says(path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    if "deepspeed" in path.stem:
+        with pytest.raises(InputError, match="deepspeed is not installed here"):
+            check_config(path, None)
+    else:
+        check_config(path, None)
+    parsed, _, _ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", str(path), "s.py"]))
+    several = parsed.multi_gpu or parsed.use_fsdp or parsed.use_deepspeed  # else its launcher starts one
+    assert parsed.num_processes == (8 if path.stem == "multi_node" else 2 if several else 1)
+    if parsed.use_fsdp:
+        assert prepare_multi_gpu_env(parsed)["FSDP_VERSION"] == "2"
+
+
+@pytest.mark.slow  # test_processes.py launches multi_cpu, and cpu is below
+@pytest.mark.parametrize(
+    "path", [path for path in CONFIGS if path.stem in ("single_gpu", "multi_gpu")], ids=lambda path: path.stem
+)
 def test_accelerate_launch_runs_a_recipe(path, tmp_path, pretrained, sst2_folder):
     recipe = tmp_path / "r.yaml"
     recipe.write_text(
