@@ -458,7 +458,7 @@ class DistillationTrainer(transformers.Trainer):
 
     def _check_columns(self) -> None:
         columns = getattr(self.train_dataset, "column_names", None)
-        if columns is None:
+        if columns is None or _made_as_read(self.train_dataset):
             return
         if any(each.model is None for each in self.teachers) and not set(STORED_COLUMNS) & set(columns):
             raise InputError(
