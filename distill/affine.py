@@ -30,7 +30,7 @@ class Affine:
         """The smallest type of torch that holds the codes."""
         if self.lowest >= 0 and self.highest <= 255:
             return torch.uint8
-        return torch.int8 if -128 <= self.lowest and self.highest <= 127 else torch.int32
+        return torch.int8 if self.lowest >= -128 and self.highest <= 127 else torch.int32
 
 
 def value_range(values: Tensor, *, axis: int | None = None, group_size: int | None = None) -> tuple[Tensor, Tensor]:

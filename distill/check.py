@@ -86,6 +86,8 @@ def print_plan(plan: Plan) -> None:
             results.print(f"  {line}")
         if planned.layers is not None:
             results.print(f"  source layers {', '.join(map(str, planned.layers))} (from 0)")
+        if isinstance(planned.step.options, TrainingConfig) and planned.step.options.qat is not None:
+            results.print(f"  {_awareness(planned.step.options)}")
         for teacher, pairs in planned.layer_pairs.items():
             for part, layers in pairs.items():
                 results.print(f"  {part} loss: {show_pairs(layers)} (student→{teacher}; 0 is the embeddings)")
@@ -152,6 +154,7 @@ def _timed(
     """
     timed, kind = copy.copy(options), plan.data.task.kind
     timed.output_dir, timed.disable_tqdm, timed.report_to = scratch, True, []
+    timed.qat_delay = 0.0  # the steps that take longer
     tokenizer = load_processor(planned.tokenizer_location, kind, plan.data.max_length)
     rows = plan.data.training_rows(tokenizer, unlabelled=isinstance(planned.step.options, DistillOptions))
     trainer = DistillationTrainer(
@@ -176,6 +179,7 @@ def _timed(
         start = int(position * max(len(rows) - size, 0))
         batch = read(order[start : start + size].tolist())
         began = time.perf_counter()
+        trainer.begin_quantized_step()
         with trainer.accelerator.autocast():  # as the prepared model has it in training
             trainer.training_step(trainer.model, batch, trainer._get_num_items_in_batch([batch], options.device))
         trainer.optimizer.step()
@@ -232,6 +236,16 @@ def kept_for_backward(parameters: Iterable[Tensor]) -> Iterator[dict[int, int]]:
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
+
+
+def _awareness(options: TrainingConfig) -> str:
+    """What a quantization-aware step trains with, and from when on."""
+    parts = [f"{options.qat} weights", f"{options.qat_embeddings} embeddings"]
+    parts[-1] = "embeddings as they are" if options.qat_embeddings == "none" else parts[-1]
+    if options.qat_activations:
+        parts.append("8-bit inputs")
+    delay = f"{options.qat_delay:.0%} of its steps" if options.qat_delay < 1 else f"{options.qat_delay:.0f} steps"
+    return f"quantization-aware: {', '.join(parts)}" + (f", after {delay}" if options.qat_delay else "")
 
 
 def _count_steps(options: TrainingConfig, batches_of_an_epoch: int) -> tuple[int, int]:

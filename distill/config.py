@@ -3,6 +3,7 @@
 import copy
 import math
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -12,6 +13,7 @@ from transformers import TrainingArguments
 from typing_extensions import NotRequired, TypedDict  # typing's own from Python 3.12 on
 
 from distill.errors import InputError
+from distill.formats import EmbeddingFormat, Format, QuantizationSettings
 from distill.hardware import has_bf16
 from distill.losses import AttentionLoss, HiddenLoss, SoftLoss
 from distill.processes import check_world_size, runs_on_cpu
@@ -135,6 +137,26 @@ class TrainingConfig(TrainingArguments):
     freeze_embeddings: bool = field(
         default=False, metadata={"help": "Leave the word embeddings as they are: less memory, shorter steps on a CPU."}
     )
+    qat: Format | None = field(
+        default=None,
+        metadata={
+            "help": "Train with the weights that a quantize step of this format will leave (int8, nf4 or fp4), so that "
+            "it costs less; what is saved is the float model."
+        },
+    )
+    qat_embeddings: EmbeddingFormat = field(
+        default="int8", metadata={"help": "qat: what large embeddings will be quantized to: int8, nf4 or none."}
+    )
+    qat_double_quant: bool = field(
+        default=True, metadata={"help": "qat: the scales of 4-bit blocks will be quantized too."}
+    )
+    qat_activations: bool = field(
+        default=False,
+        metadata={"help": "qat: 8-bit inputs of the quantized layers too, for engines that compute in int8 on a CPU."},
+    )
+    qat_delay: Annotated[float, Field(ge=0)] = field(
+        default=0.0, metadata={"help": "qat: steps before it sets in; below 1, their share of all steps."}
+    )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Leave NaN out of the logged loss; here such a loss stops the training."}
     )
@@ -154,6 +176,23 @@ class TrainingConfig(TrainingArguments):
         check_world_size(self.world_size)
         if self.n_gpu > 1:
             self._n_gpu = 1  # else Trainer splits batches with DataParallel, which knows nothing of our losses
+        problems = _field_problems(self, _QAT_OPTIONS)
+        if self.qat is None:
+            options = TrainingConfig.__dataclass_fields__
+            changed = [name for name in _QAT_OPTIONS if getattr(self, name) != options[name].default]
+            problems += [f"{name}: has no effect without qat; say qat: int8, nf4 or fp4" for name in changed]
+        if problems:
+            raise InputError(*problems)
+
+    @property
+    def quantization(self) -> QuantizationSettings | None:
+        """What a quantization-aware step trains for."""
+        if self.qat is None:
+            return None
+        return QuantizationSettings(format=self.qat, embeddings=self.qat_embeddings, double_quant=self.qat_double_quant)
+
+
+_QAT_OPTIONS = ("qat", "qat_embeddings", "qat_double_quant", "qat_activations", "qat_delay")
 
 
 @dataclass
@@ -254,7 +293,9 @@ class DistillationConfig(TrainingConfig):
     )
 
     def __post_init__(self) -> None:
-        problems = _field_problems(self)
+        inherited = {each.name for each in fields(TrainingConfig)}
+        own = [each.name for each in fields(DistillationConfig) if each.name not in inherited]
+        problems = _field_problems(self, own)
         if not problems and self.alpha is not None:
             problems += self._apply_alpha(self.alpha)
         if not problems:
@@ -304,15 +345,13 @@ def is_on(weight: float | Schedule) -> bool:
     return max(weight["from"], weight["to"]) > 0 if isinstance(weight, dict) else weight > 0
 
 
-def _field_problems(config: DistillationConfig) -> list[str]:
+def _field_problems(config: TrainingConfig, names: Iterable[str]) -> list[str]:
     """Values of our own options against their annotations, for those who call from Python."""
-    annotations = get_type_hints(DistillationConfig, include_extras=True)
-    inherited = {each.name for each in fields(TrainingConfig)}
+    annotations = get_type_hints(type(config), include_extras=True)
     problems = []
-    for each in fields(DistillationConfig):
-        if each.name not in inherited:
-            try:
-                setattr(config, each.name, checked(getattr(config, each.name), annotations[each.name]))
-            except InputError as error:
-                problems.append(f"{each.name}: {error}")
+    for name in names:
+        try:
+            setattr(config, name, checked(getattr(config, name), annotations[name]))
+        except InputError as error:
+            problems.append(f"{name}: {error}")
     return problems

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from distill.config import TrainingConfig
 from distill.data import Data, load_data, tokenizer_fingerprint
 from distill.errors import InputError, near_name
 from distill.models import (
@@ -69,6 +70,7 @@ _CODE = {
     "distill": _TRAINING_CODE,
     "quantize": ("models", "student", "linears", "embeddings", "formats", "quantize", "sensitivity", "steps"),
 }
+_QAT_CODE = ("affine", "fake_weights", "qat", "formats", "embeddings")  # beside, where `qat` is given
 
 # Options that change what is shown or kept while a step runs, and not what it makes.
 _NOT_IN_FINGERPRINT = {
@@ -415,7 +417,8 @@ def _fingerprint(step: Step, inputs: dict[str, str], data: Data | None) -> str:
         rows = [data.task.label_names, data.max_length, *([data.train_fingerprint] if step.options.bits_budget else [])]
     else:
         rows = data.fingerprint if step.options.load_best_model_at_end else data.train_fingerprint
-    code = [code_fingerprint(module) for module in _CODE[step.run]]
+    aware = isinstance(step.options, TrainingConfig) and step.options.qat is not None
+    code = [code_fingerprint(module) for module in (*_CODE[step.run], *(_QAT_CODE if aware else ()))]
     identity = json.dumps([step.run, changed, inputs, rows, code], sort_keys=True, default=str)
     return hashlib.sha256(identity.encode()).hexdigest()
 

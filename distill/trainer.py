@@ -39,11 +39,13 @@ from distill.predictions import (
     problem_type,
 )
 from distill.processes import wait_for_everyone
+from distill.qat import FakeQuantization, check_quantizable, fake_quantized
 from distill.representations import ProjectedStudent, accepted_inputs, input_names, width_of
 from distill.student import dropout
 from distill.teacher import STORED_COLUMNS, AnyTeacher, Teacher, match_teachers
 
 _PROJECTIONS_FILE = "projections.safetensors"
+_RANGES_FILE = "activation_ranges.safetensors"
 
 
 class DistillationTrainer(transformers.Trainer):
@@ -106,6 +108,9 @@ class DistillationTrainer(transformers.Trainer):
             if args.learning_rate is None:
                 args.learning_rate = default_learning_rate(width_of(model.config))
             transformers.set_seed(args.seed)  # projections are drawn here
+        if args.quantization is not None:
+            check_quantizable(model, args.quantization)
+        self._quantized: FakeQuantization | None = None
         if args.freeze_embeddings:
             model.get_input_embeddings().requires_grad_(False)
         uses_logits = is_on(self.weights["hard"]) or is_on(self.weights.get("soft", 0))
@@ -163,13 +168,16 @@ class DistillationTrainer(transformers.Trainer):
 
     @contextmanager
     def training_conditions(self) -> Iterator[None]:
-        """Attention, dropout and packing as they are in `train`."""
+        """Attention, dropout, packing and fake weights as they are in `train`."""
         lengths = row_lengths(self.train_dataset, self.args.length_column_name)
         models = [self.student, *(each.model for each in self.teachers if each.model is not None)]
         longest = sys.maxsize if lengths is None else int(lengths.max())
         probability = self.args.dropout if isinstance(self.args, DistillationConfig) else None
         packing = packed(models) if self.args.packing else nullcontext()
-        with fast_attention(models, longest, self.args.device), dropout(self.student, probability), packing:
+        with (
+            fast_attention(models, longest, self.args.device), dropout(self.student, probability), packing,
+            self.as_quantized() as self._quantized,
+        ):  # fmt: skip
             yield
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
@@ -196,6 +204,18 @@ class DistillationTrainer(transformers.Trainer):
             loss = self.compute_loss(self.model, batch)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         return any(gradient is None for gradient in torch.autograd.grad(loss, trained, allow_unused=True))
+
+    def as_quantized(self) -> AbstractContextManager[FakeQuantization | None]:
+        """The student with the weights that a later `quantize` will leave, where `qat` asks for it."""
+        if self.args.quantization is None:
+            return nullcontext()
+        return fake_quantized(self.student, self.args.quantization, activations=self.args.qat_activations)
+
+    def begin_quantized_step(self) -> None:
+        """Quantize weights anew from here on; with `qat_delay` only once it is over."""
+        if self._quantized is not None:
+            delay = self.args.qat_delay * (self.state.max_steps if self.args.qat_delay < 1 else 1)
+            self._quantized.begin_step(on=self.state.global_step >= delay, gather=self.accelerator.gather)
 
     # --- rows and cached teachers -----------------------------------------------------------------------------------
 
@@ -384,6 +404,7 @@ class DistillationTrainer(transformers.Trainer):
         if self.accelerator.num_processes > 1:
             counts = self.accelerator.reduce(counts, reduction="sum")
         self._logged.steps += 1
+        self.begin_quantized_step()
         return batches, counts
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
@@ -506,11 +527,15 @@ class DistillationTrainer(transformers.Trainer):
     def evaluation_loop(
         self, dataloader: Any, description: str, *arguments: Any, metric_key_prefix: str = "eval", **options: Any
     ) -> EvalLoopOutput:
-        """Trainer's, with the loss and its parts as sums over all rows divided by what they count."""
+        """Trainer's, with the loss and its parts as sums over all rows divided by what they count.
+
+        With `qat` the student is evaluated as quantizing it now would leave it.
+        """
         self._evaluated = Sums()
-        output = super().evaluation_loop(
-            dataloader, description, *arguments, metric_key_prefix=metric_key_prefix, **options
-        )
+        with self.as_quantized():  # of its own: the weights have moved since the last step began
+            output = super().evaluation_loop(
+                dataloader, description, *arguments, metric_key_prefix=metric_key_prefix, **options
+            )
         key = f"{metric_key_prefix}_loss"
         if not self._evaluated.totals:
             output.metrics.pop(key, None)  # nothing to compare with, neither labels nor stored predictions
@@ -528,12 +553,17 @@ class DistillationTrainer(transformers.Trainer):
         self._watch.stop_if_diverged(self.state)
         if not torch.stack([parameter.isfinite().all() for parameter in self.model.parameters()]).all():
             self._watch.stop(f"a weight was NaN or infinite at step {self.state.global_step}", self.state)
+        if self._quantized is not None:
+            self._quantized.average_ranges(self.accelerator.gather)
         super()._save_checkpoint(model, trial)
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Write the student alone, in plain form, no pickled arguments; a checkpoint has the projections beside it."""
+        """Write the student alone, in plain form, no pickled arguments.
+
+        A checkpoint has the projections and the activations' ranges beside it.
+        """
         folder = Path(output_dir or self.args.output_dir)
         model = self.accelerator.unwrap_model(self.model)
         if isinstance(model, ProjectedStudent):
@@ -542,7 +572,10 @@ class DistillationTrainer(transformers.Trainer):
         self.student.save_pretrained(folder, state_dict=state_dict, is_main_process=self.args.should_save)
         if not self.args.should_save:
             return
-        if isinstance(model, ProjectedStudent) and model.projections and folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+        is_checkpoint = folder.name.startswith(PREFIX_CHECKPOINT_DIR)
+        if is_checkpoint and self._quantized is not None and self.args.qat_activations:
+            safetensors.torch.save_file({"ranges": self._quantized.ranges}, folder / _RANGES_FILE)
+        if isinstance(model, ProjectedStudent) and model.projections and is_checkpoint:
             projections = {k: v for k, v in state.items() if k.startswith("projections.")}
             safetensors.torch.save_file(projections, folder / _PROJECTIONS_FILE)
         if self.processing_class is not None:
@@ -550,6 +583,9 @@ class DistillationTrainer(transformers.Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, self.student if model is None else model)
+        if self._quantized is not None and self.args.qat_activations:
+            ranges = safetensors.torch.load_file(Path(resume_from_checkpoint) / _RANGES_FILE)["ranges"]
+            self._quantized.ranges = ranges.to(self.args.device)
         if isinstance(self.model, ProjectedStudent) and self.model.projections:
             projections = safetensors.torch.load_file(Path(resume_from_checkpoint) / _PROJECTIONS_FILE)
             self.model.load_state_dict(projections, strict=False)

@@ -60,6 +60,7 @@ CASES = {
         **{f"{part}_weight": 0.3 for part in PARTS},
         **{"narrow": True, "temperature": {"from": 4, "to": 1}, "hidden_weight": {"from": 1, "to": 0.5}},
     },
+    "quantization-aware": {"qat": "nf4", "qat_embeddings": "nf4"},
     "regression": {"kind": "regression"},
     "label sets": {"kind": "label sets"},
     "label sets, dkd": only("soft", soft_loss="dkd", kind="label sets"),
@@ -373,6 +374,7 @@ def test_the_step_equals_a_loop_written_by_hand(tmp_path):
     sorted(
         CASES.keys()
         - {"hard", "class weights", "contrastive", "every part", "hidden, upper layers unused", "two tokenizers"}
+        - {"quantization-aware"}
     ),
 )
 def test_a_student_equal_to_its_teacher_has_nothing_to_learn(tmp_path, case):
