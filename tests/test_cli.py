@@ -369,11 +369,13 @@ def test_check_tells_what_a_recipe_will_do_and_writes_nothing(tmp_path, pretrain
         f"task: sst2\noutput_dir: {tmp_path / 'out'}\ndata: {{path: {sst2_folder}, max_length: 24}}\nsteps:\n"
         f"  teacher: {{run: finetune, model: {pretrained}, num_train_epochs: 2}}\n"
         "  student: {run: distill, teacher: teacher, student_arch: distilbert, hidden_weight: 1}\n"
+        "  aware: {run: distill, model: student, teacher: student, qat: nf4, qat_activations: true, qat_delay: 0.25}\n"
         "  q: {run: quantize, model: student, format: int8}\n"
     )
     assert main(["check", str(recipe)]) == 0
     out = capsys.readouterr().out
     for part in (
+        "quantization-aware: nf4 weights, int8 embeddings, 8-bit inputs, after 25% of its steps",
         "labels: negative, positive", "rows: train 96, validation 40", "6 optimizer steps",
         "source layers 0, 3 (from 0)", "hidden loss: 1→2, 2→4 (student→teacher", "of training on this machine",
         "teacher teacher: 0.1 M parameters, 0.6 MB of weights", "of teacher outputs cached on disk",

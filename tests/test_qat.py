@@ -8,6 +8,7 @@ from transformers import BertForMaskedLM
 from transformers.pytorch_utils import Conv1D
 
 from distill import DistillationConfig, DistillationTrainer, build_student
+from distill import plan as plan_module
 from distill.affine import affine_from_range, affine_of, fake_quantize
 from distill.config import TrainingConfig
 from distill.embeddings import QuantizedEmbedding
@@ -15,8 +16,11 @@ from distill.errors import InputError
 from distill.fake_weights import fake_int8_rows
 from distill.formats import QuantizationSettings, choose_formats
 from distill.linears import FourBitLinear, Int8Linear, dequantized
+from distill.pipeline import run_plan
+from distill.plan import make_plan
 from distill.qat import fake_quantized, straight_through
 from distill.quantize import quantize_model
+from distill.recipe import load_recipe
 from tests.conftest import make_tokenizer, tiny_bert, tiny_config
 from tests.test_exactness import make_rows
 from tests.test_trainer import make_family
@@ -311,3 +315,26 @@ def test_options_without_effect_and_wrong_ones_are_told(tmp_path):
             teacher=tiny_bert(),
             args=DistillationConfig(output_dir=str(tmp_path), qat="nf4"),
         )
+
+
+def test_a_recipe_trains_for_a_format_and_its_code_decides_the_fingerprint(
+    tmp_path, pretrained, sst2_folder, monkeypatch
+):
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        f"task: sst2\noutput_dir: {tmp_path / 'run'}\ndata: {{path: {sst2_folder}, max_length: 24}}\nsteps:\n"
+        f"  student: {{run: finetune, model: {pretrained}, num_layers: 2, max_steps: 4}}\n"
+        "  qat: {run: distill, model: student, teacher: student, qat: nf4, max_steps: 4, learning_rate: 1e-4}\n"
+        "  nf4: {run: quantize, model: qat, format: nf4}\n"
+    )
+    made = make_plan(load_recipe(path))
+    assert run_plan(made) == ["student", "qat", "nf4"]
+    trained, source = (load_file(tmp_path / "run" / name / "model.safetensors") for name in ("qat", "student"))
+    assert {name: weight.dtype for name, weight in trained.items()} == dict.fromkeys(source, torch.float32)
+    before = {name: step.fingerprint for name, step in made.steps.items()}
+    monkeypatch.setattr(plan_module, "code_fingerprint", lambda module: f"changed {module == 'fake_weights'}")
+    other = make_plan(load_recipe(path)).steps
+    monkeypatch.setattr(plan_module, "code_fingerprint", lambda module: f"changed {module == 'nothing'}")
+    same = make_plan(load_recipe(path)).steps
+    assert before.keys() == other.keys()
+    assert [name for name in other if other[name].fingerprint != same[name].fingerprint] == ["qat", "nf4"]
