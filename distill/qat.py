@@ -77,19 +77,18 @@ class FakeQuantization:
         self._kept: dict[nn.Module, Tensor] = {}  # what was computed of a module's weight since the last step
         self.forwards: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
         """What computes in place of each module's own forward."""
-        number = 0
+        output = model.get_output_embeddings()
+        num_linears = 0
         for name, format in check_quantizable(model, settings).items():
             module: Any = model.get_submodule(name)
             if isinstance(module, nn.Embedding):
                 self.forwards[module] = partial(self._embedding, module, format)
+                if isinstance(output, nn.Linear) and output.weight is module.weight:
+                    self.forwards[output] = partial(self._tied_output, output, format)
             else:
-                self.forwards[module] = partial(self._linear, module, format, number)
-                number += 1
-        embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
-        if embedding in self.forwards and isinstance(output, nn.Linear) and output.weight is embedding.weight:
-            _, table_format = self.forwards[embedding].args  # type: ignore[attr-defined]
-            self.forwards[output] = partial(self._tied_output, output, table_format)
-        self.ranges = torch.zeros(2, number, device=model.device)
+                self.forwards[module] = partial(self._linear, module, format, num_linears)
+                num_linears += 1
+        self.ranges = torch.zeros(2, num_linears, device=model.device)
         """−low and high of each linear layer's inputs, averaged over steps; 0 for what no step has seen."""
         self._seen = torch.zeros_like(self.ranges)
 

@@ -299,6 +299,31 @@ def test_ranges_and_losses_do_not_depend_on_how_a_step_is_split(tmp_path):
     assert (whole._quantized.ranges > 0).all()
 
 
+def test_it_wins_back_most_of_what_quantizing_costs(tmp_path):
+    """The divergence from the float model on rows it was not trained on: 0.045 without, 0.009 with (other seeds: to
+    0.2, 0.4 and 0.65 of it).
+    """
+    teacher = tiny_bert(num_hidden_layers=2)
+    student = copy.deepcopy(teacher)
+    args = DistillationConfig(
+        output_dir=str(tmp_path), max_steps=40, per_device_train_batch_size=16, learning_rate=3e-4, save_strategy="no",
+        disable_tqdm=True, cache_teacher="none", qat="nf4",
+    )  # fmt: skip
+    DistillationTrainer(
+        model=student, teacher=teacher, args=args, train_dataset=make_rows(count=128), processing_class=make_tokenizer()
+    ).train()
+    rows = make_rows(count=64, seed=1).remove_columns(["length", "labels"])
+    batch = make_tokenizer().pad(list(rows), return_tensors="pt")
+
+    def divergence(model):
+        with torch.no_grad():
+            found, exact = (each(**batch).logits.float().log_softmax(-1) for each in (model, teacher))
+        return (exact.exp() * (exact - found)).sum(-1).mean().item()
+
+    plain = divergence(quantize_model(copy.deepcopy(teacher), NF4))
+    assert divergence(quantize_model(student, NF4)) < plain / 2
+
+
 def test_options_without_effect_and_wrong_ones_are_told(tmp_path):
     make = partial(TrainingConfig, output_dir=str(tmp_path))
     with pytest.raises(InputError) as error:
