@@ -29,7 +29,7 @@ def fake_linear_weight(weight: Tensor, format: Format, settings: QuantizationSet
     blocks = nn.functional.pad(flat, (0, -len(flat) % size)).view(-1, size)
     scales = blocks.abs().amax(-1)
     kept = twice_quantized(scales) if settings.double_quant else scales
-    expanded = _expanded(blocks, kept, format).to(DTYPES[settings.compute_dtype]).float()
+    expanded = _expanded(blocks, scales, kept, format).to(DTYPES[settings.compute_dtype]).float()
     return expanded.flatten()[: len(flat)].view(weight.shape)
 
 
@@ -47,7 +47,8 @@ def fake_nf4_rows(rows: Tensor, scales: Tensor, settings: QuantizationSettings) 
     Args:
         scales: …×blocks, these rows' part of `row_scales`.
     """
-    expanded = _expanded(_row_blocks(rows, settings), scales, "nf4").flatten(-2)[..., : rows.shape[-1]]
+    blocks = _row_blocks(rows, settings)
+    expanded = _expanded(blocks, blocks.abs().amax(-1), scales, "nf4").flatten(-2)[..., : rows.shape[-1]]
     return expanded.to(DTYPES[settings.rest_dtype]).float()
 
 
@@ -71,18 +72,17 @@ def _row_blocks(rows: Tensor, settings: QuantizationSettings) -> Tensor:
     return nn.functional.pad(rows.float(), (0, -rows.shape[-1] % size)).unflatten(-1, (-1, size))
 
 
-def _expanded(blocks: Tensor, kept_scales: Tensor, format: Literal["nf4", "fp4"]) -> Tensor:
-    """Blocks …×block_size rounded to the nearest of the format's 16 values, times the scales that are kept (…).
+def _expanded(blocks: Tensor, scales: Tensor, kept_scales: Tensor, format: Literal["nf4", "fp4"]) -> Tensor:
+    """Blocks …×block_size over their scales (…), rounded to the nearest of 16 values, times the scales that are kept.
 
     bitsandbytes searches the bounds between the values for every weight; here a table of cells tells them at once, in
     a third of the time and with the same result.
     """
-    scales = blocks.abs().amax(-1, keepdim=True)
-    shares = (blocks * (1.0 / scales.clamp(min=1e-38))).clamp(-1, 1).flatten()
+    shares = (blocks * (1.0 / scales.clamp(min=1e-38)).unsqueeze(-1)).clamp_(-1, 1).flatten()
     below, bound, above = (part.to(blocks.device) for part in _cells(format))
-    cell = (shares * _CELLS).floor().add_(_CELLS).to(torch.int32)
+    cell = (shares * _CELLS).floor_().add_(_CELLS).to(torch.int32)
     values = torch.where(shares > bound.index_select(0, cell), above.index_select(0, cell), below.index_select(0, cell))
-    return values.view_as(blocks) * kept_scales.unsqueeze(-1)
+    return values.view_as(blocks).mul_(kept_scales.unsqueeze(-1))
 
 
 @cache
