@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -58,8 +59,10 @@ def check_quantizable(model: PreTrainedModel, settings: QuantizationSettings) ->
     """The format of every module that `quantize_model` would quantize, by name.
 
     Raises:
-        InputError: the model is quantized already, or has nothing to quantize.
+        InputError: the model is quantized already, has adapters, or nothing to quantize.
     """
+    if isinstance(model, PeftModel):
+        raise InputError("qat: the model has adapters, and its own weights don't learn; leave qat or the adapters out")
     if getattr(model.config, "quantization_config", None) is not None:
         raise InputError("qat: the model is quantized already; train the model it was made from")
     return choose_formats(model, settings)

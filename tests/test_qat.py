@@ -3,6 +3,7 @@ from functools import partial
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import BertForMaskedLM
 from transformers.pytorch_utils import Conv1D
@@ -176,7 +177,10 @@ def test_an_output_layer_that_shares_the_embedding_shares_its_fake_rows():
     torch.testing.assert_close(table.grad, states.sum(0).expand_as(table))
 
 
-def test_a_quantized_model_is_refused():
+def test_a_quantized_model_and_one_with_adapters_are_refused():
+    adapted = get_peft_model(tiny_bert(), LoraConfig(target_modules=["query"]))
+    with pytest.raises(InputError, match="qat: the model has adapters"), fake_quantized(adapted, NF4):
+        pass
     quantized = quantize_model(tiny_bert(), format="nf4")
     with pytest.raises(InputError, match="qat: the model is quantized already"), fake_quantized(quantized, NF4):
         pass
