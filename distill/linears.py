@@ -1,5 +1,6 @@
 """bitsandbytes' quantized linear layers, made to keep and give back what is stored bit for bit."""
 
+import copy
 from collections.abc import Callable
 from functools import cache
 from typing import Any, Literal
@@ -138,8 +139,22 @@ class FourBitLinear(bnb.nn.Linear4bit):
     def forward(self, x: Tensor) -> Tensor:
         """…×in to …×out in the input's dtype; the stored bias stays in its own."""
         bias = None if self.bias is None else self.bias.to(self.compute_dtype)
-        weight = self.weight
-        return bnb.matmul_4bit(x.to(self.compute_dtype), weight, bias=bias, quant_state=weight.quant_state).to(x.dtype)
+        weight, inputs = self.weight, x.to(self.compute_dtype)
+        if self._expands_wrongly():
+            return nn.functional.linear(inputs, self.dense(), bias).to(x.dtype)
+        return bnb.matmul_4bit(inputs, weight, bias=bias, quant_state=weight.quant_state).to(x.dtype)
+
+    def dense(self) -> Tensor:
+        """The weights as they are computed with, out×in in the compute dtype."""
+        state = self.weight.quant_state
+        if self._expands_wrongly():
+            state = copy.copy(state)
+            state.shape = torch.Size((1, self.out_features * self.in_features))
+        return bnb.functional.dequantize_4bit(self.weight.data, state).view(self.out_features, self.in_features)
+
+    def _expands_wrongly(self) -> bool:
+        """Where blocks go on in the next row bitsandbytes' kernel for CPUs takes wrong scales (seen with 0.50.2)."""
+        return self.weight.device.type == "cpu" and self.in_features % self.block_size != 0
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
@@ -155,7 +170,7 @@ def dequantized(module: Int8Linear | FourBitLinear) -> Tensor:
     """The weights that a layer computes with, out×in: 4-bit ones in its compute dtype, int8 ones in float32."""
     if isinstance(module, Int8Linear):
         return bnb.functional.int8_vectorwise_dequant(module.weight.data, module.SCB)
-    return bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+    return module.dense()
 
 
 # --- 4-bit scales, of linear layers and embeddings ------------------------------------------------------------------
