@@ -182,9 +182,8 @@ class DistillationTrainer(transformers.Trainer):
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
         """Trainer's, but windows of questions in their order, as answers are put together from several."""
-        in_order = _made_as_read(eval_dataset) or self.problem_type == "question_answering"
-        if in_order and self.args.world_size == 1:
-            return SequentialSampler(eval_dataset)
+        if eval_dataset is not None and (_made_as_read(eval_dataset) or self.problem_type == "question_answering"):
+            return SequentialSampler(eval_dataset) if self.args.world_size == 1 else None  # accelerate deals in order
         return super()._get_eval_sampler(eval_dataset)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
