@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import datasets
 import numpy as np
@@ -22,8 +23,9 @@ from distill.console import progress
 from distill.data import Data
 from distill.encoding import Processor
 from distill.entities import entity_counts, scores
-from distill.metrics import compute_metrics, language_scores, predict, primary_score, words_of
-from distill.predictions import IGNORED, logits_of
+from distill.metrics import compute_metrics, divergences, language_scores, predict, primary_score, words_of
+from distill.models import PROBLEM_TYPES
+from distill.predictions import IGNORED, ProblemType, logits_of
 from distill.questions import answer_scores, answers_of, normalised
 from distill.representations import accepted_inputs
 from distill.tasks import OF_LANGUAGE, Task
@@ -40,6 +42,8 @@ class Evaluation:
     """For each row of the first validation split a class id, a score, a list of zeros and ones, a list of its words'
     class ids, or an answer; for each window of a language model's texts {"loss": nats, "right": tokens, "tokens": ids
     that were predicted}."""
+    logits: list | None = None
+    """B×C, of kinds with one prediction a row."""
 
 
 def evaluate_model(
@@ -51,15 +55,28 @@ def evaluate_model(
     metrics: dict[str, float] = {}
     interval = (0.0, 0.0)
     predictions: list = []
+    logits: list | None = None
     for split, prefix, suffix in data.scored_splits():
         rows = data.tokenized(split, tokenizer)
         batches = _forwards(model, rows, tokenizer, batch_size=batch_size, text=f"Scoring {name} on {split}")
-        predicted, found = _score(data, split, rows, batches)
+        predicted, found, of_rows = _score(data, split, rows, batches)
         metrics |= {prefix + key + suffix: value for key, value in found.items()}
         if not predictions:
-            predictions = predicted
+            predictions, logits = predicted, of_rows
             interval = score_interval(data.task, predictions, data.labels(split))
-    return Evaluation(metrics, interval, predictions)
+    return Evaluation(metrics, interval, predictions, logits)
+
+
+def divergence_from(task: Task, reference: Sequence, logits: Sequence) -> dict[str, float]:
+    """How far a model's predictions are from another's: the mean of `divergences`, and its 95 % interval.
+
+    Args:
+        reference: the other's logits B×C; logits alike.
+    """
+    problem = cast(ProblemType, PROBLEM_TYPES[task.kind])
+    of_rows = divergences(problem, np.asarray(reference), np.asarray(logits))
+    low, high = np.percentile([of_rows[rows].mean() for rows in _resamples(len(of_rows))], [2.5, 97.5])
+    return {"mean": float(of_rows.mean()), "low": float(low), "high": float(high)}
 
 
 def predict_rows(
@@ -78,24 +95,28 @@ _Batches = Iterator[tuple[NDArray[np.int64], Tensor]]
 """Numbers of rows, and their logits."""
 
 
-def _score(data: Data, split: str, rows: datasets.Dataset, batches: _Batches) -> tuple[list, dict[str, float]]:
-    """(predictions, metrics) of a split."""
+def _score(
+    data: Data, split: str, rows: datasets.Dataset, batches: _Batches
+) -> tuple[list, dict[str, float], list | None]:
+    """(predictions, metrics, logits) of a split; logits where a row has one prediction."""
     task = data.task
     if task.kind in OF_LANGUAGE:
         predicted = _language_predictions(task, rows, batches)
-        return predicted, language_scores(_losses(predicted))
+        return predicted, language_scores(_losses(predicted)), None
     if task.kind == "question-answering":
         of_windows: list = [None] * len(rows)
         for numbers, found in batches:
             for number, each in zip(numbers, found.numpy(), strict=True):
                 of_windows[number] = each
         answers = answers_to(data.splits[split], task, rows, of_windows)
-        return answers, span_scores(answers, data.labels(split))
+        return answers, span_scores(answers, data.labels(split)), None
     labels = _as_array(rows["labels"] if task.kind != "image-classification" else data.labels(split))
     logits = _together(batches, len(labels))
     predictions = predict(task, logits)
     metrics = compute_metrics(task, logits, labels)
-    return (words_of(predictions, labels) if task.kind == "token-classification" else predictions.tolist()), metrics
+    if task.kind == "token-classification":
+        return words_of(predictions, labels), metrics, None
+    return predictions.tolist(), metrics, logits.tolist()
 
 
 def metrics_while_training(data: Data, rows: datasets.Dataset) -> dict[str, Callable]:

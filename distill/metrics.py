@@ -6,10 +6,11 @@ import datasets
 import evaluate
 import numpy as np
 from scipy import stats
+from scipy.special import logsumexp
 from sklearn import metrics as sk
 
 from distill import entities
-from distill.predictions import IGNORED
+from distill.predictions import IGNORED, ProblemType
 from distill.tasks import Task
 
 
@@ -38,6 +39,22 @@ def compute_metrics(task: Task, logits: np.ndarray, labels: np.ndarray, suffix: 
         else:
             results |= METRICS[name](predictions.ndim).compute(predictions=predictions, references=labels)
     return {key + suffix: float(value) for key, value in results.items()}
+
+
+def divergences(problem: ProblemType, reference: np.ndarray, logits: np.ndarray) -> np.ndarray:
+    """KL(reference ‖ other) of each row's predicted distribution, in nats; for scores the squared difference: B.
+
+    Args:
+        reference: logits B×C; logits alike. Of sets of labels the mean over C distributions of two outcomes.
+    """
+    first, second = (np.asarray(each, dtype=np.float64) for each in (reference, logits))
+    if problem == "regression":
+        return np.square(first - second).reshape(len(first), -1).mean(-1)
+    if problem == "multi_label_classification":
+        first, second = (np.stack([each, np.zeros_like(each)], axis=-1) for each in (first, second))
+    first, second = (each - logsumexp(each, axis=-1, keepdims=True) for each in (first, second))
+    terms = (np.exp(first) * (first - second)).sum(-1)
+    return np.maximum(terms.reshape(len(terms), -1).mean(-1), 0)
 
 
 def language_scores(losses: np.ndarray) -> dict[str, float]:

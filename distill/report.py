@@ -14,7 +14,14 @@ from distill.benchmark import as_row, benchmark_models, environment, remarks_on
 from distill.card import write_model_card
 from distill.console import results
 from distill.errors import InputError
-from distill.evaluation import Evaluation, agreement, evaluate_model, interval_method, paired_difference
+from distill.evaluation import (
+    Evaluation,
+    agreement,
+    divergence_from,
+    evaluate_model,
+    interval_method,
+    paired_difference,
+)
 from distill.models import fetch_weights, load_classifier, load_processor
 from distill.pipeline import is_finished, write_atomically
 from distill.plan import Plan, code_fingerprint
@@ -94,7 +101,8 @@ def remarks(report: dict[str, Any]) -> list[str]:
 def print_report(report: dict[str, Any]) -> None:
     """The report's table and remarks."""
     header, *rows = _rows(report)
-    shown = [index for index, column in enumerate(header) if column not in ("params", "GFLOPs")]  # fits 80 columns
+    left_out = ("divergence", "params", "GFLOPs")  # so that it fits 80 columns
+    shown = [index for index, column in enumerate(header) if column not in left_out]
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for index in shown:
         table.add_column(
@@ -209,10 +217,18 @@ def _entry(plan: Plan, name: str, evaluations: dict[str, Evaluation], benchmark:
         "interval": list(evaluation.interval),
         "retention": retention(metric, evaluation.metrics[metric], baseline.metrics[metric]) if baseline else None,
         "agreement": agreement(plan.data.task, evaluation.predictions, baseline.predictions) if baseline else None,
+        "divergence": _divergence(plan, evaluation, baseline),
         **{key: value for key, value in benchmark.items() if key != "name"},
         "train_seconds": record.get("train_seconds"),
         "samples_per_second": record.get("samples_per_second"),
     }
+
+
+def _divergence(plan: Plan, evaluation: Evaluation, baseline: Evaluation | None) -> dict[str, float] | None:
+    """From the baseline's predictions; None for kinds with more than one prediction a row."""
+    if baseline is None or baseline.logits is None or evaluation.logits is None:
+        return None
+    return divergence_from(plan.data.task, baseline.logits, evaluation.logits)
 
 
 def retention(metric: str, value: float, baseline: float) -> float | None:
@@ -229,8 +245,8 @@ def retention(metric: str, value: float, baseline: float) -> float | None:
 
 def _rows(report: dict[str, Any]) -> list[list[str]]:
     """The table of the report: a header and one row per model."""
-    header = ["model", report["metric"].replace("_", " "), "95 % interval", "retention", "agreement", "params"]
-    header += ["MB on disk", "MB loaded", "ms", "rows/s", "GFLOPs", "train s"]
+    header = ["model", report["metric"].replace("_", " "), "95 % interval", "retention", "agreement", "divergence"]
+    header += ["params", "MB on disk", "MB loaded", "ms", "rows/s", "GFLOPs", "train s"]
     rows = [header]
     for model in report["models"]:
         row = [
@@ -239,6 +255,7 @@ def _rows(report: dict[str, Any]) -> list[list[str]]:
             "–".join(f"{bound:.3f}" for bound in model["interval"]),
             _shown(model["retention"], ".3f"),
             _shown(model["agreement"], ".3f"),
+            _shown((model["divergence"] or {}).get("mean"), ".4f"),
             f"{model['num_parameters'] / 1e6:.1f} M",
             _shown(model["size_on_disk_bytes"], ".1f", 1e-6),
             _shown(model["memory_bytes"], ".1f", 1e-6),
@@ -283,7 +300,8 @@ def _markdown(plan: Plan, report: dict[str, Any]) -> str:
         f"# {plan.recipe.path.stem}",
         f"{report['metric'].replace('_', ' ')} on {rows_scored} validation rows, with its 95 % interval "
         f"({interval_method(plan.data.task)}); "
-        f"retention and agreement are against {report['baseline']}; {_units(report)}.",
+        f"retention, agreement and divergence (KL in nats; of scores the squared difference) are against "
+        f"{report['baseline']}; {_units(report)}.",
         "\n".join(f"| {' | '.join(row)} |" for row in table),
         "![accuracy against size and latency](report.png)",
         *(

@@ -28,6 +28,7 @@ from distill.formats import (
     quantizable_modules,
 )
 from distill.linears import Int8Linear, dequantized
+from distill.metrics import divergences
 from distill.predictions import ProblemType, among, labels_of, logits_of, problem_type, shifted
 from distill.quantize import quantized_module
 from distill.representations import accepted_inputs
@@ -167,18 +168,8 @@ def calibration_logits(model: PreTrainedModel, batches: Sequence[Mapping[str, Te
 
 
 def divergence(problem: ProblemType, reference: np.ndarray, logits: np.ndarray) -> float:
-    """KL(reference ‖ other) of the predicted distributions in nats, averaged; for scores the squared difference.
-
-    Args:
-        reference: logits …×C; logits alike.
-    """
-    first, second = (torch.from_numpy(each).double() for each in (reference, logits))
-    if problem == "regression":
-        return float((first - second).square().mean())
-    if problem == "multi_label_classification":  # C distributions of two outcomes
-        first, second = (torch.stack([each, torch.zeros_like(each)], dim=-1) for each in (first, second))
-    first, second = first.log_softmax(-1), second.log_softmax(-1)
-    return float((first.exp() * (first - second)).sum(-1).mean().clamp(min=0))
+    """The mean of `divergences`."""
+    return float(divergences(problem, reference, logits).mean())
 
 
 def allowed_formats(model: PreTrainedModel, settings: QuantizationSettings) -> dict[str, tuple[str, ...]]:

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from distill.metrics import F1, METRICS, Accuracy, compute_metrics
+from distill.metrics import F1, METRICS, Accuracy, compute_metrics, divergences
 from distill.tasks import GLUE, own_task
 
 LABELS = np.array([0, 1, 1, 0, 1, 0])
@@ -62,3 +62,13 @@ def test_mnlis_second_split_has_keys_of_its_own():
     assert compute_metrics(GLUE["mnli"], logits_of(PREDICTED, 3), LABELS, "_mm") == {
         "accuracy_mm": pytest.approx(4 / 6)
     }
+
+
+def test_divergences_by_hand():
+    reference, logits = np.array([[0.0, 0.0], [3.0, 1.0]]), np.array([[np.log(3.0), 0.0], [13.0, 11.0]])
+    by_hand = 0.5 * np.log(0.5 / 0.75) + 0.5 * np.log(0.5 / 0.25)
+    found = divergences("single_label_classification", reference, logits)
+    np.testing.assert_allclose(found, [by_hand, 0.0], atol=1e-12)
+    two_outcomes = divergences("multi_label_classification", np.array([[0.0, 5.0]]), np.array([[np.log(3.0), 5.0]]))
+    np.testing.assert_allclose(two_outcomes, [by_hand / 2])
+    np.testing.assert_allclose(divergences("regression", np.array([[1.0], [2.0]]), np.array([[1.5], [2.0]])), [0.25, 0])

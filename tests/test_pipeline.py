@@ -88,9 +88,9 @@ def test_the_report_has_every_key_and_true_numbers(finished):
         "teacher", "student", "student-alone", "student-int8", "student-nf4",
     ]  # fmt: skip
     keys = {
-        "name", "run", "path", "parents", "metrics", "retention", "agreement", "num_parameters", "size_on_disk_bytes",
-        "memory_bytes", "flops_per_sample", "latency_ms", "throughput_samples_per_second", "device", "train_seconds",
-        "samples_per_second", "throughput_spread",
+        "name", "run", "path", "parents", "metrics", "retention", "agreement", "divergence", "num_parameters",
+        "size_on_disk_bytes", "memory_bytes", "flops_per_sample", "latency_ms", "throughput_samples_per_second",
+        "device", "train_seconds", "samples_per_second", "throughput_spread",
     }  # fmt: skip
     for model in report["models"]:
         assert keys <= set(model)
