@@ -9,6 +9,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from distill.adapters import base_of
+from distill.quantize import METHOD
 from distill.readers import GLUE_ON_THE_HUB
 from distill.records import read_record
 from distill.sources import split_revision
@@ -209,7 +210,7 @@ def _is_quantized(folder: Path) -> bool:
     base = base_of(folder)
     file = (folder if base is None else Path(base)) / "config.json"
     config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return str(config.get("quantization_config", {}).get("quant_method")).startswith("distill_")
+    return config.get("quantization_config", {}).get("quant_method") == METHOD
 
 
 def _making(record: dict[str, Any], output_dir: Path) -> str:

@@ -31,7 +31,7 @@ from distill.formats import (
 from distill.linears import FourBitLinear, Int8Linear
 
 # transformers prints this name when it doesn't know it, that is without `import distill`.
-_METHOD = "distill (first: import distill)"
+METHOD = "distill (first: import distill)"
 
 
 def quantize_model(
@@ -163,7 +163,7 @@ class DistillQuantizationConfig(QuantizationConfigMixin):
         block_size: BlockSize = 64,
         compute_dtype: ComputeDtype = "bf16",
         threshold: float | None = None,
-        quant_method: str = _METHOD,
+        quant_method: str = METHOD,
     ):
         self.quant_method = quant_method
         self.formats = formats
@@ -174,10 +174,10 @@ class DistillQuantizationConfig(QuantizationConfigMixin):
         self.threshold = threshold
 
 
-register_quantization_config(_METHOD)(DistillQuantizationConfig)
+register_quantization_config(METHOD)(DistillQuantizationConfig)
 
 
-@register_quantizer(_METHOD)
+@register_quantizer(METHOD)
 class _Quantizer(HfQuantizer):
     """Puts empty quantized modules into a model before its weights are loaded.
 

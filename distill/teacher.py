@@ -217,8 +217,9 @@ def _match(
     vocabulary: int | None,
 ) -> Teacher:
     problems = comparable(config, [model.config for model in (student, teacher)], same_tokens=not prefix)
+    inside_fits = not problems
     pairs = {} if problems else layer_pairs(config, depth_of(student.config), depth_of(teacher.config))
-    if "attention" in on and not problems:
+    if "attention" in on and inside_fits:
         heads = [model.config.num_attention_heads for model in (student, teacher)]
         if heads[0] != heads[1]:
             problems.append(
@@ -226,7 +227,7 @@ def _match(
                 "as many (relation_weight does not)"
             )
     relation_heads = 1
-    if "relation" in on and not problems:
+    if "relation" in on and inside_fits:
         widths = [width_of(model.config) for model in (student, teacher)]
         divisor = math.gcd(*widths)
         fitting = [number for number in range(1, divisor + 1) if divisor % number == 0]

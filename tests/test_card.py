@@ -113,7 +113,8 @@ def test_each_metric_stands_under_the_split_that_it_was_measured_on(card):
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_its_words_and_relation(card, verb):
-    options = {**record()["options"], "format": "int8"}
+    quantized = {"format": "int8", "embeddings": None, "skip": None, "overrides": None, "bits_budget": None}
+    options = {**record()["options"], **quantized}
     data = card({"base_model": "org/root"}, run=verb, options=options).data
     assert data.base_model_relation == {"quantize": "quantized"}.get(verb, "finetune")
     assert ("distillation" in data.tags) is (verb == "distill")
