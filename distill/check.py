@@ -21,6 +21,7 @@ from distill.console import log, results
 from distill.models import from_config, label_order, load_processor
 from distill.pipeline import is_finished
 from distill.plan import Plan, PlannedStep
+from distill.processes import forget_precision
 from distill.representations import show_pairs
 from distill.steps import DistillOptions, FinetuneOptions, QuantizeOptions, teachers_of
 from distill.tasks import TaskKind
@@ -157,6 +158,7 @@ def _timed(
     timed.qat_delay = 0.0  # the steps that take longer
     tokenizer = load_processor(planned.tokenizer_location, kind, plan.data.max_length)
     rows = plan.data.training_rows(tokenizer, unlabelled=isinstance(planned.step.options, DistillOptions))
+    forget_precision()
     trainer = DistillationTrainer(
         model=from_config(planned.config, kind),
         teacher=[

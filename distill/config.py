@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
@@ -171,8 +172,12 @@ class TrainingConfig(TrainingArguments):
             self.use_cpu = True
         if self.bf16 is None:
             accelerator = None if self.use_cpu else torch.accelerator.current_accelerator(check_available=True)
+            if os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":  # the launcher's word
+                self.fp16 = True
             self.bf16 = not self.fp16 and has_bf16(accelerator.type if accelerator else "cpu")
         super().__post_init__()
+        if not (self.bf16 or self.fp16):
+            self.mixed_precision = "no"  # else a launcher's word would be stronger than an explicit false
         check_world_size(self.world_size)
         if self.n_gpu > 1:
             self._n_gpu = 1  # else Trainer splits batches with DataParallel, which knows nothing of our losses

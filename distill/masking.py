@@ -1,6 +1,7 @@
 """Masks of a masked language model, drawn on the fly from a row's own generator."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from distill.config import TrainingConfig
 from distill.errors import InputError
 from distill.predictions import IGNORED
 
@@ -39,6 +41,24 @@ class Masking:
             masked, of_row = mask_row(ids[place, mask].numpy(), self.tokenizer, self.share, generator)
             ids[place, mask], labels[place, mask] = torch.from_numpy(masked), torch.from_numpy(of_row)
         return {**batch, "input_ids": ids, "labels": labels}
+
+
+def masking_of(tokenizer: Any, args: TrainingConfig, *, drawn_by_us: bool) -> Masking:
+    """The masks for a training whose rows have no labels: they are masked anew whenever they are read.
+
+    Args:
+        tokenizer: what the trainer was given to process rows.
+        drawn_by_us: whether batches know their rows' numbers.
+
+    Raises:
+        InputError: something is missing for it.
+    """
+    if not drawn_by_us or not isinstance(tokenizer, PreTrainedTokenizerBase) or args.dataloader_persistent_workers:
+        raise InputError(
+            "masked language model: to mask rows on the fly give a datasets.Dataset with input_ids, a tokenizer as "
+            "processing_class and no dataloader_persistent_workers, or rows with labels that are masked already"
+        )
+    return Masking(tokenizer, args.mlm_probability, args.seed)
 
 
 def mask_row(

@@ -21,7 +21,7 @@ from distill.folders import written_whole
 from distill.hardware import allocator
 from distill.models import fetch_weights, size_on_disk
 from distill.plan import Plan, PlannedStep
-from distill.processes import on_main_process, process_state, wait_for_everyone
+from distill.processes import forget_precision, on_main_process, process_state, wait_for_everyone
 from distill.recipe import Recipe
 from distill.records import read_record
 from distill.representations import show_pairs
@@ -69,6 +69,7 @@ def _run(plan: Plan, planned: PlannedStep, *, discard: bool, profile: bool) -> N
     """One step, from an empty folder to a record that it is finished."""
     started, clock = datetime.now(timezone.utc), time.perf_counter()
     on_main_process(partial(_prepare_folder, planned, discard=discard))
+    forget_precision()
     made = run_step(planned.step.options, planned.inputs, plan.data, planned.folder, profile=profile)
     wait_for_everyone()
     seconds = time.perf_counter() - clock

@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 import torch.distributed
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import get_int_from_env, parse_flag_from_env
 
 from distill.errors import InputError, MainProcessFailed
@@ -32,6 +33,11 @@ def process_state() -> PartialState:
     state = PartialState(cpu=runs_on_cpu())
     check_world_size(state.num_processes)
     return state
+
+
+def forget_precision() -> None:
+    """Let the next trainer of this process choose its own: Accelerate keeps the first one's, and refuses another."""
+    AcceleratorState._reset_state()
 
 
 def runs_on_cpu() -> bool:

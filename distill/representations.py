@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -141,6 +142,18 @@ def accepted_inputs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dic
     """The inputs that the model takes, labels aside (DistilBERT has no `token_type_ids`, but swallows them)."""
     names = input_names(model)
     return {name: value for name, value in inputs.items() if name in names}
+
+
+def tokens_of_image(model: PreTrainedModel, wanted: Sequence["Wanted"]) -> int:
+    """Tokens that a vision transformer makes of an image; 1 for other models, and where none is compared."""
+    compared = any(each.hidden_states or each.relations for each in wanted)
+    if not compared or "pixel_values" not in input_names(model):
+        return 1
+    size = model.config.image_size
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    pixels = torch.zeros(1, model.config.num_channels, *sides, device=model.device)
+    with torch.inference_mode():
+        return model(pixel_values=pixels, output_hidden_states=True).hidden_states[-1].shape[1]
 
 
 class Reader:

@@ -15,7 +15,15 @@ from distill.cache import TEACHER_OUTPUTS, Layout, TeacherCache, restored
 from distill.config import PARTS, DistillationConfig, is_on
 from distill.errors import InputError
 from distill.predictions import ProblemType, predicting_alone, problem_type
-from distill.representations import Reader, Representations, Wanted, depth_of, resolve_layer_map, width_of
+from distill.representations import (
+    Reader,
+    Representations,
+    Wanted,
+    depth_of,
+    input_names,
+    resolve_layer_map,
+    width_of,
+)
 
 FROM_DATA = "data"
 """In place of a teacher model: its predictions stand in a column of the rows."""
@@ -89,6 +97,16 @@ class Teacher:
 def own_columns(number: int) -> str:
     """Before the names of the columns that the n-th teacher (from 0) reads, where its tokens are not the student's."""
     return f"teacher{number + 1}_"
+
+
+def fillers_of(teachers: Sequence["Teacher"]) -> dict[str, int]:
+    """What the columns are padded with that teachers read in place of the student's."""
+    fillers: dict[str, int] = {}
+    for each in teachers:
+        if each.prefix and each.model is not None:
+            fillers |= dict.fromkeys((each.prefix + name for name in input_names(each.model)), 0)
+            fillers[f"{each.prefix}input_ids"] = each.model.config.pad_token_id or 0
+    return fillers
 
 
 def match_teachers(
@@ -200,6 +218,12 @@ def comparable(config: DistillationConfig, models: Sequence[PretrainedConfig], *
         problems.append(
             f"{', '.join(of_tokens)}: compares token with token, but student and teacher have a tokenizer each; set it "
             "to 0 (soft_weight and contrastive_weight compare whole rows)"
+        )
+    patches = [getattr(model, "patch_size", None) for model in models]
+    if of_tokens and patches[0] != patches[1]:
+        problems.append(
+            f"{', '.join(of_tokens)}: compares patch with patch, but the student cuts images into patches of "
+            f"{patches[0]} pixels and the teacher of {patches[1]}; set it to 0"
         )
     return problems
 

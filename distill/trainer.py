@@ -24,7 +24,7 @@ from distill.config import DistillationConfig, TrainingConfig, default_learning_
 from distill.console import log
 from distill.errors import InputError
 from distill.hardware import fast_attention, keep_freed_memory, use_available_cores
-from distill.masking import Masking
+from distill.masking import masking_of
 from distill.monitoring import Announcement, DivergenceWatch, Sums
 from distill.objective import COUNTS, Part, against_labels, against_teacher, count
 from distill.packing import packed
@@ -40,9 +40,9 @@ from distill.predictions import (
 )
 from distill.processes import wait_for_everyone
 from distill.qat import FakeQuantization, check_quantizable, fake_quantized
-from distill.representations import ProjectedStudent, accepted_inputs, input_names, width_of
+from distill.representations import ProjectedStudent, accepted_inputs, input_names, tokens_of_image, width_of
 from distill.student import dropout
-from distill.teacher import STORED_COLUMNS, AnyTeacher, Teacher, match_teachers
+from distill.teacher import STORED_COLUMNS, AnyTeacher, Teacher, fillers_of, match_teachers
 
 _PROJECTIONS_FILE = "projections.safetensors"
 _RANGES_FILE = "activation_ranges.safetensors"
@@ -119,12 +119,12 @@ class DistillationTrainer(transformers.Trainer):
             wanted = [each.student_wants for each in self.teachers]
             widths = [width_of((each.model or model).config) for each in self.teachers]
             trained = ProjectedStudent(model, wanted, widths, uses_logits=uses_logits)
-        self._image_tokens = self._tokens_of_images()
+        self._image_tokens = tokens_of_image(model, [each.student_wants for each in self.teachers])
         self._collates_otherwise = trainer_arguments.get("data_collator") is not None
         tokenizer = trainer_arguments.get("processing_class")
         if self.problem_type in OF_TOKENS and tokenizer is not None and not self._collates_otherwise:
             trainer_arguments["data_collator"] = DataCollatorForTokenClassification(tokenizer)
-        self._fillers = self._fillers_of_teachers()
+        self._fillers = fillers_of(self.teachers)
         super().__init__(
             model=trained,
             args=args,
@@ -137,7 +137,11 @@ class DistillationTrainer(transformers.Trainer):
         self.label_names = args.label_names or label_columns(self.problem_type)
         if self._fillers:
             self.data_collator = with_columns(self.data_collator, self._fillers)  # type: ignore[has-type]
-        self._masking = self._masks()
+        self._masking = None
+        columns = getattr(self.train_dataset, "column_names", None)
+        if self.problem_type == "masked_lm" and columns is not None and "labels" not in columns:
+            drawn = self._draws_batches and row_lengths(self.train_dataset, args.length_column_name) is not None
+            self._masking = masking_of(self.processing_class, args, drawn_by_us=drawn)
         self._check_columns()
         for each in self.teachers:
             if each.model is not None:
@@ -254,15 +258,6 @@ class DistillationTrainer(transformers.Trainer):
         return Reader(
             rows, self.data_collator, tokenizer, pad_to_multiple_of=multiple, label_filler=labels, fillers=self._fillers
         )
-
-    def _fillers_of_teachers(self) -> dict[str, int]:
-        """The padding of columns that teachers read in place of the student's."""
-        fillers: dict[str, int] = {}
-        for each in self.teachers:
-            if each.prefix and each.model is not None:
-                fillers |= dict.fromkeys((each.prefix + name for name in input_names(each.model)), 0)
-                fillers[f"{each.prefix}input_ids"] = each.model.config.pad_token_id or 0
-        return fillers
 
     def planned_caches(self) -> list[tuple[Teacher, CachePlan]]:
         """Each teacher that is a model, with what `train` will cache of it, or why it will not.
@@ -433,32 +428,6 @@ class DistillationTrainer(transformers.Trainer):
                 real = loader.remainder - self.accelerator.process_index * len(ids)
             batch[COUNTED_ROWS] = torch.arange(len(ids), device=ids.device) < real
         return batch
-
-    def _tokens_of_images(self) -> int:
-        """Tokens that a vision transformer makes of an image; 1 where none is compared."""
-        wanted = [each.student_wants for each in self.teachers]
-        if "pixel_values" not in input_names(self.student) or not any(
-            each.hidden_states or each.relations for each in wanted
-        ):
-            return 1
-        size = self.student.config.image_size
-        sides = (size, size) if isinstance(size, int) else tuple(size)
-        pixels = torch.zeros(1, self.student.config.num_channels, *sides, device=self.student.device)
-        with torch.inference_mode():
-            return self.student(pixel_values=pixels, output_hidden_states=True).hidden_states[-1].shape[1]
-
-    def _masks(self) -> Masking | None:
-        """For a masked LM whose rows have no labels: they are masked anew whenever they are read."""
-        rows, tokenizer = self.train_dataset, self.processing_class
-        if self.problem_type != "masked_lm" or "labels" in (getattr(rows, "column_names", None) or ["labels"]):
-            return None
-        drawn = self._draws_batches and row_lengths(rows, self.args.length_column_name) is not None
-        if not drawn or not isinstance(tokenizer, PreTrainedTokenizerBase) or self.args.dataloader_persistent_workers:
-            raise InputError(
-                "masked language model: to mask rows on the fly give a datasets.Dataset with input_ids, a tokenizer as "
-                "processing_class and no dataloader_persistent_workers, or rows with labels that are masked already"
-            )
-        return Masking(tokenizer, self.args.mlm_probability, self.args.seed)
 
     _signature_columns: list[str] | None
 

@@ -184,6 +184,21 @@ def test_the_fingerprint_follows_the_code_but_not_its_comments(tmp_path, monkeyp
     plan_module.code_fingerprint.cache_clear()
 
 
+def test_steps_of_one_run_have_a_precision_each(tmp_path, sst2_folder, pretrained):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"""
+task: sst2
+output_dir: {tmp_path / "run"}
+data: {{path: {sst2_folder}, max_length: 16}}
+steps:
+  first: {{run: finetune, model: {pretrained}, max_steps: 1, bf16: true}}
+  second: {{run: finetune, model: first, max_steps: 1, bf16: false}}
+""")
+    made = make_plan(load_recipe(path))
+    run_plan(made)
+    assert [read_record(made.steps[name].folder)["options"]["bf16"] for name in made.steps] == [True, False]
+
+
 def test_only_some_steps(tmp_path, pretrained, sst2_folder):
     path = write_recipe(tmp_path, pretrained, sst2_folder)
     with pytest.raises(InputError, match="starts from teacher, which is not finished"):

@@ -50,6 +50,10 @@ def test_bf16_follows_the_hardware_and_an_explicit_word_stands(tmp_path, monkeyp
         assert DistillationConfig(output_dir=str(tmp_path)).bf16 is supported
         assert TrainingConfig(output_dir=str(tmp_path), bf16=False).bf16 is False
         assert TrainingConfig(output_dir=str(tmp_path), bf16=True).bf16 is True
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # a launcher's word is weaker than an explicit one
+    assert TrainingConfig(output_dir=str(tmp_path), bf16=False).mixed_precision == "no"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    assert TrainingConfig(output_dir=str(tmp_path)).mixed_precision == "fp16"
     assert isinstance(has_bf16("cpu"), bool)
     assert has_bf16("mps") is False
 
