@@ -7,6 +7,7 @@ weights, the tokenized rows and what is read, so it is found again by whoever ne
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import time
@@ -50,6 +51,8 @@ class Layout:
     num_outputs: int
     width: int
     problem: ProblemType = "single_label_classification"
+    top_k: int = 0
+    """For a causal LM: likeliest words that are kept of each token, and the mass of the others in one; 0: all."""
 
     @property
     def predicts_tokens(self) -> bool:
@@ -64,7 +67,8 @@ class Layout:
     def size(self, num_rows: int, num_tokens: int) -> int:
         """Bytes."""
         per_row = 2 * self.width * self.wanted.pooled + 16
-        of_logits = 4 * self.num_outputs * (num_tokens if self.predicts_tokens else num_rows)
+        of_one = 6 * self.top_k + 4 if self.top_k else 4 * self.num_outputs
+        of_logits = of_one * (num_tokens if self.predicts_tokens else num_rows)
         return of_logits + num_rows * per_row + num_tokens * 2 * self.width * self.states_per_token
 
 
@@ -106,7 +110,7 @@ def plan_cache(
     root = Path(config.cache_dir) if config.cache_dir else Path(constants.HF_HOME) / "distill"
     lengths = np.zeros(0, dtype=np.int64) if lengths is None else lengths
     if layout is None:
-        unfit = "attention maps, and a vocabulary for every token, are not cached"
+        unfit = "attention maps, masks that are drawn anew, and a whole vocabulary for every token are not cached"
     elif not _writable(root):
         unfit = f"nothing can be written to {root} (cache_dir)"
     size = layout.size(len(lengths), int(lengths.sum())) if layout is not None else 0
@@ -171,7 +175,10 @@ class TeacherCache:
             )
 
     def read(self, numbers: Sequence[int]) -> dict[str, Tensor]:
-        """What is stored of some rows: `logits` B×C (of tokens N×C), `states` N×S×D of their N tokens, `pooled` B×D."""
+        """What is stored of some rows: `logits` B×C (of tokens N×C), `states` N×S×D of their N tokens, `pooled` B×D.
+
+        Of a causal LM's N tokens `logits` and `words` are N×k, and `tail` N.
+        """
         places = self._place[numbers]
         rows: dict[str, NDArray] = {}
         for name in self._chunks[0]:
@@ -179,7 +186,10 @@ class TeacherCache:
             rows[name] = np.concatenate(
                 [values[starts[index] : starts[index + 1]] for (starts, values), index in columns]
             )
-        found = {"logits": torch.from_numpy(rows["logits"]).reshape(-1, self.layout.num_outputs)}
+        found = {"logits": torch.from_numpy(rows["logits"]).reshape(-1, self.layout.top_k or self.layout.num_outputs)}
+        if self.layout.top_k:
+            found["words"] = torch.from_numpy(rows["words"]).reshape(-1, self.layout.top_k).long()
+            found["tail"] = torch.from_numpy(rows["tail"])
         if "states" in rows:
             shape = (-1, self.layout.states_per_token, self.layout.width)
             found["states"] = torch.from_numpy(rows["states"]).reshape(shape)
@@ -191,6 +201,8 @@ class TeacherCache:
 def restored(stored: dict[str, Tensor], layout: Layout, attention_mask: Tensor) -> Outputs:
     """Logits and representations of a batch from what `TeacherCache.read` gave; padding is 0."""
     wanted, logits = layout.wanted, stored["logits"]
+    if layout.top_k:
+        logits = with_tail(logits, stored["words"], stored["tail"], layout.num_outputs)
     if layout.predicts_tokens:
         logits = _padded(logits, attention_mask)
         logits = logits.transpose(1, 2) if layout.problem == "question_answering" else logits
@@ -201,6 +213,21 @@ def restored(stored: dict[str, Tensor], layout: Layout, attention_mask: Tensor) 
     embedding = rest.pop(0) if wanted.embedding else None
     relations = [rest[start : start + 3] for start in range(0, len(rest), 3)]
     return logits, Representations(hidden=hidden, relations=relations, embedding=embedding, pooled=stored.get("pooled"))
+
+
+def top_words(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of N tokens' logits (N×V) the log-probabilities and the numbers of the k likeliest words (N×k), and the logarithm
+    of the mass of all others (N)."""
+    log_probabilities = logits.float().log_softmax(-1)
+    likeliest, words = log_probabilities.topk(top_k, dim=-1)
+    return likeliest, words, log_probabilities.scatter(-1, words, -torch.inf).logsumexp(-1)
+
+
+def with_tail(likeliest: Tensor, words: Tensor, tail: Tensor, num_words: int) -> Tensor:
+    """Log-probabilities N×V from `top_words`; the words that were not kept share their mass equally."""
+    others = max(num_words - words.shape[-1], 1)
+    spread = (tail.float() - math.log(others)).unsqueeze(-1).expand(-1, num_words)
+    return spread.scatter(-1, words, likeliest.float())
 
 
 def _padded(values: Tensor, attention_mask: Tensor) -> Tensor:
@@ -316,7 +343,12 @@ def _columns(found: Outputs, attention_mask: Tensor, layout: Layout) -> dict[str
     tokens = valid.sum(1).tolist()
     if layout.predicts_tokens:
         logits = logits.transpose(1, 2) if layout.problem == "question_answering" else logits
-        columns = {"logits": _items(logits[valid].float(), tokens)}
+        if layout.top_k:
+            likeliest, words, tail = top_words(logits[valid], layout.top_k)
+            columns = {"logits": _items(likeliest.half(), tokens), "words": _items(words.int(), tokens)}
+            columns["tail"] = _items(tail.unsqueeze(-1), tokens)
+        else:
+            columns = {"logits": _items(logits[valid].float(), tokens)}
     else:
         columns = {"logits": _items(logits.float(), one)}
     states = [*shown.hidden, *([shown.embedding] if shown.embedding is not None else [])]

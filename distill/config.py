@@ -287,6 +287,13 @@ class DistillationConfig(TrainingConfig):
             "compared; auto decides by passes over the rows, size and disk; none runs it in every step."
         },
     )
+    cache_top_k: Annotated[int, Field(ge=1)] = field(
+        default=64,
+        metadata={
+            "help": "For a causal LM with cache_teacher: logits: words that are kept of each token; the others share "
+            "what mass is left."
+        },
+    )
     cache_limit_gb: Annotated[float, Field(gt=0)] = field(
         default=10.0, metadata={"help": "Most that all cached teachers may take on disk, in GB."}
     )

@@ -56,6 +56,8 @@ class Teacher:
     """Of the columns that hold its inputs, where it reads other tokens than the student."""
     vocabulary: int | None = None
     """Words that are compared, where the two differ in how far they fill up their vocabularies."""
+    top_k: int = 0
+    """Words that a causal LM's cache keeps of each token; 0 where it has no cache."""
     cache: TeacherCache | None = None
     """Of its outputs over the training rows."""
     autocast: Callable[[], AbstractContextManager] = nullcontext
@@ -87,11 +89,13 @@ class Teacher:
     @property
     def layout(self) -> Layout | None:
         """What a cache would hold of it; None where that is too much (attention maps, a vocabulary for every token)."""
-        of_words = self.problem in ("masked_lm", "causal_lm")
+        of_words = self.problem == "masked_lm" or (self.problem == "causal_lm" and not self.top_k)
         if self.model is None or self.reader is None or self.reader.wanted[0].attention or of_words:
             return None
         outputs = 2 if self.problem == "question_answering" else self.model.config.num_labels
-        return Layout(self.reader.wanted[0], outputs, width_of(self.model.config), self.problem)
+        if self.problem == "causal_lm":
+            outputs = self.model.config.vocab_size
+        return Layout(self.reader.wanted[0], outputs, width_of(self.model.config), self.problem, self.top_k)
 
 
 def own_columns(number: int) -> str:
@@ -277,6 +281,12 @@ def _match(
                 f"teacher: has a vocabulary of {sizes[0]} and the student of {sizes[1]}; they may differ by padding "
                 f"alone, and the tokenizer's is {known}"
             )
+    keeps_words = problem == "causal_lm" and config.cache_teacher not in ("auto", "none")
+    if keeps_words and config.soft_loss == "mse" and "soft" in on:
+        problems.append(
+            "cache_teacher: of a causal LM the likeliest words are kept, which a squared error of all logits is no "
+            "loss for; say soft_loss: kl, or cache_teacher: none"
+        )
     if problems:
         raise InputError(*problems)
 
@@ -297,4 +307,5 @@ def _match(
         pairs=pairs,
         prefix=prefix,
         vocabulary=shared_words,
+        top_k=min(config.cache_top_k, teacher.config.vocab_size) if keeps_words else 0,
     )

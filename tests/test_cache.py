@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from distill import DistillationConfig, DistillationTrainer
-from distill.cache import Layout, TeacherCache
+from distill.cache import Layout, TeacherCache, top_words, with_tail
 from distill.errors import InputError
 from distill.representations import Wanted
 from distill.teacher import Teacher
@@ -183,3 +183,30 @@ def test_a_cache_that_lacks_rows_is_told(tmp_path):
     (folder,) = (tmp_path / "cache").iterdir()
     with pytest.raises(InputError, match="lacks rows"):
         TeacherCache(folder, Layout(Wanted(), 2, 64), 41)
+
+
+def test_the_likeliest_words_are_kept_and_the_others_share_what_is_left():
+    logits = torch.tensor([[2.0, 0.0, 1.0, -1.0, 0.5], [0.0, 0.0, 3.0, 0.0, 1.0]])
+    probabilities = logits.softmax(-1)
+    found = with_tail(*top_words(logits, 2), 5).exp()
+    for row, kept in enumerate(([0, 2], [2, 4])):
+        others = [word for word in range(5) if word not in kept]
+        torch.testing.assert_close(found[row, kept], probabilities[row, kept])
+        torch.testing.assert_close(found[row, others], (probabilities[row, others].sum() / 3).expand(3))
+    torch.testing.assert_close(with_tail(*top_words(logits, 5), 5).exp(), probabilities)
+
+
+@pytest.mark.parametrize(("top_k", "tolerance"), [(50, 1e-3), (40, 0.05)])
+def test_a_causal_lm_learns_the_same_from_its_teachers_likeliest_words(tmp_path, top_k, tolerance):
+    live = make_trainer(tmp_path, "causal, kl", cache_teacher="none", **SGD)
+    live.train()
+    cached = make_trainer(tmp_path, "causal, kl", cache_teacher="logits", cache_top_k=top_k, **SGD)
+    cached.train()
+    assert losses(cached) == pytest.approx(losses(live), rel=tolerance)
+    assert sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*.arrow")) > 0
+
+
+def test_a_cache_of_likeliest_words_is_asked_for_by_name(tmp_path):
+    assert make_trainer(tmp_path, "causal, kl").planned_caches()[0][1].layout is None
+    with pytest.raises(InputError, match="the likeliest words are kept, which a squared error"):
+        make_trainer(tmp_path, "causal", cache_teacher="logits")
