@@ -19,11 +19,11 @@ from distill.cache import show_bytes
 from distill.config import TrainingConfig
 from distill.console import log, results
 from distill.models import from_config, label_order, load_processor
+from distill.options import DistillOptions, FinetuneOptions, QuantizeOptions, teachers_of
 from distill.pipeline import is_finished
 from distill.plan import Plan, PlannedStep
 from distill.processes import forget_precision
 from distill.representations import show_pairs
-from distill.steps import DistillOptions, FinetuneOptions, QuantizeOptions, teachers_of
 from distill.tasks import TaskKind
 from distill.teacher import FROM_DATA
 from distill.trainer import DistillationTrainer

@@ -23,12 +23,12 @@ from distill.evaluation import evaluate_model
 from distill.hub import push_folder, require_token, to_push, write_content
 from distill.launch import check_config, find_config, launch
 from distill.models import fetch_weights, find_model, load_classifier, load_processor
+from distill.options import VERBS
 from distill.pipeline import run_plan
 from distill.plan import Plan, make_plan
 from distill.processes import check_launch, on_main_process
 from distill.recipe import SET_BY_THE_RUN, Recipe, load_recipe, parse_options, parse_value
 from distill.report import print_report, write_report
-from distill.steps import VERBS
 from distill.tasks import OF_CLASSES
 
 

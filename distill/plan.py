@@ -27,9 +27,7 @@ from distill.models import (
     no_head_message,
     set_labels,
 )
-from distill.recipe import Recipe, Step, located
-from distill.representations import depth_of
-from distill.steps import (
+from distill.options import (
     DistillOptions,
     FinetuneOptions,
     QuantizeOptions,
@@ -41,34 +39,24 @@ from distill.steps import (
     teachers_of,
     width_of_student,
 )
+from distill.recipe import Recipe, Step, located
+from distill.representations import depth_of
 from distill.student import student_config
 from distill.tasks import TaskKind
 from distill.teacher import FROM_DATA, comparable, layer_pairs
 
 # The code that decides what a step makes; a change in it reruns the step.
+_MODEL_CODE = ("models", "student", "steps", "options")
 _TRAINING_CODE = (
-    *(
-        "readers",
-        "columns",
-        "unlabelled",
-        "data",
-        "encoding",
-        "masking",
-        "adapters",
-        "tasks",
-        "models",
-        "student",
-        "batches",
-        "cache",
-        "hardware",
-        "packing",
-    ),
-    *("config", "losses", "predictions", "representations", "teacher", "objective", "monitoring", "trainer", "steps"),
+    *_MODEL_CODE,
+    *("readers", "columns", "unlabelled", "tasks", "data", "encoding", "masking", "batches", "cache", "hardware"),
+    *("packing", "config", "losses", "predictions", "representations", "teacher", "objective", "monitoring"),
+    *("adapters", "trainer"),
 )
 _CODE = {
     "finetune": _TRAINING_CODE,
     "distill": _TRAINING_CODE,
-    "quantize": ("models", "student", "linears", "embeddings", "formats", "quantize", "sensitivity", "steps"),
+    "quantize": (*_MODEL_CODE, "linears", "embeddings", "formats", "quantize", "sensitivity"),
 }
 _QAT_CODE = ("affine", "fake_weights", "qat", "formats", "embeddings")  # beside, where `qat` is given
 

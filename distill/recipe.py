@@ -14,8 +14,8 @@ from distill.benchmark import BenchmarkOptions
 from distill.config import TrainingConfig, checked
 from distill.data import DataOptions
 from distill.errors import InputError, near_name, nearest_name
+from distill.options import VERBS, Options
 from distill.sources import repo_id_problem
-from distill.steps import VERBS, Options
 
 _TOP_LEVEL = (
     *("task", "data", "output_dir", "baseline", "benchmark", "steps"),

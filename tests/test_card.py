@@ -5,7 +5,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from distill.card import inherited, model_card
-from distill.steps import VERBS
+from distill.options import VERBS
 
 REPORT = """# run
 

@@ -261,14 +261,14 @@ def test_a_killed_run_resumes_and_ends_with_the_same_bytes(tmp_path, pretrained,
     run_plan(plan(whole))
 
     wait_there = (
-        "import distill.config, distill.steps, time, sys; from distill.cli import main\n"
+        "import distill.config, distill.sessions, time, sys; from distill.cli import main\n"
         "from transformers import TrainerCallback\n"
         "distill.config.has_bf16 = lambda device: False\n"  # as in this process
         "class Wait(TrainerCallback):\n"
         "    def on_step_end(self, args, state, control, **kwargs):\n"
         "        if 'student' in args.output_dir and state.global_step == 3:\n"
         "            print('here', flush=True); time.sleep(60)\n"
-        "distill.steps._Clock.__bases__ = (Wait,)\n"
+        "distill.sessions.Clock.__bases__ = (Wait,)\n"
         "main(sys.argv[1:])"
     )
     process = subprocess.Popen(
@@ -304,7 +304,7 @@ def test_a_resumed_run_warns_of_nothing(tmp_path, pretrained, sst2_folder, monke
     handler.emit = lambda record: said.append(record.getMessage())
     monkeypatch.setattr(logging.getLogger("transformers"), "handlers", [handler])
     with monkeypatch.context() as patch:
-        patch.setattr("distill.steps._Clock.on_step_end", stop)
+        patch.setattr("distill.sessions.Clock.on_step_end", stop)
         with pytest.raises(KeyboardInterrupt):
             run_plan(made)
     assert [path.name for path in (tmp_path / "run" / "teacher" / "checkpoints").iterdir()] == ["checkpoint-3"]

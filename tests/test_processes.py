@@ -150,7 +150,7 @@ steps:
 
 _KILLED = """
 import os, signal, sys
-import distill.steps
+import distill.sessions
 from distill.cli import main
 from transformers import TrainerCallback
 
@@ -159,7 +159,7 @@ class Kill(TrainerCallback):
         if "student" in args.output_dir and state.global_step == 5 and os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGKILL)
 
-distill.steps._Clock.__bases__ = (Kill,)
+distill.sessions.Clock.__bases__ = (Kill,)
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -6,8 +6,8 @@ import transformers
 
 from distill.config import TrainingConfig
 from distill.errors import InputError
+from distill.options import DistillOptions, FinetuneOptions, QuantizeOptions
 from distill.recipe import load_recipe, parse_value
-from distill.steps import DistillOptions, FinetuneOptions, QuantizeOptions
 
 RECIPE = """
 task: sst2
