@@ -281,9 +281,11 @@ def _comparison_lines(report: dict[str, Any]) -> list[str]:
 
 def _units(report: dict[str, Any]) -> str:
     bench, device = report["environment"]["benchmark"], report["models"][0]["device"]
+    of_images = report["task"] == "image-classification"
+    each = "images" if of_images else f"rows of {bench['sequence_length']} tokens"
     return (
-        f"on {device}: ms of {bench['latency_batch_size']}×{bench['sequence_length']} tokens (median), "
-        f"rows/s at {bench['throughput_batch_size']}×{bench['sequence_length']}"
+        f"on {device}: ms for {bench['latency_batch_size']} and rows/s for {bench['throughput_batch_size']} {each} at "
+        "a time (medians)"
     )
 
 
