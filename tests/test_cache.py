@@ -134,7 +134,10 @@ def test_auto_says_what_it_decided(tmp_path, capsys):
         ({"train_sampling_strategy": "sequential"}, "runs in every step: the rows are not drawn by their lengths"),
         ({"train_sampling_strategy": "random"}, "caching the teacher's logits: 1.0 kB in"),
         ({}, "caching the teacher's logits: 1.0 kB in"),
-        ({"case": "masked"}, "runs in every step: attention maps, and a vocabulary for every token, are not cached"),
+        (
+            {"case": "masked"},
+            "runs in every step: attention maps, masks that are drawn anew, and a whole vocabulary for every token are not cached",
+        ),
     ]:
         make_trainer(tmp_path, **options).train()
         assert said in capsys.readouterr().err, options
@@ -147,7 +150,7 @@ def test_auto_says_what_it_decided(tmp_path, capsys):
         (
             "attention",
             {"cache_teacher": "relations"},
-            "attention maps, and a vocabulary for every token, are not cached; say auto",
+            "attention maps, masks that are drawn anew, and a whole vocabulary for every token are not cached; say auto",
         ),
         ("hidden", {"cache_teacher": "hidden", "cache_limit_gb": 1e-6}, r"hidden would take .* above cache_limit_gb"),
     ],
