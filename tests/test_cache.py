@@ -136,7 +136,7 @@ def test_auto_says_what_it_decided(tmp_path, capsys):
         ({}, "caching the teacher's logits: 1.0 kB in"),
         (
             {"case": "masked"},
-            "runs in every step: attention maps, masks that are drawn anew, and a whole vocabulary for every token are not cached",
+            "every step: attention maps, masks that are drawn anew, and a whole vocabulary for every token are not",
         ),
     ]:
         make_trainer(tmp_path, **options).train()
@@ -150,7 +150,7 @@ def test_auto_says_what_it_decided(tmp_path, capsys):
         (
             "attention",
             {"cache_teacher": "relations"},
-            "attention maps, masks that are drawn anew, and a whole vocabulary for every token are not cached; say auto",
+            "masks that are drawn anew, and a whole vocabulary for every token are not cached; say auto",
         ),
         ("hidden", {"cache_teacher": "hidden", "cache_limit_gb": 1e-6}, r"hidden would take .* above cache_limit_gb"),
     ],
