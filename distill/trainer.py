@@ -11,7 +11,7 @@ import numpy as np
 import safetensors.torch
 import torch
 import transformers
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.profiler import record_function
 from torch.utils.data import DataLoader, RandomSampler, Sampler, SequentialSampler
@@ -25,6 +25,7 @@ from distill.console import log
 from distill.errors import InputError
 from distill.hardware import fast_attention, keep_freed_memory, use_available_cores
 from distill.masking import masking_of
+from distill.models import quiet_loading
 from distill.monitoring import Announcement, DivergenceWatch, Sums
 from distill.objective import COUNTS, Part, against_labels, against_teacher, count
 from distill.packing import packed
@@ -550,7 +551,14 @@ class DistillationTrainer(transformers.Trainer):
             self.processing_class.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, self.student if model is None else model)
+        if isinstance(self.student, PeftModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, self.student if model is None else model)
+        else:  # a file has neither tied weights nor always the modules' own names, and Trainer would skip those
+            with quiet_loading():
+                saved = type(self.student).from_pretrained(
+                    resume_from_checkpoint, config=self.student.config, dtype=self.student.dtype, use_safetensors=True
+                )
+            self.student.load_state_dict(saved.state_dict())
         if self._quantized is not None and self.args.qat_activations:
             ranges = safetensors.torch.load_file(Path(resume_from_checkpoint) / _RANGES_FILE)["ranges"]
             self._quantized.ranges = ranges.to(self.args.device)

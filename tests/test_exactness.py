@@ -396,3 +396,26 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn(tmp_path, case):
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(0, abs=1e-5)
     assert trainer.state.log_history[0]["grad_norm"] == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["classes", "tokens", "spans", "masked anew", "causal", "images", "two tokenizers"])
+def test_a_training_that_was_cut_off_ends_as_a_whole_one(tmp_path, kind):
+    """Over two epochs, so that rows and masks are drawn anew between the two sessions."""
+
+    def session(name, **options):
+        teacher, student = make_models(kind)
+        args = DistillationConfig(
+            output_dir=str(tmp_path / name), per_device_train_batch_size=4, num_train_epochs=2, save_steps=1,
+            save_total_limit=10, learning_rate=1e-2, disable_tqdm=True, bf16=False, hard_weight=0.5, logging_steps=1,
+        )  # fmt: skip
+        trainer = DistillationTrainer(
+            model=student, teacher=teacher, args=args, train_dataset=make_rows(kind),
+            processing_class=None if kind == "images" else make_tokenizer(),
+        )  # fmt: skip
+        trainer.train(**options)
+        return trainer.student.state_dict()
+
+    whole = session("whole")
+    resumed = session("resumed", resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-1"))
+    for name, weight in whole.items():
+        torch.testing.assert_close(resumed[name], weight, rtol=1e-5, atol=1e-6)
