@@ -18,12 +18,13 @@ from distill.batches import row_lengths
 from distill.cache import show_bytes
 from distill.config import TrainingConfig
 from distill.console import log, results
-from distill.models import from_config, label_order, load_processor
+from distill.models import from_config, label_order
 from distill.options import DistillOptions, FinetuneOptions, QuantizeOptions, teachers_of
 from distill.pipeline import is_finished
 from distill.plan import Plan, PlannedStep
 from distill.processes import forget_precision
 from distill.representations import show_pairs
+from distill.steps import read_rows
 from distill.tasks import TaskKind
 from distill.teacher import FROM_DATA
 from distill.trainer import DistillationTrainer
@@ -156,30 +157,30 @@ def _timed(
     timed, kind = copy.copy(options), plan.data.task.kind
     timed.output_dir, timed.disable_tqdm, timed.report_to = scratch, True, []
     timed.qat_delay = 0.0  # the steps that take longer
-    tokenizer = load_processor(planned.tokenizer_location, kind, plan.data.max_length)
-    rows = plan.data.training_rows(tokenizer, unlabelled=isinstance(planned.step.options, DistillOptions))
+    teachers = [None if name == FROM_DATA else _model(plan, name) for name in teachers_of(planned.step.given)]
+    read_from = [None if teacher is None else teacher[1] for teacher in teachers]
+    inputs = read_rows(plan.data, planned.tokenizer_location, read_from)
+    rows = inputs.train
     forget_precision()
     trainer = DistillationTrainer(
         model=from_config(planned.config, kind),
-        teacher=[
-            *(from_config(config, kind) for _, config in _teacher_configs(plan, planned)),
-            *([FROM_DATA] * (FROM_DATA in teachers_of(planned.step.given))),
-        ],
+        teacher=[FROM_DATA if teacher is None else from_config(teacher[0], kind) for teacher in teachers],
         args=timed,
         peft_config=None if options.lora is None else lora_config(options.lora, kind),
         train_dataset=rows,
-        processing_class=tokenizer,
+        eval_dataset=inputs.validation,
+        processing_class=inputs.processor,
     )
     trainer.create_optimizer()
     lengths = row_lengths(rows, "length")
     order, size = np.arange(len(rows)) if lengths is None else np.argsort(lengths), options.per_device_train_batch_size
-    read = trainer.reader(rows, "timing")
+    read = trainer.batch_reader()
     plans = trainer.planned_caches()
 
     def step(position: float) -> tuple[float, float]:
         """Seconds of a training step, and of what is cached of the teachers, at a place from short to long rows."""
         start = int(position * max(len(rows) - size, 0))
-        batch = read(order[start : start + size].tolist())
+        batch = read(order[start : start + size].tolist(), 0)
         began = time.perf_counter()
         trainer.begin_quantized_step()
         with trainer.accelerator.autocast():  # as the prepared model has it in training
@@ -259,8 +260,14 @@ def _count_steps(options: TrainingConfig, batches_of_an_epoch: int) -> tuple[int
 
 
 def _teacher_configs(plan: Plan, planned: PlannedStep) -> list[tuple[str, PretrainedConfig]]:
-    teachers = [name for name in teachers_of(planned.step.given) if name != FROM_DATA]
-    return [(name, plan.steps[name].config if name in plan.steps else plan.sources[name].config) for name in teachers]
+    return [(name, _model(plan, name)[0]) for name in teachers_of(planned.step.given) if name != FROM_DATA]
+
+
+def _model(plan: Plan, name: str) -> tuple[PretrainedConfig, str]:
+    """The config of a step's model or of one from outside, and where its tokenizer lies."""
+    if name in plan.steps:
+        return plan.steps[name].config, plan.steps[name].tokenizer_location
+    return plan.sources[name].config, plan.sources[name].location
 
 
 def _num_parameters(config: PretrainedConfig, kind: TaskKind) -> int:

@@ -120,23 +120,6 @@ class Data:
             return rows
         return datasets.concatenate_datasets([rows, self.tokenized("unlabelled", tokenizer)])
 
-    def with_inputs_of(
-        self, rows: datasets.Dataset, tokenizer: Processor, other: Processor, prefix: str
-    ) -> datasets.Dataset:
-        """Training rows with the inputs that another tokenizer makes of them, where it makes others.
-
-        Args:
-            rows: as `training_rows` made them with `tokenizer`.
-            prefix: of the new columns.
-        """
-        if tokenizer_fingerprint(other) == tokenizer_fingerprint(tokenizer):
-            return rows
-        whole = "unlabelled" in self.splits and len(rows) > len(self.splits["train"])
-        own = self.training_rows(other, unlabelled=whole)
-        names = [name for name in other.model_input_names if name in own.column_names]
-        columns = own.select_columns(names).rename_columns({name: prefix + name for name in names})
-        return datasets.concatenate_datasets([rows, columns], axis=1)
-
     def labels(self, split: str) -> list:
         """The labels of a split's rows; none for language models, whose labels are their tokens."""
         return self.splits[split]["label"] if self.task.label else []

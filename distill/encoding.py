@@ -72,6 +72,18 @@ def tokenize(
     )
 
 
+def beside(rows: datasets.Dataset, others: datasets.Dataset, processor: Processor, prefix: str) -> datasets.Dataset:
+    """Tokenized rows with the inputs that another tokenizer made of them.
+
+    Args:
+        others: the same rows, as `processor` tokenized them.
+        prefix: of the new columns.
+    """
+    names = [name for name in processor.model_input_names if name in others.column_names]
+    columns = others.select_columns(names).rename_columns({name: prefix + name for name in names})
+    return datasets.concatenate_datasets([rows, columns], axis=1)
+
+
 def _texts(batch: _Batch, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int) -> _Batch:
     encoded = tokenizer(*(batch[column] for column in task.text), truncation=True, max_length=max_length)
     stored = {name: batch[name] for name in STORED_COLUMNS if name in batch}

@@ -1,15 +1,18 @@
 """The verbs of a recipe: for each one the plain function that makes its model folder."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import datasets
 import torch
 import transformers
 from transformers import PreTrainedModel, PrinterCallback
 
 from distill.adapters import in_float32, lora_config, merged
 from distill.console import log
-from distill.data import Data
+from distill.data import Data, tokenizer_fingerprint
+from distill.encoding import Processor, beside
 from distill.evaluation import input_batches, metrics_while_training
 from distill.formats import Format, choose_formats
 from distill.models import load_classifier, load_for_finetuning, load_processor
@@ -164,13 +167,7 @@ def _train(
         teachers: each with the folder or Hub id of its tokenizer; None for one that stands in the rows.
     """
     kind = data.task.kind
-    processor = load_processor(processor_from, kind, data.max_length)
-    train_rows = data.training_rows(processor, unlabelled=bool(teachers))
-    for number, (_, location) in enumerate(teachers):
-        if location is not None and kind != "image-classification":
-            own = load_processor(location, kind, data.max_length)
-            train_rows = data.with_inputs_of(train_rows, processor, own, own_columns(number))
-    validation_rows = data.tokenized(data.task.validation_splits[0][0], processor)
+    rows = read_rows(data, processor_from, [location for _, location in teachers])
     clock = Clock()
     checkpoint = last_checkpoint(Path(options.output_dir))
     trained = options
@@ -181,11 +178,11 @@ def _train(
         teacher=[teacher for teacher, _ in teachers],
         args=trained,
         peft_config=None if options.lora is None else lora_config(options.lora, kind),
-        train_dataset=train_rows,
-        eval_dataset=validation_rows,
-        processing_class=processor,
+        train_dataset=rows.train,
+        eval_dataset=rows.validation,
+        processing_class=rows.processor,
         callbacks=[clock, *([StepProfile(folder)] if profile else [])],
-        **metrics_while_training(data, validation_rows),
+        **metrics_while_training(data, rows.validation),
     )
     if options.disable_tqdm:
         trainer.remove_callback(PrinterCallback)
@@ -202,19 +199,51 @@ def _train(
     if options.merge:
         if trainer.is_world_process_zero():
             merged(trainer.student).save_pretrained(folder)
-            processor.save_pretrained(folder)
+            rows.processor.save_pretrained(folder)
     else:
         trainer.save_model(str(folder))
     seconds = clock.seconds()
-    rows = len(trainer.train_dataset) * (trainer.state.epoch or 0)
+    num_rows = len(rows.train) * (trainer.state.epoch or 0)
     return Made(
         train_seconds=seconds,
-        samples_per_second=rows / seconds,
+        samples_per_second=num_rows / seconds,
         world_size=trainer.accelerator.num_processes,
         device=trainer.args.device.type,
         effective_batch_size=rows_of_a_step,
         log=trainer.state.log_history,
     )
+
+
+@dataclass(frozen=True)
+class ReadRows:
+    """What a training reads, and how."""
+
+    processor: Processor
+    train: datasets.Dataset
+    validation: datasets.Dataset
+
+
+def read_rows(data: Data, processor_from: str, teachers_from: Sequence[str | None]) -> ReadRows:
+    """The rows of a training as its student reads them, beside them what teachers read otherwise.
+
+    Args:
+        processor_from: folder or Hub id of the student's tokenizer or image processor.
+        teachers_from: the same for each teacher; None for one that stands in the rows. Where there is any, rows
+            without a label are read too.
+    """
+    kind, scored = data.task.kind, data.task.validation_splits[0][0]
+    processor = load_processor(processor_from, kind, data.max_length)
+    train = data.training_rows(processor, unlabelled=bool(teachers_from))
+    validation = data.tokenized(scored, processor)
+    for number, location in enumerate(teachers_from):
+        if location is None or kind == "image-classification":
+            continue
+        own = load_processor(location, kind, data.max_length)
+        if tokenizer_fingerprint(own) != tokenizer_fingerprint(processor):
+            prefix = own_columns(number)
+            train = beside(train, data.training_rows(own, unlabelled=True), own, prefix)
+            validation = beside(validation, data.tokenized(scored, own), own, prefix)
+    return ReadRows(processor, train, validation)
 
 
 def _batch(trainer: DistillationTrainer) -> tuple[int | None, str]:

@@ -83,8 +83,13 @@ class Teacher:
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """What of a batch it reads: the student's inputs, or columns of its own."""
-        own = {name.removeprefix(self.prefix): value for name, value in batch.items() if name.startswith(self.prefix)}
-        return own or dict(batch)
+        return {name.removeprefix(self.prefix): value for name, value in batch.items() if name.startswith(self.prefix)}
+
+    def can_judge(self, batch: Mapping[str, Any]) -> bool:
+        """Whether a batch holds what it reads, or its stored predictions."""
+        if self.model is None:
+            return bool(set(STORED_COLUMNS) & batch.keys())
+        return not self.prefix or f"{self.prefix}input_ids" in batch
 
     @property
     def layout(self) -> Layout | None:

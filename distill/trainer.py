@@ -202,7 +202,7 @@ class DistillationTrainer(transformers.Trainer):
 
     def _has_idle_weights(self) -> bool:
         """Whether the loss leaves some weight out (a pooler, upper layers), so that DDP must look for it each step."""
-        batch = self._prepare_inputs(self._batch_reader()([0], 0))
+        batch = self._prepare_inputs(self.batch_reader()([0], 0))
         self.model.eval()
         with self.compute_loss_context_manager():
             loss = self.compute_loss(self.model, batch)
@@ -228,9 +228,9 @@ class DistillationTrainer(transformers.Trainer):
         lengths = row_lengths(self.train_dataset, self.args.length_column_name)
         if lengths is None or not self._draws_batches:
             return super().get_train_dataloader()
-        return length_loader(self._batch_reader(), lengths, self.args, self._train_batch_size)
+        return length_loader(self.batch_reader(), lengths, self.args, self._train_batch_size)
 
-    def _batch_reader(self) -> Callable[[list[int], int], dict[str, Any]]:
+    def batch_reader(self) -> Callable[[list[int], int], dict[str, Any]]:
         """Makes the training batch of the rows with these numbers in an epoch, with what is cached of the teachers."""
         read = self.reader(self.train_dataset, "training")
 
@@ -370,8 +370,8 @@ class DistillationTrainer(transformers.Trainer):
         if is_on(self.weights["hard"]):
             parts |= against_labels(self.args, self.problem_type, outputs["logits"], inputs, counted)
         for number, teacher in enumerate(self.teachers):
-            if not training and teacher.model is None and not set(STORED_COLUMNS) & inputs.keys():
-                continue  # validation rows need no stored predictions
+            if not training and not teacher.can_judge(inputs):
+                continue  # validation rows need no stored predictions, nor tokens of the teacher's own
             shown = (outputs["logits"], outputs["representations"][number])
             temperature = None
             if self.args.temperature is not None:

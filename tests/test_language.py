@@ -10,6 +10,7 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, pipeline
 
 from distill import DistillationConfig, DistillationTrainer
+from distill.check import estimate_step
 from distill.data import DataOptions, load_data, tokenize
 from distill.errors import InputError
 from distill.evaluation import evaluate_model
@@ -20,6 +21,8 @@ from distill.recipe import load_recipe
 from distill.report import write_report
 from distill.tasks import own_task
 from tests.conftest import WORDS, make_tokenizer, sentences, tiny_config, write_rows
+
+MASK = Masking.__call__
 
 
 def test_masks_follow_bert():
@@ -149,7 +152,7 @@ def test_masking_needs_a_tokenizer_with_a_mask(tmp_path):
         Masking(tokenizer, 0.15, 0)
 
 
-def test_a_general_student_and_what_it_is_good_for(tmp_path, pretrained, sst2_folder):
+def test_a_general_student_and_what_it_is_good_for(tmp_path, pretrained, sst2_folder, monkeypatch):
     """A student distilled on text alone, scored by perplexity, then fine-tuned on labels."""
     load(tmp_path, "masked-lm")
     path = tmp_path / "general.yaml"
@@ -164,6 +167,11 @@ steps:
   untrained: {{run: finetune, model: {pretrained}, num_layers: 2, max_steps: 1, learning_rate: 1e-6}}
 """)
     made = make_plan(load_recipe(path))
+    masked = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Masking, "__call__", lambda self, batch, *_: masked.append(1) or MASK(self, batch, *_))
+        estimate_step(made, made.steps["student"])  # `distill check` times masked rows too
+    assert len(masked) > 1
     run_plan(made)
     report = write_report(made)
     by_name = {model["name"]: model for model in report["models"]}

@@ -1,11 +1,17 @@
 """A teacher and a student of different families, each with a tokenizer of its own."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast, RobertaConfig
 
+from distill.check import print_plan
 from distill.errors import InputError
+from distill.evaluation import evaluate_model
+from distill.models import load_tokenizer
 from distill.pipeline import run_plan
 from distill.plan import make_plan
 from distill.recipe import load_recipe
@@ -44,11 +50,27 @@ def plan_of(tmp_path, sst2_folder, pretrained, roberta, more="", overrides=None)
 
 
 def test_whole_rows_are_compared(tmp_path, sst2_folder, pretrained, roberta):
-    made = plan_of(tmp_path, sst2_folder, pretrained, roberta, ", contrastive_weight: 0.1")
+    more = ", contrastive_weight: 0.1, eval_strategy: steps, eval_steps: 60, bf16: false"
+    made = plan_of(tmp_path, sst2_folder, pretrained, roberta, more)
+    print_plan(made)  # times a few batches with random models
     run_plan(made)
     by_name = {model["name"]: model for model in write_report(made)["models"]}
     assert by_name["teacher"]["metrics"]["accuracy"] > 0.9
     assert by_name["student"]["agreement"] > 0.9
+
+    # The loss of an evaluation is against the teacher on tokens of its own too.
+    folders = [made.steps[name].folder for name in ("student", "teacher")]
+    student, teacher = (
+        np.array(
+            evaluate_model(
+                AutoModelForSequenceClassification.from_pretrained(folder), load_tokenizer(str(folder)), made.data
+            ).logits
+        )
+        for folder in folders
+    )
+    log = json.loads((folders[0] / "step.json").read_text())["log"]
+    found = [line["eval_loss/soft"] for line in log if "eval_loss/soft" in line]
+    assert found[-1] == pytest.approx(np.square(student - teacher).mean(), rel=1e-3)
 
 
 def test_cached_and_live_teachers_teach_the_same(tmp_path, sst2_folder, pretrained, roberta):
