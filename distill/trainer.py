@@ -551,7 +551,7 @@ class DistillationTrainer(transformers.Trainer):
             self.processing_class.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if isinstance(self.student, PeftModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self._trainer_loads:
             super()._load_from_checkpoint(resume_from_checkpoint, self.student if model is None else model)
         else:  # a file has neither tied weights nor always the modules' own names, and Trainer would skip those
             with quiet_loading():
@@ -567,10 +567,16 @@ class DistillationTrainer(transformers.Trainer):
             self.model.load_state_dict(projections, strict=False)
 
     def _load_best_model(self) -> None:
-        if isinstance(self.model, ProjectedStudent):  # Trainer would look for the wrapper's names and find none
-            self._load_from_checkpoint(self.state.best_model_checkpoint)
-        else:
+        # Of a wrapped student Trainer would look for the wrapper's names, and find none.
+        if self._trainer_loads and not isinstance(self.model, ProjectedStudent):
             super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    @property
+    def _trainer_loads(self) -> bool:
+        """Whether Trainer's own way to read a checkpoint is the right one."""
+        return isinstance(self.student, PeftModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled
 
 
 def _made_as_read(rows: Any) -> bool:

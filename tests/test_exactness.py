@@ -25,7 +25,7 @@ from transformers import (
 
 from distill import DistillationConfig, DistillationTrainer, build_student
 from distill.batches import LengthBatches
-from distill.config import PARTS
+from distill.config import PARTS, TrainingConfig
 from distill.data import tokenize
 from distill.tasks import GLUE
 from tests.conftest import make_tokenizer, sentences, tiny_bert, tiny_config
@@ -419,3 +419,35 @@ def test_a_training_that_was_cut_off_ends_as_a_whole_one(tmp_path, kind):
     resumed = session("resumed", resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-1"))
     for name, weight in whole.items():
         torch.testing.assert_close(resumed[name], weight, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["tokens", "masked anew", "causal", "images"])
+@pytest.mark.parametrize("alone", [False, True])
+def test_the_best_checkpoint_is_the_model_that_stays(tmp_path, kind, alone):
+    """Also of models whose files have neither tied weights nor the modules' own names."""
+    teacher, student = make_models(kind)
+    best = {}
+    args = (TrainingConfig if alone else DistillationConfig)(
+        output_dir=str(tmp_path), per_device_train_batch_size=4, max_steps=4, save_steps=1, eval_steps=1,
+        eval_strategy="steps", load_best_model_at_end=True, metric_for_best_model="planned", save_total_limit=10,
+        learning_rate=1e-2, disable_tqdm=True, bf16=False,
+    )  # fmt: skip
+    rows = make_rows(kind)
+    trainer = DistillationTrainer(
+        model=student, teacher=None if alone else teacher, args=args, train_dataset=rows, eval_dataset=rows,
+        processing_class=None if kind == "images" else make_tokenizer(),
+    )  # fmt: skip
+    evaluate = trainer.evaluate
+
+    def planned(*arguments, **options):
+        """Evaluates, and calls step 2 the best."""
+        if trainer.state.global_step == 2:
+            best.update({name: weight.clone() for name, weight in trainer.student.state_dict().items()})
+        found = evaluate(*arguments, **options)
+        return found | {"eval_planned": -abs(trainer.state.global_step - 2)}
+
+    trainer.evaluate = planned
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+    for name, weight in trainer.student.state_dict().items():
+        torch.testing.assert_close(weight, best[name], rtol=0, atol=0, msg=name)
