@@ -14,13 +14,12 @@ from distill.predictions import IGNORED, ProblemType
 from distill.tasks import Task
 
 
-def compute_metrics(task: Task, logits: np.ndarray, labels: np.ndarray, suffix: str = "") -> dict[str, float]:
+def compute_metrics(task: Task, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """The task's metrics of one split.
 
     Args:
         logits: B×C; regression B×1 or B; tokens B×T×C.
         labels: B class ids, B scores, B×C zeros and ones of label sets, or for tokens B×T, −100 where there is none.
-        suffix: appended to every key (`_mm` for MNLI's mismatched split).
     """
     predictions = predict(task, logits)
     if task.kind == "token-classification":
@@ -28,7 +27,7 @@ def compute_metrics(task: Task, logits: np.ndarray, labels: np.ndarray, suffix: 
         results = entities.scores(entities.entity_counts(found, truth, task.label_names or ()))
         known = labels != IGNORED
         results["accuracy"] = float((predictions == labels)[known].mean()) if known.any() else 0.0
-        return {key + suffix: value for key, value in results.items()}
+        return results
     results = {}
     for name in task.metrics:
         if name == "average":  # GLUE's own: the mean of the task's other metrics
@@ -38,7 +37,7 @@ def compute_metrics(task: Task, logits: np.ndarray, labels: np.ndarray, suffix: 
                 results |= RocAuc().compute(predictions=logits[:, 1] - logits[:, 0], references=labels)
         else:
             results |= METRICS[name](predictions.ndim).compute(predictions=predictions, references=labels)
-    return {key + suffix: float(value) for key, value in results.items()}
+    return {key: float(value) for key, value in results.items()}
 
 
 def divergences(problem: ProblemType, reference: np.ndarray, logits: np.ndarray) -> np.ndarray:

@@ -58,12 +58,6 @@ def test_metrics_are_evaluates_and_combine():
     assert combined.compute(predictions=PREDICTED, references=LABELS) == pytest.approx({"accuracy": 4 / 6, "f1": 2 / 3})
 
 
-def test_mnlis_second_split_has_keys_of_its_own():
-    assert compute_metrics(GLUE["mnli"], logits_of(PREDICTED, 3), LABELS, "_mm") == {
-        "accuracy_mm": pytest.approx(4 / 6)
-    }
-
-
 def test_divergences_by_hand():
     reference, logits = np.array([[0.0, 0.0], [3.0, 1.0]]), np.array([[np.log(3.0), 0.0], [13.0, 11.0]])
     by_hand = 0.5 * np.log(0.5 / 0.75) + 0.5 * np.log(0.5 / 0.25)
