@@ -188,18 +188,19 @@ print("PEAK", peak.found)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells what memory is anonymous")
-def test_memory_does_not_grow_with_cached_rows(tmp_path):
-    """40,000 rows of hidden states are 330 MB; they stay on disk."""
+@pytest.mark.parametrize("most", [20_000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_memory_does_not_grow_with_cached_rows(tmp_path, most):
+    """20,000 rows of hidden states are 160 MB, 100,000 five times as much; they stay on disk."""
     peaks = {}
-    for rows in (1_000, 20_000):
+    for rows in (1_000, most):
         folder = tmp_path / str(rows)
         script = _MEMORY.format(root=str(Path(__file__).parents[1]), rows=rows, folder=str(folder))
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=300)
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=900)
         assert done.returncode == 0, done.stderr
         peaks[rows] = float(done.stdout.split("PEAK")[1])
         stored = sum(path.stat().st_size for path in folder.rglob("chunk-*.arrow"))
         assert stored > rows * 32 * 2 * 64 * 2
-    assert peaks[20_000] < 1.1 * peaks[1_000]
+    assert peaks[most] < 1.1 * peaks[1_000]
 
 
 @pytest.mark.parametrize(("quota", "threads"), [("max 100000", 4), ("150000 100000", 2), ("50000 100000", 1)])
