@@ -173,6 +173,11 @@ def load_data(task_name: str | None, options: DataOptions, *, to_score: bool = F
         for name in ("unlabelled", "sampled_pairs", *STORED_COLUMNS):
             if getattr(options, name) is not None:
                 problems.append(f"data.{name}: not for {task.kind}; leave it out")
+    if options.stride is not None and task.kind != "question-answering":
+        problems.append(f"data.stride: for question answering, not for {task.kind}; leave it out")
+    if options.stride is not None and options.stride > options.max_length // 2:
+        half = options.max_length // 2
+        problems.append(f"data.stride: {options.stride} is more than half of max_length; say at most {half}")
     if options.sampled_pairs is not None and any(stored.values()):
         problems.append("data.sampled_pairs: new pairs have no stored predictions; leave one of them out")
     if options.sampled_pairs is not None and len(task.text) != 2:

@@ -111,13 +111,15 @@ def _windows(
     `row` is the number of the row, `starts` and `ends` are the characters of the context under each token, −1 for
     tokens that are none of it.
     """
-    questions = [_cut(question, tokenizer) for question in batch[task.text[0]]]
+    room = max_length - stride - tokenizer.num_special_tokens_to_add(pair=True) - 1
+    longest = max(1, min(_LONGEST_QUESTION, room))
+    questions = [_cut(question, tokenizer, longest) for question in batch[task.text[0]]]
     encoded = tokenizer(
         questions,
         batch[task.text[1]],
         truncation="only_second",
         max_length=max_length,
-        stride=min(stride, max_length // 2),
+        stride=stride,
         return_overflowing_tokens=True,
         return_offsets_mapping=True,
     )
@@ -133,11 +135,11 @@ def _windows(
     return {**encoded, **more}
 
 
-def _cut(question: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A question longer than 64 tokens would leave no room for its context (BERT's SQuAD script cuts there too)."""
+def _cut(question: str, tokenizer: PreTrainedTokenizerBase, longest: int) -> str:
+    """The first tokens of a question, as a longer one would leave no room for its context."""
     encoded = tokenizer(question, add_special_tokens=False, return_offsets_mapping=True)
     offsets = encoded["offset_mapping"]
-    return question if len(offsets) <= _LONGEST_QUESTION else question[: offsets[_LONGEST_QUESTION - 1][1]]
+    return question if len(offsets) <= longest else question[: offsets[longest - 1][1]]
 
 
 def _tokens_of_answer(places: np.ndarray, answers: dict[str, list]) -> tuple[int, int]:

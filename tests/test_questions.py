@@ -63,8 +63,22 @@ def test_an_answer_cut_by_a_window_is_none_of_it(tmp_path):
 
 def test_a_question_without_end_leaves_room_for_its_context(tmp_path):
     row = {"question": "was " * 200, "context": "a good film", "answers": {"text": ["good"], "answer_start": [2]}}
-    windows = load(tmp_path, [row] * 8, max_length=80).tokenized("train", make_tokenizer())
+    windows = load(tmp_path, [row] * 8, max_length=120).tokenized("train", make_tokenizer())
     assert windows[0]["start_positions"] == 1 + 64 + 1 + 1
+
+
+def test_a_wide_overlap_leaves_less_to_the_question(tmp_path):
+    row = {"question": "was " * 200, "context": "a good film " * 9, "answers": {"text": ["good"], "answer_start": [2]}}
+    windows = load(tmp_path, [row] * 8, max_length=40, stride=20).tokenized("train", make_tokenizer())
+    assert max(map(len, windows["input_ids"])) == 40
+    assert windows[0]["start_positions"] == 1 + (40 - 20 - 3 - 1) + 1 + 1
+
+
+def test_a_wrong_stride_is_refused(tmp_path):
+    with pytest.raises(InputError, match="more than half of max_length; say at most 20"):
+        load(tmp_path, asked(8), max_length=40, stride=21)
+    with pytest.raises(InputError, match=r"data\.stride: for question answering, not for classification"):
+        load_data("sst2", DataOptions(path=str(tmp_path), stride=4))
 
 
 def test_the_best_span_of_all_windows_is_the_answer():
