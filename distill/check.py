@@ -19,7 +19,7 @@ from distill.cache import show_bytes
 from distill.config import TrainingConfig
 from distill.console import log, results
 from distill.models import from_config, label_order
-from distill.options import DistillOptions, FinetuneOptions, QuantizeOptions, teachers_of
+from distill.options import DistillOptions, FinetuneOptions, QuantizeOptions, StudentOptions, teachers_of
 from distill.pipeline import is_finished
 from distill.plan import Plan, PlannedStep
 from distill.processes import forget_precision
@@ -88,6 +88,8 @@ def print_plan(plan: Plan) -> None:
             results.print(f"  {line}")
         if planned.layers is not None:
             results.print(f"  source layers {', '.join(map(str, planned.layers))} (from 0)")
+        elif isinstance(planned.step.options, StudentOptions):
+            results.print("  new weights")
         if isinstance(planned.step.options, TrainingConfig) and planned.step.options.qat is not None:
             results.print(f"  {_awareness(planned.step.options)}")
         for teacher, pairs in planned.layer_pairs.items():

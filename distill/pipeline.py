@@ -20,6 +20,7 @@ from distill.errors import InputError, nearest_name
 from distill.folders import written_whole
 from distill.hardware import allocator
 from distill.models import fetch_weights, size_on_disk
+from distill.options import StudentOptions
 from distill.plan import Plan, PlannedStep
 from distill.processes import forget_precision, on_main_process, process_state, wait_for_everyone
 from distill.recipe import Recipe
@@ -235,6 +236,8 @@ def _parameters(planned: PlannedStep) -> str:
     parts = []
     if planned.layers is not None:
         parts.append(f"source layers {', '.join(map(str, planned.layers))}")
+    elif isinstance(planned.step.options, StudentOptions):
+        parts.append("new weights")
     for teacher, pairs in planned.layer_pairs.items():
         parts += [f"{part} {show_pairs(layers)} of {teacher}" for part, layers in pairs.items()]
     return f" ({'; '.join(parts)})" if parts else ""

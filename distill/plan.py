@@ -41,7 +41,7 @@ from distill.options import (
 )
 from distill.recipe import Recipe, Step, located
 from distill.representations import depth_of
-from distill.student import student_config
+from distill.student import is_fresh, student_config
 from distill.tasks import TaskKind
 from distill.teacher import FROM_DATA, comparable, layer_pairs
 
@@ -92,7 +92,7 @@ class PlannedStep:
     """Of the model that the step makes."""
     tokenizer_location: str
     layers: tuple[int, ...] | None
-    """0-based source layers that seed the student; None for a step that keeps all."""
+    """0-based source layers that seed the student; None where no layers do."""
     layer_pairs: dict[str, dict[str, list[tuple[int, int]]]]
     """For each teacher of a distill step the (student, teacher) layers that its losses match."""
     fingerprint: str
@@ -206,9 +206,11 @@ def _plan_step(
     try:
         if isinstance(options, FinetuneOptions | DistillOptions):
             problems += _adapter_problems(options, source, inputs, data)
-            layers = tuple(chosen_layers(options, depth_of(config)))
+            chosen, width = chosen_layers(options, depth_of(config)), width_of_student(options)
+            if not options.from_scratch and not is_fresh(config, width):
+                layers = tuple(chosen)
             if cuts_student(options, config):
-                config = student_config(config, options.student_arch, list(layers), width_of_student(options))
+                config = student_config(config, options.student_arch, chosen, width)
         if isinstance(options, DistillOptions):
             for teacher in [model for option, model in inputs.items() if is_teacher(option)]:
                 same = _reads(teacher, kind) == _reads(source, kind)

@@ -124,6 +124,16 @@ def test_what_is_inside_of_a_convolutional_student_is_not_compared(folder, tmp_p
         plan_of(folder, tmp_path, step)
 
 
+def test_patches_of_two_sizes_are_not_compared(folder, tmp_path):
+    other = tmp_path / "other"
+    settings = CONFIGS["vit"].to_dict() | {"patch_size": 2}
+    type(CONFIGS["vit"])(**settings).save_pretrained(other)
+    (other / "preprocessor_config.json").write_bytes((folder / "vit" / "preprocessor_config.json").read_bytes())
+    step = f"student: {{run: distill, teacher: teacher, model: {other}, from_scratch: true, hidden_weight: 1.0}}"
+    with pytest.raises(InputError, match=r"hidden_weight: compares patch .* of 2 pixels and the teacher of 4"):
+        plan_of(folder, tmp_path, step)
+
+
 def test_two_image_processors_are_refused(folder, tmp_path):
     other = tmp_path / "other"
     CONFIGS["resnet"].save_pretrained(other)

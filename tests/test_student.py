@@ -1,8 +1,14 @@
+import json
+
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
 
+from distill.check import print_plan
 from distill.errors import InputError
+from distill.pipeline import run_plan
+from distill.plan import make_plan
+from distill.recipe import load_recipe
 from distill.student import build_student, choose_layers
 from tests.conftest import tiny_bert
 
@@ -91,6 +97,39 @@ def test_a_student_reloads_as_an_ordinary_model(bert, student_arch, tmp_path):
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     with torch.no_grad():
         assert torch.equal(reloaded(IDS, MASK).logits, student(IDS, MASK).logits)
+
+
+@pytest.mark.parametrize(
+    ("more", "said", "layers"),
+    [
+        ("intermediate_size: 32", "source layers 0, 3", [0, 3]),
+        ("hidden_size: 16, num_attention_heads: 2", "new weights", None),
+        ("model: {model}, from_scratch: true", "new weights", None),
+    ],
+)
+def test_a_recipe_says_where_the_weights_of_a_student_come_from(
+    more, said, layers, tmp_path, pretrained, sst2_folder, capsys
+):
+    path = tmp_path / "narrow.yaml"
+    path.write_text(f"""
+task: sst2
+output_dir: {tmp_path / "run"}
+data: {{path: {sst2_folder}, max_length: 32}}
+steps:
+  teacher: {{run: finetune, model: {pretrained}, max_steps: 2}}
+  student: {{run: distill, teacher: teacher, num_layers: 2, max_steps: 2, {more.format(model=pretrained)}}}
+""")
+    made = make_plan(load_recipe(path))
+    print_plan(made)
+    assert said in capsys.readouterr().out
+    run_plan(made)
+    assert f"student: distill ({said}" in capsys.readouterr().err
+    folder = tmp_path / "run" / "student"
+    assert json.loads((folder / "step.json").read_text())["layers"] == layers
+    config = AutoModelForSequenceClassification.from_pretrained(folder).config
+    sizes = {"hidden_size": 16, "intermediate_size": 32}
+    assert all(getattr(config, name) == size for name, size in sizes.items() if name in more)
+    assert config.num_hidden_layers == 2
 
 
 def test_a_student_of_a_student_can_be_cut_again(bert):
