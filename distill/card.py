@@ -21,7 +21,7 @@ TAG = "distill"
 _WHAT = {
     "finetune": "fine-tuned on labels from {parents}",
     "distill": "distilled from the teacher {parents}",
-    "quantize": "{parents} quantized with bitsandbytes: {formats}",
+    "quantize": "{parents} {formats}",
 }
 
 # Ours → the Hub's names of metrics (https://hf.co/metrics), where they differ. GLUE's mean of two metrics has none.
@@ -188,11 +188,14 @@ def _formats(record: dict[str, Any]) -> str:
     options = record["options"]
     if record["run"] != "quantize":
         return ""
+    if options["format"] == "bf16":
+        return "rounded to bfloat16"
+    quantized = "quantized with bitsandbytes: "
     if options["format"] is None:
-        return f"the formats that keep closest to it within {options['bits_budget']} (`sensitivity.json`)"
+        return f"{quantized}the formats that keep closest to it within {options['bits_budget']} (`sensitivity.json`)"
     parts = [f"linear layers in {options['format']}", f"embeddings in {options['embeddings'] or 'int8'}"]
     parts += ["some modules otherwise (`config.json`)"] * bool(options["skip"] or options["overrides"])
-    return ", ".join(parts)
+    return quantized + ", ".join(parts)
 
 
 def _shown(record: dict[str, Any], reference: str) -> str:

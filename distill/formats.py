@@ -18,6 +18,7 @@ from distill.representations import depth_of
 from distill.student import find_blocks
 
 Format = Literal["int8", "nf4", "fp4"]
+FormatOrBf16 = Literal["int8", "nf4", "fp4", "bf16"]
 EmbeddingFormat = Literal["int8", "nf4", "none"]
 ComputeDtype = Literal["bf16", "fp32", "fp16"]
 RestDtype = Literal["bf16", "fp32"]
@@ -33,8 +34,12 @@ _LEAST_WEIGHTS_OF_AN_EMBEDDING = 50_000
 class QuantizationSettings:
     """What a model is quantized to. Layer norms, biases and heads (pooler included) never are."""
 
-    format: Format | None = field(
-        default=None, metadata={"help": "Format of the linear layers in the blocks; needed unless bits_budget picks."}
+    format: FormatOrBf16 | None = field(
+        default=None,
+        metadata={
+            "help": "Format of the linear layers in the blocks; needed unless bits_budget picks. bf16 rounds every "
+            "weight of the model to bfloat16 and leaves a plain one."
+        },
     )
     embeddings: EmbeddingFormat | None = field(
         default=None,
@@ -67,7 +72,7 @@ class QuantizationSettings:
 
 
 def choose_formats(model: PreTrainedModel, settings: QuantizationSettings) -> dict[str, Format]:
-    """The format of every module that will be quantized, by its full name.
+    """The format of every module that will be quantized, by its full name; none in bf16.
 
     Patterns are fnmatch's, over full names with or without the base model's prefix (`bert.`).
 
@@ -75,10 +80,17 @@ def choose_formats(model: PreTrainedModel, settings: QuantizationSettings) -> di
         model: a float model, possibly on meta.
 
     Raises:
-        InputError: no format, a pattern that matches nothing, fp4 for an embedding, or nothing to quantize.
+        InputError: no format, a pattern that matches nothing, fp4 for an embedding, settings that bf16 leaves no
+            place for, or nothing to quantize.
     """
     if settings.format is None:
-        raise InputError(f"format: missing; say {', '.join(get_args(Format))}")
+        raise InputError(f"format: missing; say {', '.join(get_args(FormatOrBf16))}")
+    if settings.format == "bf16":
+        defaults = QuantizationSettings(format="bf16")
+        idle = [name for name, value in vars(defaults).items() if getattr(settings, name) != value]
+        if idle:
+            raise InputError(f"{idle[0]}: has no effect with format: bf16, which has no modules of another kind")
+        return {}
     modules = quantizable_modules(model)
     embedding_format = settings.embeddings or "int8"
     chosen: dict[str, str] = {

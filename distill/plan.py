@@ -242,7 +242,8 @@ def _plan_step(
     if isinstance(options, QuantizeOptions):
         if data is not None:
             _check_quantization(options, config, data)
-        config.quantization_config = {"format": options.format}
+        if options.format != "bf16":
+            config.quantization_config = {"format": options.format}
     return PlannedStep(
         step=step,
         folder=recipe.output_dir / step.name,

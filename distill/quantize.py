@@ -23,6 +23,7 @@ from distill.formats import (
     BlockSize,
     ComputeDtype,
     Format,
+    FormatOrBf16,
     QuantizationSettings,
     choose_formats,
     model_size,
@@ -38,19 +39,20 @@ def quantize_model(
     model: PreTrainedModel,
     settings: QuantizationSettings | None = None,
     *,
-    format: Format | None = None,
+    format: FormatOrBf16 | None = None,
     double_quant: bool | None = None,
 ) -> PreTrainedModel:
     """Quantize a model in place and return it, ready for `save_pretrained`.
 
     The linear layers inside the transformer blocks go to `format`, the embeddings by default to int8 with a scale per
     row (they are two thirds of a small BERT). Heads, the pooler, layer norms, biases and everything else outside the
-    blocks go to bfloat16. Where the output layer shares its weights with the word embeddings, it goes on to.
+    blocks go to bfloat16. Where the output layer shares its weights with the word embeddings, it goes on to. With
+    `bf16` the whole model goes to bfloat16 and stays one that plain transformers loads.
 
     Args:
         model: a float model.
         settings: all that can be chosen; the others are short for two of them.
-        format: `int8` (Dettmers et al. 2022, vector-wise), `nf4` or `fp4` (Dettmers et al. 2023).
+        format: `int8` (Dettmers et al. 2022, vector-wise), `nf4` or `fp4` (Dettmers et al. 2023), or `bf16`.
         double_quant: quantize the 4-bit block scales too (0.4 bit per weight less); by default it is done.
 
     Raises:
@@ -74,6 +76,8 @@ def apply_formats(
     model: PreTrainedModel, formats: Mapping[str, Format], settings: QuantizationSettings
 ) -> PreTrainedModel:
     """Quantize the named modules in place, each to its format; the rest goes to `settings.rest_dtype`."""
+    if not formats:  # a plain model
+        return model.to(DTYPES[settings.rest_dtype]).eval().requires_grad_(False)
     head = _tied_head(model)
     embedding = model.get_input_embeddings()
     config = DistillQuantizationConfig(
