@@ -3,13 +3,11 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import datasets
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import stats
 from torch import Tensor
 from transformers import (
     BaseImageProcessor,
@@ -22,11 +20,10 @@ from transformers import (
 from distill.console import progress
 from distill.data import Data
 from distill.encoding import Processor
-from distill.entities import entity_counts, scores
-from distill.metrics import compute_metrics, divergences, language_scores, predict, primary_score, words_of
-from distill.models import PROBLEM_TYPES
-from distill.predictions import IGNORED, ProblemType, logits_of
-from distill.questions import answer_scores, answers_of, normalised
+from distill.intervals import score_interval, token_losses
+from distill.metrics import compute_metrics, language_scores, predict, words_of
+from distill.predictions import IGNORED, logits_of
+from distill.questions import answer_scores, answers_of
 from distill.representations import accepted_inputs
 from distill.tasks import OF_LANGUAGE, Task
 
@@ -67,18 +64,6 @@ def evaluate_model(
     return Evaluation(metrics, interval, predictions, logits)
 
 
-def divergence_from(task: Task, reference: Sequence, logits: Sequence) -> dict[str, float]:
-    """How far a model's predictions are from another's: the mean of `divergences`, and its 95 % interval.
-
-    Args:
-        reference: the other's logits B×C; logits alike.
-    """
-    problem = cast(ProblemType, PROBLEM_TYPES[task.kind])
-    of_rows = divergences(problem, np.asarray(reference), np.asarray(logits))
-    low, high = np.percentile([of_rows[rows].mean() for rows in _resamples(len(of_rows))], [2.5, 97.5])
-    return {"mean": float(of_rows.mean()), "low": float(low), "high": float(high)}
-
-
 def predict_rows(
     model: PreTrainedModel, tokenizer: Processor, task: Task, rows: datasets.Dataset, *, name: str, batch_size: int = 64
 ) -> list:
@@ -102,7 +87,7 @@ def _score(
     task = data.task
     if task.kind in OF_LANGUAGE:
         predicted = _language_predictions(task, rows, batches)
-        return predicted, language_scores(_losses(predicted)), None
+        return predicted, language_scores(token_losses(predicted)), None
     if task.kind == "question-answering":
         of_windows: list = [None] * len(rows)
         for numbers, found in batches:
@@ -185,10 +170,6 @@ def _token_losses(task: Task, logits: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([loss, (logits.argmax(-1) == labels) & known, known], dim=-1)
 
 
-def _losses(predictions: Sequence[dict]) -> NDArray:
-    return np.array([[each["loss"], each["right"], len(each["tokens"])] for each in predictions], dtype=np.float64)
-
-
 def _together(batches: _Batches, num_rows: int) -> NDArray:
     """Logits of all rows in their order, B×C, or for tokens B×T×C with 0 for padding."""
     found = [(numbers, logits.numpy()) for numbers, logits in batches]
@@ -202,56 +183,6 @@ def _together(batches: _Batches, num_rows: int) -> NDArray:
     return together
 
 
-def score_interval(task: Task, predictions: Sequence, labels: Sequence) -> tuple[float, float]:
-    """The 95 % interval of the primary metric.
-
-    For accuracy Wilson's score interval (Wilson 1927), which keeps its width at a perfect score; for other metrics the
-    middle 95 % over 400 seeded resamples of the rows (Efron 1979).
-
-    Args:
-        predictions: as in `Evaluation`, one a row; labels alike.
-    """
-    if interval_method(task) == "Wilson":
-        right = int((np.asarray(predictions) == np.asarray(labels)).sum())
-        interval = stats.binomtest(right, len(labels)).proportion_ci(method="wilson")
-        return float(interval.low), float(interval.high)
-    score = _scorer(task, predictions, labels)
-    low, high = np.percentile([score(rows) for rows in _resamples(len(predictions))], [2.5, 97.5])
-    return float(low), float(high)
-
-
-def paired_difference(
-    task: Task, first: Sequence, second: Sequence, labels: Sequence
-) -> tuple[float, tuple[float, float]]:
-    """How much more the first model scores than the second, and the 95 % interval of that.
-
-    Both are scored on the same resampled rows (paired bootstrap; Berg-Kirkpatrick et al. 2012), so that rows hard for
-    both cancel out.
-
-    Args:
-        first: predictions as in `Evaluation`, one a row; second and labels alike.
-    """
-    one, other = (_scorer(task, predictions, labels) for predictions in (first, second))
-    low, high = np.percentile([one(rows) - other(rows) for rows in _resamples(len(first))], [2.5, 97.5])
-    every = np.arange(len(first))
-    return one(every) - other(every), (float(low), float(high))
-
-
-def _scorer(task: Task, predictions: Sequence, labels: Sequence) -> Callable[[np.ndarray], float]:
-    """The primary metric of some rows, by their numbers."""
-    if task.kind == "token-classification":
-        counts = entity_counts(predictions, labels, task.label_names or ())
-        return lambda rows: scores(counts[rows])[task.primary_metric]
-    if task.kind == "question-answering":
-        of_rows = answer_scores(predictions, [label["text"] for label in labels])[:, 0]
-        return lambda rows: float(of_rows[rows].mean())
-    if task.kind in OF_LANGUAGE:
-        losses = _losses(predictions)
-        return lambda rows: language_scores(losses[rows])[task.primary_metric]
-    found, truth = np.asarray(predictions), np.asarray(labels)
-    return lambda rows: primary_score(task, found[rows], truth[rows])
-
-
 def _as_array(labels: Sequence) -> np.ndarray:
     """Labels of rows; those of tokens B×T, filled up with −100."""
     if not isinstance(labels[0], list) or isinstance(labels[0][0], float):  # sets of labels are floats
@@ -260,31 +191,6 @@ def _as_array(labels: Sequence) -> np.ndarray:
     for row, values in zip(filled, labels, strict=True):
         row[: len(values)] = values
     return filled
-
-
-def _resamples(num_rows: int) -> np.ndarray:
-    """Seeded row numbers, 400 draws of all rows."""
-    return np.random.default_rng(0).integers(num_rows, size=(400, num_rows))
-
-
-def interval_method(task: Task) -> str:
-    """The name of the method of `score_interval`."""
-    return "Wilson" if task.primary_metric == "accuracy" else "bootstrap"
-
-
-def agreement(task: Task, predictions: list, baseline: list) -> float:
-    """Share of rows (of words or tokens) on which both predict the same; for regression Pearson of the scores."""
-    if task.kind == "regression":
-        return compute_metrics(task, np.asarray(predictions), np.asarray(baseline))["pearson"]
-    if task.kind in OF_LANGUAGE:
-        predictions, baseline = ([each["tokens"] for each in found] for found in (predictions, baseline))
-    if task.kind in ("token-classification", *OF_LANGUAGE):
-        pairs = [pair for rows in zip(predictions, baseline, strict=True) for pair in zip(*rows, strict=False)]
-        return float(np.mean([first == second for first, second in pairs]))
-    if task.kind == "question-answering":
-        predictions, baseline = ([normalised(answer) for answer in found] for found in (predictions, baseline))
-    same = np.asarray(predictions) == np.asarray(baseline)
-    return float(np.mean(same.all(-1) if same.ndim > 1 else same))
 
 
 def _forwards(

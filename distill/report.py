@@ -14,22 +14,17 @@ from distill.benchmark import as_row, benchmark_models, environment, remarks_on
 from distill.card import write_model_card
 from distill.console import results
 from distill.errors import InputError
-from distill.evaluation import (
-    Evaluation,
-    agreement,
-    divergence_from,
-    evaluate_model,
-    interval_method,
-    paired_difference,
-)
+from distill.evaluation import Evaluation, evaluate_model
+from distill.intervals import agreement, divergence_from, interval_method, paired_difference, won_back
 from distill.models import fetch_weights, load_classifier, load_processor
+from distill.options import QuantizeOptions
 from distill.pipeline import is_finished, write_atomically
-from distill.plan import Plan, code_fingerprint
+from distill.plan import Plan, PlannedStep, code_fingerprint
 from distill.records import read_record
 
 _SCORING_CODE = (
     *("readers", "data", "encoding", "masking", "tasks", "metrics", "entities", "questions", "models", "linears"),
-    *("embeddings", "quantize", "evaluation"),
+    *("embeddings", "quantize", "evaluation", "intervals"),
 )
 _LOWER_IS_BETTER = ("perplexity",)
 
@@ -75,6 +70,7 @@ def write_report(plan: Plan) -> dict[str, Any]:
         "models": models,
         "variants": [row for name, row in benchmarks.items() if name not in names],
         "comparisons": _comparisons(plan, evaluations, fingerprints, cache),
+        "recoveries": _recoveries(plan, evaluations, benchmarks),
     }
     write_atomically(plan.recipe.output_dir / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     _draw(report, plan.recipe.output_dir / "report.png")
@@ -93,7 +89,9 @@ def remarks(report: dict[str, Any]) -> list[str]:
     said = []
     for model in report["models"]:
         parent = by_name.get(model["parents"][0]) if model["parents"] else None  # a distill step's is its teacher
-        if parent is not None and model["run"] != "finetune":
+        # One of as many parameters was trained on, and not compressed.
+        trained_on = parent and model["run"] == "distill" and model["num_parameters"] == parent["num_parameters"]
+        if parent is not None and model["run"] != "finetune" and not trained_on:
             said += remarks_on(model, parent, report["variants"])
     return said
 
@@ -186,6 +184,35 @@ def _comparisons(
     return known
 
 
+def _recoveries(
+    plan: Plan, evaluations: dict[str, Evaluation], benchmarks: dict[str, dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """What training or mixing formats won back of a plain quantization's divergence from the baseline.
+
+    Each quantized model that more was done to is held against the plainly quantized baseline closest in bytes.
+    """
+    quantized = [
+        name
+        for name, planned in plan.steps.items()
+        if name in evaluations and getattr(planned.config, "quantization_config", None) is not None
+    ]
+    plain = [name for name in quantized if _is_plain(plan.steps[name], plan.baseline)]
+    found = []
+    for name in [each for each in quantized if each not in plain] if plain else []:
+        size = benchmarks[name]["size_on_disk_bytes"]
+        over = min(plain, key=lambda other: abs(benchmarks[other]["size_on_disk_bytes"] - size))
+        logits = [evaluations[each].logits for each in (plan.baseline, over, name)]
+        won = won_back(plan.data.task, *(each for each in logits if each is not None)) if all(logits) else None
+        if won is not None:
+            found.append({"model": name, "over": over, "share": won[0], "interval": won[1]})
+    return found
+
+
+def _is_plain(planned: PlannedStep, baseline: str) -> bool:
+    options = planned.step.options
+    return isinstance(options, QuantizeOptions) and options.bits_budget is None and options.model == baseline
+
+
 def _key(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -276,7 +303,14 @@ def _comparison_lines(report: dict[str, Any]) -> list[str]:
         verdict = " (a tie)" if low <= 0 <= high else ""
         interval = f"95 % interval {low:+.4f} to {high:+.4f}"
         lines.append(f"{each['model']} − {each['over']}: {each['difference']:+.4f}, {interval}{verdict}")
-    return lines
+    return lines + [_recovery_line(each, report["baseline"]) for each in report["recoveries"]]
+
+
+def _recovery_line(recovery: dict[str, Any], baseline: str) -> str:
+    low, high = recovery["interval"]
+    verdict = " (a tie)" if low <= 0 <= high else ""
+    won = f"{recovery['share']:.0%} of {recovery['over']}'s divergence from {baseline} won back"
+    return f"{recovery['model']}: {won}, 95 % interval {low:.0%} to {high:.0%}{verdict}"
 
 
 def _units(report: dict[str, Any]) -> str:
@@ -308,7 +342,7 @@ def _markdown(plan: Plan, report: dict[str, Any]) -> str:
         "![accuracy against size and latency](report.png)",
         *(
             [f"On the same rows (paired bootstrap):\n\n{_as_list(_comparison_lines(report))}"]
-            if report["comparisons"]
+            if _comparison_lines(report)
             else []
         ),
         _as_list(remarks(report))

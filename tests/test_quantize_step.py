@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from transformers import AutoModelForSequenceClassification
 
 import distill  # noqa: F401  (registers the quantized formats)
@@ -15,12 +16,14 @@ from distill.models import size_on_disk
 from distill.pipeline import read_record, run_plan
 from distill.plan import make_plan
 from distill.recipe import load_recipe
+from distill.report import print_report, write_report
 from tests.conftest import tiny_bert
 
 STEPS = """
   int8: {run: quantize, model: MODEL, format: int8, threshold: 6.0, rest_dtype: fp32}
   small: {run: quantize, model: MODEL, format: nf4, embeddings: nf4, block_size: 128}
   fixed: {run: quantize, model: MODEL, format: nf4, overrides: {"encoder.layer.0.*": int8}, skip: ["*.1.output.dense"]}
+  plain: {run: quantize, model: MODEL, format: bf16}
   bits: {run: quantize, model: MODEL, bits_budget: 5.5, calibration_rows: 40}
   bytes: {run: quantize, model: MODEL, bits_budget: 1.6MB, calibration_rows: 40, embeddings: int8}
 """
@@ -30,6 +33,7 @@ def write_recipe(folder, model, data, steps):
     path = folder / "r.yaml"
     path.write_text(
         f"task: sst2\noutput_dir: {folder / 'run'}\ndata: {{path: {data}, max_length: 24}}\n"
+        "benchmark: {sequence_length: 16, throughput_batch_size: 2, rounds: 1}\n"
         f"steps:{steps.replace('MODEL', str(model))}"
     )
     return path
@@ -60,6 +64,10 @@ def test_each_step_makes_what_check_said_it_would(finished):
         header = int.from_bytes((planned.folder / "model.safetensors").read_bytes()[:8], "little")
         assert size_on_disk(planned.folder) - header == pytest.approx(expected, rel=0.02), name
         loaded = AutoModelForSequenceClassification.from_pretrained(planned.folder)
+        if name == "plain":
+            assert not hasattr(loaded.config, "quantization_config")
+            assert {weight.dtype for weight in loaded.parameters()} == {torch.bfloat16}
+            continue
         formats = loaded.config.quantization_config.formats
         assert formats == read_config(planned.folder)["formats"]
     assert str(loaded.dtype) == "torch.bfloat16"
@@ -89,6 +97,23 @@ def test_a_budget_is_kept_and_what_was_measured_is_left_in_the_folder(finished):
     assert table["mixes"][0]["formats"]["bert.embeddings.word_embeddings"] == "int8"  # as `embeddings` says
 
 
+def test_the_report_says_what_a_mix_wins_back(finished, capsys):
+    entries = {model["name"]: model for model in write_report(finished)["models"]}
+    report = write_report(finished)
+    assert report["baseline"] == finished.baseline
+    recoveries = {each["model"]: each for each in report["recoveries"]}
+    assert set(recoveries) == {"bits", "bytes"}
+    for name, each in recoveries.items():
+        sizes = {other: entries[other]["size_on_disk_bytes"] for other in ("int8", "small", "fixed")}
+        assert each["over"] == min(sizes, key=lambda other: abs(sizes[other] - entries[name]["size_on_disk_bytes"]))
+        means = [entries[other]["divergence"]["mean"] for other in (name, each["over"])]
+        assert each["share"] == pytest.approx(1 - means[0] / means[1])
+        assert each["interval"][0] <= each["share"] <= each["interval"][1]
+    print_report(report)
+    assert f"of {recoveries['bits']['over']}'s divergence from" in " ".join(capsys.readouterr().out.split())
+    assert entries["plain"]["divergence"]["mean"] < entries["small"]["divergence"]["mean"]
+
+
 def test_the_calibration_rows_belong_to_what_a_budget_makes(tmp_path, model, sst2_folder, finished):
     other = load_recipe(finished.recipe.path, {"data.max_train_rows": "50"})
     changed = make_plan(other)
@@ -101,13 +126,15 @@ def test_wrong_options_are_told_before_anything_runs(tmp_path, model, sst2_folde
   a: {run: quantize, model: MODEL, format: nf4, skip: ["encoder.layer.7.*"]}
   b: {run: quantize, model: MODEL, bits_budget: 0.1MB}
   c: {run: quantize, model: MODEL}
+  d: {run: quantize, model: MODEL, format: bf16, embeddings: nf4}
 """
     with pytest.raises(InputError) as error:
         make_plan(load_recipe(write_recipe(tmp_path, model, sst2_folder, steps)))
-    first, second, third = error.value.problems
+    first, second, third, fourth = error.value.problems
     assert "steps.a.skip: 'encoder.layer.7.*' matches no quantizable module; the nearest is 'bert.encoder.la" in first
     assert "steps.b.bits_budget: 0.10 MB are too few" in second
-    assert "steps.c.format: missing; say int8, nf4, fp4" in third
+    assert "steps.c.format: missing; say int8, nf4, fp4, bf16" in third
+    assert "steps.d.embeddings: has no effect with format: bf16" in fourth
     steps = """
   a: {run: quantize, model: MODEL, format: nf4, bits_budget: 12MB}
   b: {run: quantize, model: MODEL, bits_budget: 12 apples}
