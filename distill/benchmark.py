@@ -79,12 +79,7 @@ def benchmark_models(
     models = {name: _load(location).to(device).eval() for name, location in locations.items()}
     if device.type == "cpu":
         models |= _variants(models, made_from or {})
-    for name, model in models.items():
-        longest = longest_input(model.config)
-        if longest is not None and longest < options.sequence_length:
-            raise InputError(
-                f"benchmark.sequence_length: {options.sequence_length}, but {name} takes at most {longest} tokens"
-            )
+    refuse_too_short({name: model.config for name, model in models.items()}, options)
     short = {name: _random_inputs(m, options.latency_batch_size, options, device) for name, m in models.items()}
     long = {name: _random_inputs(m, options.throughput_batch_size, options, device) for name, m in models.items()}
     latencies: dict[str, list[float]] = {name: [] for name in models}
@@ -112,6 +107,16 @@ def benchmark_models(
             device=device.type,
         )
     return results
+
+
+def refuse_too_short(configs: Mapping[str, PretrainedConfig], options: BenchmarkOptions) -> None:
+    """Raise an `InputError` if a model takes fewer tokens than are measured."""
+    for name, config in configs.items():
+        longest = longest_input(config)
+        if longest is not None and longest < options.sequence_length:
+            raise InputError(
+                f"benchmark.sequence_length: {options.sequence_length}, but {name} takes at most {longest} tokens"
+            )
 
 
 def variants_of(name: str, parent: str) -> list[str]:

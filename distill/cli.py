@@ -14,7 +14,7 @@ import transformers
 from rich import box
 from rich.table import Table
 
-from distill.benchmark import BenchmarkOptions, as_row, benchmark_models, environment, remarks_on
+from distill.benchmark import BenchmarkOptions, as_row, benchmark_models, environment, refuse_too_short, remarks_on
 from distill.check import print_plan
 from distill.console import escape, log, results
 from distill.data import DataOptions, load_data
@@ -152,7 +152,9 @@ def _check(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     elif arguments.recipe is None:
         raise InputError("check: name a recipe, or --help-options finetune")
     else:
-        print_plan(make_plan(load_recipe(arguments.recipe, overrides, draft=True)))
+        plan = make_plan(load_recipe(arguments.recipe, overrides, draft=True))
+        _refuse_unmeasurable(plan)
+        print_plan(plan)
 
 
 def _run(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
@@ -175,8 +177,10 @@ def run_recipe(
     """Run a recipe's unfinished steps, then (unless `only` some were asked for) report, and push what it says."""
     check_launch()
     plan = make_plan(load_recipe(path, overrides, draft=True))
-    if plan.recipe.push and only is None:
-        require_token()  # before the hours, not after them
+    if only is None:  # before the hours, not after them
+        _refuse_unmeasurable(plan)
+        if plan.recipe.push:
+            require_token()
     run_plan(plan, only=only, force=force, profile=profile)
     if only is None:
         on_main_process(lambda: _report_and_push(plan))
@@ -296,6 +300,10 @@ def _push_one(
 ) -> None:
     pushed, is_new = push_folder(folder, repo_id, private=private, revision=revision, collection=collection)
     results.print(f"→ {pushed.url}{'' if is_new else ' (nothing had changed)'}")
+
+
+def _refuse_unmeasurable(plan: Plan) -> None:
+    refuse_too_short({name: planned.config for name, planned in plan.steps.items()}, plan.recipe.benchmark)
 
 
 def _launch(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:

@@ -249,7 +249,7 @@ def test_values_data_and_models_are_told_at_once(tmp_path, pretrained, monkeypat
         "steps.teacher: At most one of fp16 and bf16",
         "steps.student.temprature: unknown option; did you mean 'temperature'?",
         "steps.later.run: no verb 'finetun'; did you mean 'finetune'?",
-        "steps.q.format: should be 'int8', 'nf4' or 'fp4'; got 'int4'",
+        "steps.q.format: should be 'int8', 'nf4', 'fp4' or 'bf16'; got 'int4'",
         "data.path: /no/rows: no such file or folder",
         "steps.student.model: /no/student: no such file or folder",
         "steps.small.teacher: 'later' is not an earlier step",
@@ -353,7 +353,8 @@ def test_missing_steps_do_not_hide_other_problems(tmp_path, capsys):
 def test_a_training_that_diverges_ends_with_its_part_and_step(tmp_path, pretrained, sst2_folder, capsys):
     recipe = tmp_path / "r.yaml"
     recipe.write_text(
-        f"task: sst2\noutput_dir: {tmp_path / 'out'}\ndata: {{path: {sst2_folder}, max_length: 24}}\nsteps:\n"
+        f"task: sst2\noutput_dir: {tmp_path / 'out'}\ndata: {{path: {sst2_folder}, max_length: 24}}\n"
+        "benchmark: {sequence_length: 24}\nsteps:\n"
         f"  a: {{run: finetune, model: {pretrained}, max_steps: 30, learning_rate: 1e30, max_grad_norm: 0}}\n"
     )
     assert main(["run", str(recipe)]) == 1
@@ -366,7 +367,8 @@ def test_a_training_that_diverges_ends_with_its_part_and_step(tmp_path, pretrain
 def test_check_tells_what_a_recipe_will_do_and_writes_nothing(tmp_path, pretrained, sst2_folder, capsys):
     recipe = tmp_path / "r.yaml"
     recipe.write_text(
-        f"task: sst2\noutput_dir: {tmp_path / 'out'}\ndata: {{path: {sst2_folder}, max_length: 24}}\nsteps:\n"
+        f"task: sst2\noutput_dir: {tmp_path / 'out'}\ndata: {{path: {sst2_folder}, max_length: 24}}\n"
+        "benchmark: {sequence_length: 24}\nsteps:\n"
         f"  teacher: {{run: finetune, model: {pretrained}, num_train_epochs: 2}}\n"
         "  student: {run: distill, teacher: teacher, student_arch: distilbert, hidden_weight: 1}\n"
         "  aware: {run: distill, model: student, teacher: student, qat: nf4, qat_activations: true, qat_delay: 0.25}\n"

@@ -46,6 +46,7 @@ def inputs(tmp_path_factory, tokenizer, pretrained):
             "max_length": 24,
             "label_names": ["negative", "positive"],
         },
+        "benchmark": {"sequence_length": 16},
         "steps": {
             "teacher": {"run": "finetune", "model": str(pretrained), "max_steps": 2},
             "student": {"run": "distill", "teacher": "teacher", "num_layers": 2},
@@ -88,6 +89,7 @@ CASES = {
     "a broken config": (RUN, {"steps.student.teacher": "broken"}, "broken: its config.json cannot be read"),
     "other labels": (RUN, {"steps.student.teacher": "others"}, "its labels (cat, dog) are not those of the task"),
     "too long rows": (RUN, {"data.max_length": 65, "steps.student": None, "steps.int8": None}, "at most 64 tokens"),
+    "too long to measure": (RUN, {"benchmark.sequence_length": 65}, "65, but teacher takes at most 64 tokens"),
     "a quantized start": (RUN, {"steps.student.teacher": "right", "steps.student.model": "quantized"}, "is quantized;"),
     # the Hub
     "a push of no step": (RUN, {"push": {"studnt": "me/it"}}, "push.studnt: no step 'studnt'; did you mean 'student'?"),
