@@ -22,9 +22,9 @@ from distill.models import from_config, label_order
 from distill.options import DistillOptions, FinetuneOptions, QuantizeOptions, StudentOptions, teachers_of
 from distill.pipeline import is_finished
 from distill.plan import Plan, PlannedStep
-from distill.processes import forget_precision
+from distill.processes import forget_precision, process_state
 from distill.representations import show_pairs
-from distill.steps import read_rows
+from distill.steps import batch_of, read_rows
 from distill.tasks import TaskKind
 from distill.teacher import FROM_DATA
 from distill.trainer import DistillationTrainer
@@ -61,6 +61,8 @@ class Estimate:
     weight_bytes: int
     """Of the model that the step makes."""
     memory: Memory
+    batch: str | None = None
+    """The rows of an optimizer step, and how processes share them."""
     optimizer_steps: int | None = None
     seconds: float | None = None
     """Of its training, from batches timed on this machine."""
@@ -69,7 +71,11 @@ class Estimate:
 
 
 def print_plan(plan: Plan) -> None:
-    """Everything that `distill check` tells of a recipe that can run."""
+    """Everything that `distill check` tells of a recipe that can run; from the main process, while all take part."""
+    if not process_state().is_main_process:
+        for planned in plan.steps.values():
+            estimate_step(plan, planned)
+        return
     data, task = plan.data, plan.data.task
     rows = ", ".join(f"{split} {len(rows)}" for split, rows in data.splits.items())
     results.print(f"[bold]{plan.recipe.path}[/] → {plan.recipe.output_dir}")
@@ -102,6 +108,7 @@ def print_plan(plan: Plan) -> None:
         else:
             total += estimate.seconds
             results.print(f"  {estimate.optimizer_steps} optimizer steps, about {_duration(estimate.seconds)}")
+            results.print(f"  {estimate.batch}")
             results.print(f"  about {estimate.memory}")
             if estimate.cache_bytes:
                 results.print(f"  {show_bytes(estimate.cache_bytes)} of teacher outputs cached on disk")
@@ -146,15 +153,14 @@ def estimate_step(plan: Plan, planned: PlannedStep) -> Estimate:
         weights = options.planned_size(skeleton)
         return Estimate(num_parameters, weights, Memory(weights=4 * num_parameters + weights))
     with tempfile.TemporaryDirectory() as scratch:  # Trainer makes its output folder when it is built
-        memory, steps, seconds, cache_bytes = _timed(plan, planned, options, scratch)
-    return Estimate(num_parameters, 4 * num_parameters, memory, steps, seconds, cache_bytes)
+        return Estimate(num_parameters, 4 * num_parameters, *_timed(plan, planned, options, scratch))
 
 
 def _timed(
     plan: Plan, planned: PlannedStep, options: FinetuneOptions | DistillOptions, scratch: str
-) -> tuple[Memory, int, float, int]:
-    """(memory, optimizer steps, seconds, bytes of cached teachers), from training steps over the longest rows, which
-    warm up, and then over short, middling and long ones.
+) -> tuple[Memory, str, int, float, int]:
+    """(memory, rows of a step, optimizer steps, seconds, bytes of cached teachers), from training steps over the
+    longest rows, which warm up, and then over short, middling and long ones.
     """
     timed, kind = copy.copy(options), plan.data.task.kind
     timed.output_dir, timed.disable_tqdm, timed.report_to = scratch, True, []
@@ -217,7 +223,7 @@ def _timed(
     in_step, in_caches = np.mean(seconds, axis=0)
     micro_batches, steps = _count_steps(options, len(trainer.get_train_dataloader()))
     expected = micro_batches * in_step + len(rows) / size / options.world_size * in_caches
-    return memory, steps, float(expected), sum(cached.size for _, cached in plans)
+    return memory, batch_of(trainer)[1], steps, float(expected), sum(cached.size for _, cached in plans)
 
 
 @contextmanager

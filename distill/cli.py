@@ -74,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--help-options", choices=[*VERBS, "data", "benchmark"], help="list the options of a verb or block"
     )
+    _add_launch(check)
     check.set_defaults(command=_check)
 
     run = commands.add_parser(
@@ -83,8 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--only", nargs="+", metavar="STEP", help="run these steps alone, without a report")
     run.add_argument("--profile", action="store_true", help="write where the steps' time goes into their run folders")
     run.add_argument("--force", action="store_true", help="run finished steps again")
-    run.add_argument("--accelerate_config", metavar="NAME", help="launch with accelerate_configs/NAME.yaml (or a path)")
-    run.add_argument("--num_processes", type=int, metavar="N", help="of the launch, instead of the file's")
+    _add_launch(run)
     run.set_defaults(command=_run)
 
     evaluate = commands.add_parser(
@@ -126,6 +126,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_launch(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--accelerate_config", metavar="NAME", help="launch with accelerate_configs/NAME.yaml (or a path)"
+    )
+    command.add_argument("--num_processes", type=int, metavar="N", help="of the launch, instead of the file's")
+
+
 _OVERRIDES = "Any value of the recipe is overridden by its path: --student.temperature 4 --data.max_length 64."
 _OWN_ROWS = """\
 rows of your own, a file or a folder:
@@ -146,22 +153,27 @@ def _hint(command: str, flag: str) -> str:
     return _EVAL_OPTIONS if command == "eval" else f"for all options: distill {command} --help"
 
 
-def _check(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
+def _check(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
     if arguments.help_options:
         _print_options(arguments.help_options)
-    elif arguments.recipe is None:
+        return 0
+    if arguments.recipe is None:
         raise InputError("check: name a recipe, or --help-options finetune")
-    else:
-        plan = make_plan(load_recipe(arguments.recipe, overrides, draft=True))
-        _refuse_unmeasurable(plan)
-        print_plan(plan)
+    if _is_launched(arguments):
+        return _launch(arguments, overrides, ["check", str(arguments.recipe)])
+    check_launch()
+    plan = make_plan(load_recipe(arguments.recipe, overrides, draft=True))
+    _refuse_unmeasurable(plan)
+    print_plan(plan)
+    return 0
 
 
 def _run(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
-    if arguments.accelerate_config:
-        return _launch(arguments, overrides)
-    if arguments.num_processes is not None:
-        raise InputError("--num_processes: goes with --accelerate_config, which starts them")
+    if _is_launched(arguments):
+        command = ["run", str(arguments.recipe), *(["--only", *arguments.only] if arguments.only else [])]
+        return _launch(
+            arguments, overrides, [*command, *["--force"] * arguments.force, *["--profile"] * arguments.profile]
+        )
     run_recipe(arguments.recipe, overrides, only=arguments.only, force=arguments.force, profile=arguments.profile)
     return 0
 
@@ -306,12 +318,17 @@ def _refuse_unmeasurable(plan: Plan) -> None:
     refuse_too_short({name: planned.config for name, planned in plan.steps.items()}, plan.recipe.benchmark)
 
 
-def _launch(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
+def _is_launched(arguments: argparse.Namespace) -> bool:
+    """Whether the command starts processes that do its work."""
+    if arguments.num_processes is not None and not arguments.accelerate_config:
+        raise InputError("--num_processes: goes with --accelerate_config, which starts them")
+    return bool(arguments.accelerate_config)
+
+
+def _launch(arguments: argparse.Namespace, overrides: dict[str, str], command: list[str]) -> int:
     """This same command by `accelerate launch`; what is wrong with the recipe is told once, here."""
     check_config(find_config(arguments.accelerate_config), arguments.num_processes)
     make_plan(load_recipe(arguments.recipe, overrides, draft=True))
-    command = ["run", str(arguments.recipe), *(["--only", *arguments.only] if arguments.only else [])]
-    command += ["--force"] * arguments.force + ["--profile"] * arguments.profile
     command += [part for key, value in overrides.items() for part in (f"--{key}", value)]
     return launch(arguments.accelerate_config, command, num_processes=arguments.num_processes)
 

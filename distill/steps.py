@@ -191,7 +191,7 @@ def _train(
         clock.resume(checkpoint)
         if trainer.is_world_process_zero():
             log.print(f"      resuming from {checkpoint.name}")
-    rows_of_a_step, said = _batch(trainer)
+    rows_of_a_step, said = batch_of(trainer)
     if trainer.is_world_process_zero():
         log.print(f"      {said}")
     with in_float32(trainer.student):
@@ -246,7 +246,7 @@ def read_rows(data: Data, processor_from: str, teachers_from: Sequence[str | Non
     return ReadRows(processor, train, validation)
 
 
-def _batch(trainer: DistillationTrainer) -> tuple[int | None, str]:
+def batch_of(trainer: DistillationTrainer) -> tuple[int | None, str]:
     """The rows of an optimizer step (None where tokens are counted), and in words how they are shared out and where."""
     args, processes = trainer.args, trainer.accelerator.num_processes
     budget = args.max_tokens_per_batch

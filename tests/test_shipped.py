@@ -84,6 +84,24 @@ def test_run_starts_a_launch_configuration_itself(tmp_path, pretrained, sst2_fol
     assert read_record(tmp_path / "out" / "teacher")["data"]["max_length"] == 16
 
 
+def test_check_tells_how_processes_share_a_batch(tmp_path, pretrained, sst2_folder, monkeypatch, capfd):
+    monkeypatch.chdir(ROOT)
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"task: sst2\noutput_dir: {tmp_path / 'out'}\ndata: {{path: {sst2_folder}, max_length: 24}}\n"
+        "benchmark: {sequence_length: 16}\nsteps:\n"
+        f"  teacher: {{run: finetune, model: {pretrained}, num_train_epochs: 2}}\n"
+        "  student: {run: distill, teacher: teacher, num_layers: 2, per_device_train_batch_size: 4}\n"
+        "  nf4: {run: quantize, model: student, format: nf4}\n"
+    )
+    assert main(["check", str(recipe), "--accelerate_config", "multi_cpu", "--num_processes", "2"]) == 0
+    out = capfd.readouterr().out
+    assert out.count("→") == 1  # one of the two speaks
+    for part in ("64 rows a step (2 processes × 32 rows)", "8 rows a step (2 processes × 4 rows)", "4 optimizer steps"):
+        assert part in out, f"{part!r} is not in\n{out}"
+    assert [path.name for path in tmp_path.iterdir()] == ["r.yaml"]
+
+
 def test_the_readmes_tree_has_a_line_for_every_file():
     readme = (ROOT / "README.md").read_text()
     tracked = [path.name for path in sorted((ROOT / "distill").glob("*.py")) if path.name != "__init__.py"]
