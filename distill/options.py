@@ -99,8 +99,16 @@ class QuantizeOptions(QuantizationSettings):
             "per quantizable weight on average (5.2), or bytes of the whole model (15.3MB)."
         },
     )
-    calibration_rows: Annotated[int, Field(ge=1)] = field(
-        default=256, metadata={"help": "bits_budget: training rows on which it is measured."}
+    gptq: bool = field(
+        default=False,
+        metadata={
+            "help": "Round the 4-bit weights of linear layers so that their errors cancel out on calibration rows: as "
+            "many bytes, and less of a change."
+        },
+    )
+    calibration_rows: Annotated[int, Field(ge=1)] | None = field(
+        default=None,
+        metadata={"help": "Training rows that bits_budget (by default 256) and gptq (512) measure on."},
     )
     label_map: dict[str, str] | None = field(
         default=None, metadata={"help": "The model's label names → the task's, where they differ."}
@@ -109,6 +117,16 @@ class QuantizeOptions(QuantizationSettings):
     def __post_init__(self) -> None:
         if self.bits_budget is not None and self.format is not None:
             raise InputError("format: is picked by bits_budget; leave one of them out (overrides fix single modules)")
+        in_four_bits = {self.format, *self.overrides.values()} & {"nf4", "fp4"} or self.bits_budget is not None
+        if self.gptq and not in_four_bits:
+            raise InputError("gptq: is for weights in 4 bit; say format: nf4, or leave it out")
+        if self.calibration_rows is not None and not self.reads_rows:
+            raise InputError("calibration_rows: has no effect without bits_budget or gptq; leave it out")
+
+    @property
+    def reads_rows(self) -> bool:
+        """Whether the model depends on training rows."""
+        return self.gptq or self.bits_budget is not None
 
     def planned_size(self, model: PreTrainedModel) -> int:
         """Bytes of weights that the step will leave, from a float model that may lie on meta.

@@ -56,7 +56,7 @@ _TRAINING_CODE = (
 _CODE = {
     "finetune": _TRAINING_CODE,
     "distill": _TRAINING_CODE,
-    "quantize": (*_MODEL_CODE, "linears", "embeddings", "formats", "quantize", "sensitivity"),
+    "quantize": (*_MODEL_CODE, "linears", "embeddings", "formats", "quantize", "sensitivity", "gptq"),
 }
 _QAT_CODE = ("affine", "fake_weights", "qat", "formats", "embeddings")  # beside, where `qat` is given
 
@@ -405,7 +405,7 @@ def _fingerprint(step: Step, inputs: dict[str, str], data: Data | None) -> str:
     if data is None:
         rows: Any = None
     elif isinstance(step.options, QuantizeOptions):
-        rows = [data.task.label_names, data.max_length, *([data.train_fingerprint] if step.options.bits_budget else [])]
+        rows = [data.task.label_names, data.max_length, *([data.train_fingerprint] if step.options.reads_rows else [])]
     else:
         rows = data.fingerprint if step.options.load_best_model_at_end else data.train_fingerprint
     aware = isinstance(step.options, TrainingConfig) and step.options.qat is not None

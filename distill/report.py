@@ -210,7 +210,7 @@ def _recoveries(
 
 def _is_plain(planned: PlannedStep, baseline: str) -> bool:
     options = planned.step.options
-    return isinstance(options, QuantizeOptions) and options.bits_budget is None and options.model == baseline
+    return isinstance(options, QuantizeOptions) and not options.reads_rows and options.model == baseline
 
 
 def _key(*parts: Any) -> str:

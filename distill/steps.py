@@ -7,6 +7,7 @@ from pathlib import Path
 import datasets
 import torch
 import transformers
+from torch import Tensor
 from transformers import PreTrainedModel, PrinterCallback
 
 from distill.adapters import in_float32, lora_config, merged
@@ -15,6 +16,7 @@ from distill.data import Data, tokenizer_fingerprint
 from distill.encoding import Processor, beside
 from distill.evaluation import input_batches, metrics_while_training
 from distill.formats import Format, choose_formats
+from distill.gptq import compensate
 from distill.models import load_classifier, load_for_finetuning, load_processor
 from distill.options import (
     DistillOptions,
@@ -106,28 +108,35 @@ def quantize(options: QuantizeOptions, inputs: dict[str, str], data: Data, folde
 
     def work() -> None:
         model = load_classifier(inputs["model"], data.task, label_map=options.label_map, dtype=torch.float32)
+        processor = load_processor(inputs["model"], data.task.kind, data.max_length)
+        model.to("cuda" if torch.cuda.is_available() and options.reads_rows else "cpu")
         if options.bits_budget is None:
             formats = choose_formats(model, options)
         else:
-            formats = _pick_formats(model, options, data, inputs["model"], folder)
-        apply_formats(model, formats, options).save_pretrained(folder)
-        load_processor(inputs["model"], data.task.kind, data.max_length).save_pretrained(folder)
+            formats = _pick_formats(model, options, _calibration(data, processor, options, 256), folder)
+        if options.gptq:
+            compensate(model, formats, options, _calibration(data, processor, options, 512))
+        apply_formats(model.to("cpu"), formats, options).save_pretrained(folder)
+        processor.save_pretrained(folder)
 
     on_main_process(work)
     return Made()
 
 
+def _calibration(data: Data, processor: Processor, options: QuantizeOptions, default: int) -> list[dict[str, Tensor]]:
+    """The model inputs of a random part of the training rows, in batches of like length."""
+    rows = data.tokenized("train", processor)
+    rows = rows.shuffle(seed=0).select(range(min(options.calibration_rows or default, len(rows))))
+    return [batch for _, batch in input_batches(rows, processor, batch_size=64)]
+
+
 def _pick_formats(
-    model: PreTrainedModel, options: QuantizeOptions, data: Data, processor_from: str, folder: Path
+    model: PreTrainedModel, options: QuantizeOptions, batches: list[dict[str, Tensor]], folder: Path
 ) -> dict[str, Format]:
     """The formats that keep closest to the model within its budget; what was measured goes into the folder."""
-    processor = load_processor(processor_from, data.task.kind, data.max_length)
-    rows = data.tokenized("train", processor)
-    rows = rows.shuffle(seed=0).select(range(min(options.calibration_rows, len(rows))))
-    batches = [batch for _, batch in input_batches(rows, processor, batch_size=64)]
     budget = budget_in_bytes(options.bits_budget or 0, model, options)
     mixes, measured = choose_mix(
-        model.to("cuda" if torch.cuda.is_available() else "cpu"),
+        model,
         options,
         budget,
         predict=lambda model: calibration_logits(model, batches),
@@ -136,7 +145,6 @@ def _pick_formats(
     write_sensitivity(folder, budget, mixes, measured)
     for mix in mixes:
         log.print(f"      {mix.name}: {mix.size / 1e6:.2f} MB, divergence {mix.divergence:.3g}")
-    model.to("cpu")
     return {name: format for name, format in mixes[0].formats.items() if format != "none"}  # type: ignore[misc]
 
 

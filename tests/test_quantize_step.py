@@ -24,6 +24,7 @@ STEPS = """
   small: {run: quantize, model: MODEL, format: nf4, embeddings: nf4, block_size: 128}
   fixed: {run: quantize, model: MODEL, format: nf4, overrides: {"encoder.layer.0.*": int8}, skip: ["*.1.output.dense"]}
   plain: {run: quantize, model: MODEL, format: bf16}
+  gptq: {run: quantize, model: MODEL, format: nf4, embeddings: nf4, block_size: 128, gptq: true, calibration_rows: 60}
   bits: {run: quantize, model: MODEL, bits_budget: 5.5, calibration_rows: 40}
   bytes: {run: quantize, model: MODEL, bits_budget: 1.6MB, calibration_rows: 40, embeddings: int8}
 """
@@ -102,7 +103,9 @@ def test_the_report_says_what_a_mix_wins_back(finished, capsys):
     report = write_report(finished)
     assert report["baseline"] == finished.baseline
     recoveries = {each["model"]: each for each in report["recoveries"]}
-    assert set(recoveries) == {"bits", "bytes"}
+    assert set(recoveries) == {"gptq", "bits", "bytes"}
+    assert entries["gptq"]["size_on_disk_bytes"] == entries["small"]["size_on_disk_bytes"]
+    assert recoveries["gptq"]["share"] > 0.2
     for name, each in recoveries.items():
         sizes = {other: entries[other]["size_on_disk_bytes"] for other in ("int8", "small", "fixed")}
         assert each["over"] == min(sizes, key=lambda other: abs(sizes[other] - entries[name]["size_on_disk_bytes"]))
@@ -118,7 +121,7 @@ def test_the_calibration_rows_belong_to_what_a_budget_makes(tmp_path, model, sst
     other = load_recipe(finished.recipe.path, {"data.max_train_rows": "50"})
     changed = make_plan(other)
     for name, planned in finished.steps.items():
-        assert (changed.steps[name].fingerprint != planned.fingerprint) is (name in ("bits", "bytes")), name
+        assert (changed.steps[name].fingerprint != planned.fingerprint) is (name in ("gptq", "bits", "bytes")), name
 
 
 def test_wrong_options_are_told_before_anything_runs(tmp_path, model, sst2_folder):
@@ -140,11 +143,15 @@ def test_wrong_options_are_told_before_anything_runs(tmp_path, model, sst2_folde
   b: {run: quantize, model: MODEL, bits_budget: 12 apples}
   c: {run: quantize, model: MODEL, format: nf4, overrides: {"*": nf5}}
   d: {run: quantize, model: MODEL, format: nf4, block_size: 48}
+  e: {run: quantize, model: MODEL, format: int8, gptq: true}
+  f: {run: quantize, model: MODEL, format: nf4, calibration_rows: 9}
 """
     with pytest.raises(InputError) as error:
         make_plan(load_recipe(write_recipe(tmp_path, model, sst2_folder, steps)))
     for problem, key in zip(
-        error.value.problems, ["a: format", "b.bits_b", "c.overrides", "d.block_size"], strict=True
+        error.value.problems,
+        ["a: format", "b.bits_b", "c.overrides", "d.block_size", "e: gptq", "f: calib"],
+        strict=True,
     ):
         assert f"steps.{key}" in problem
 
