@@ -26,9 +26,10 @@ from distill.models import fetch_weights, find_model, load_classifier, load_proc
 from distill.options import VERBS
 from distill.pipeline import run_plan
 from distill.plan import Plan, make_plan
+from distill.presentation import print_report
 from distill.processes import check_launch, on_main_process
 from distill.recipe import SET_BY_THE_RUN, Recipe, load_recipe, parse_options, parse_value
-from distill.report import print_report, write_report
+from distill.report import write_report
 from distill.tasks import OF_CLASSES
 
 

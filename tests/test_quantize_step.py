@@ -15,8 +15,9 @@ from distill.folders import written_whole
 from distill.models import size_on_disk
 from distill.pipeline import read_record, run_plan
 from distill.plan import make_plan
+from distill.presentation import print_report
 from distill.recipe import load_recipe
-from distill.report import print_report, write_report
+from distill.report import write_report
 from tests.conftest import tiny_bert
 
 STEPS = """

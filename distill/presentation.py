@@ -1,0 +1,172 @@
+"""What people see of a report: the table, in a terminal and as Markdown, what must not be overlooked, the plot."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from distill.benchmark import remarks_on
+from distill.console import results
+from distill.intervals import interval_method
+from distill.plan import Plan
+
+_TWO_LINES = {
+    "95 % interval": "95 %\ninterval",
+    "retention": "reten-\ntion",
+    "agreement": "agree-\nment",
+    "MB on disk": "MB on\ndisk",
+    "MB loaded": "MB\nloaded",
+    "train s": "train\ns",
+}
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """The report's table and remarks."""
+    header, *rows = _rows(report)
+    left_out = ("divergence", "params", "GFLOPs")  # so that it fits 80 columns
+    shown = [index for index, column in enumerate(header) if column not in left_out]
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for index in shown:
+        table.add_column(
+            _TWO_LINES.get(header[index], header[index]), justify="right" if index else "left", no_wrap=True
+        )
+    for row in rows:
+        table.add_row(*(row[index] for index in shown))
+    results.print(table)
+    results.print(f"[dim]{_units(report)}[/]")
+    for line in _comparison_lines(report):
+        results.print(line)
+    for remark in remarks(report):
+        results.print(f"[yellow]![/] {remark}")
+
+
+def as_markdown(plan: Plan, report: dict[str, Any]) -> str:
+    """What report.md holds."""
+    header, *rows = _rows(report)
+    table = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    environment_line = ", ".join(f"{key} {value}" for key, value in report["environment"].items() if key != "benchmark")
+    rows_scored = len(plan.data.splits[plan.data.task.validation_splits[0][0]])
+    lines = [
+        f"# {plan.recipe.path.stem}",
+        f"{report['metric'].replace('_', ' ')} on {rows_scored} validation rows, with its 95 % interval "
+        f"({interval_method(plan.data.task)}); "
+        f"retention, agreement and divergence (KL in nats; of scores the squared difference) are against "
+        f"{report['baseline']}; {_units(report)}.",
+        "\n".join(f"| {' | '.join(row)} |" for row in table),
+        "![accuracy against size and latency](report.png)",
+        *(
+            [f"On the same rows (paired bootstrap):\n\n{_as_list(_comparison_lines(report))}"]
+            if _comparison_lines(report)
+            else []
+        ),
+        _as_list(remarks(report))
+        or "No compressed model is larger than the one it was made from, and none more than 5 % slower.",
+        *([f"Data: {'; '.join(plan.data.notes)}."] if plan.data.notes else []),
+        f"Measured on {report['models'][0]['device']} in alternating rounds, medians: {environment_line}.",
+    ]
+    return "\n\n".join(lines) + "\n"
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """The metric against bytes and against latency."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    models = report["models"]
+    panels = [
+        ("weights on disk, MB", [(model["size_on_disk_bytes"] or math.nan) / 1e6 for model in models]),
+        (f"median latency on {models[0]['device']}, ms", [model["latency_ms"]["p50"] for model in models]),
+    ]
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
+    for axis, (label, values) in zip(axes, panels, strict=True):
+        for model, value in zip(models, values, strict=True):
+            score = model["metrics"][report["metric"]]
+            reach = [[max(score - model["interval"][0], 0)], [max(model["interval"][1] - score, 0)]]
+            marker = "*" if model["name"] == report["baseline"] else "o"
+            axis.errorbar(value, score, yerr=reach, fmt=marker, markersize=9, capsize=3, elinewidth=1)
+            axis.annotate(model["name"], (value, score), xytext=(6, 5), textcoords="offset points", fontsize=9)
+        axis.set_xlabel(label)
+        axis.set_xlim(0, 1.3 * max(value for value in values if not math.isnan(value)) if any(values) else 1)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel(f"{report['metric'].replace('_', ' ')} (95 % interval)")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def remarks(report: dict[str, Any]) -> list[str]:
+    """What a reader must not overlook: compressed models that are no smaller, or slower, than their parent;
+    quantized ones that are slower than its plain bfloat16 weights."""
+    by_name = {model["name"]: model for model in report["models"]}
+    said = []
+    for model in report["models"]:
+        parent = by_name.get(model["parents"][0]) if model["parents"] else None  # a distill step's is its teacher
+        # One of as many parameters was trained on, and not compressed.
+        trained_on = parent and model["run"] == "distill" and model["num_parameters"] == parent["num_parameters"]
+        if parent is not None and model["run"] != "finetune" and not trained_on:
+            said += remarks_on(model, parent, report["variants"])
+    return said
+
+
+def _rows(report: dict[str, Any]) -> list[list[str]]:
+    """The table of the report: a header and one row per model."""
+    header = ["model", report["metric"].replace("_", " "), "95 % interval", "retention", "agreement", "divergence"]
+    header += ["params", "MB on disk", "MB loaded", "ms", "rows/s", "GFLOPs", "train s"]
+    rows = [header]
+    for model in report["models"]:
+        row = [
+            model["name"],
+            f"{model['metrics'][report['metric']]:.4f}",
+            "–".join(f"{bound:.3f}" for bound in model["interval"]),
+            _shown(model["retention"], ".3f"),
+            _shown(model["agreement"], ".3f"),
+            _shown((model["divergence"] or {}).get("mean"), ".4f"),
+            f"{model['num_parameters'] / 1e6:.1f} M",
+            _shown(model["size_on_disk_bytes"], ".1f", 1e-6),
+            _shown(model["memory_bytes"], ".1f", 1e-6),
+            _shown(model["latency_ms"]["p50"], ".1f"),
+            _shown(model["throughput_samples_per_second"], ".1f"),
+            _shown(model["flops_per_sample"], ".2f", 1e-9),
+            _shown(model["train_seconds"], ".0f"),
+        ]
+        rows.append(row)
+    return rows
+
+
+def _comparison_lines(report: dict[str, Any]) -> list[str]:
+    """One sentence for each comparison."""
+    lines = []
+    for each in report["comparisons"]:
+        low, high = each["interval"]
+        verdict = " (a tie)" if low <= 0 <= high else ""
+        interval = f"95 % interval {low:+.4f} to {high:+.4f}"
+        lines.append(f"{each['model']} − {each['over']}: {each['difference']:+.4f}, {interval}{verdict}")
+    return lines + [_recovery_line(each, report["baseline"]) for each in report["recoveries"]]
+
+
+def _recovery_line(recovery: dict[str, Any], baseline: str) -> str:
+    low, high = recovery["interval"]
+    verdict = " (a tie)" if low <= 0 <= high else ""
+    won = f"{recovery['share']:.0%} of {recovery['over']}'s divergence from {baseline} won back"
+    return f"{recovery['model']}: {won}, 95 % interval {low:.0%} to {high:.0%}{verdict}"
+
+
+def _units(report: dict[str, Any]) -> str:
+    bench, device = report["environment"]["benchmark"], report["models"][0]["device"]
+    of_images = report["task"] == "image-classification"
+    each = "images" if of_images else f"rows of {bench['sequence_length']} tokens"
+    return (
+        f"on {device}: ms for {bench['latency_batch_size']} and rows/s for {bench['throughput_batch_size']} {each} at "
+        "a time (medians)"
+    )
+
+
+def _shown(value: float | None, form: str, factor: float = 1) -> str:
+    return "–" if value is None else format(value * factor, form)
+
+
+def _as_list(lines: list[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
