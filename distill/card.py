@@ -192,9 +192,11 @@ def _formats(record: dict[str, Any]) -> str:
         return "rounded to bfloat16"
     quantized = "quantized with bitsandbytes: "
     if options["format"] is None:
-        return f"{quantized}the formats that keep closest to it within {options['bits_budget']} (`sensitivity.json`)"
-    parts = [f"linear layers in {options['format']}", f"embeddings in {options['embeddings'] or 'int8'}"]
+        parts = [f"the formats that keep closest to it within {options['bits_budget']} (`sensitivity.json`)"]
+    else:
+        parts = [f"linear layers in {options['format']}", f"embeddings in {options['embeddings'] or 'int8'}"]
     parts += ["some modules otherwise (`config.json`)"] * bool(options["skip"] or options["overrides"])
+    parts += ["4-bit weights rounded by GPTQ"] * options.get("gptq", False)
     return quantized + ", ".join(parts)
 
 

@@ -81,6 +81,7 @@ def round_together(
     def of_weights(of_blocks: Tensor) -> Tensor:
         return of_blocks.expand_as(blocks).flatten()[:count].view(shape)
 
+    moments = moments.cpu()
     order = moments.diagonal().argsort(descending=True)
     rest = flat.view(shape)[:, order]
     fixed = of_weights(largest)[:, order]
@@ -103,7 +104,7 @@ def round_together(
 
 def _inverse_factor(moments: Tensor) -> Tensor:
     """The upper Cholesky factor of the inverse of the damped moments (Frantar et al. 2023, section 3.3)."""
-    moments = moments.double().cpu()
+    moments = moments.double()
     damping = _DAMPING * moments.diagonal().mean().clamp(min=1e-12)
     lower = torch.linalg.cholesky(moments + damping * torch.eye(len(moments), dtype=moments.dtype))
     return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float()

@@ -120,6 +120,19 @@ def test_every_verb_has_its_words_and_relation(card, verb):
     assert ("distillation" in data.tags) is (verb == "distill")
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"format": "bf16"}, "rounded to bfloat16"),
+        ({"format": "nf4", "gptq": True}, "linear layers in nf4, embeddings in int8, 4-bit weights rounded by GPTQ"),
+        ({"bits_budget": "5MB", "skip": ["a"]}, "within 5MB (`sensitivity.json`), some modules otherwise"),
+    ],
+)
+def test_what_a_quantized_model_is_made_of_is_told(card, options, words):
+    none = dict.fromkeys(("format", "embeddings", "skip", "overrides", "bits_budget"))
+    assert words in card(run="quantize", options={**record()["options"], **none, **options}).text
+
+
 def test_names_with_brackets_and_dollars_stay_as_they_are(card):
     found = card(labels=["$usage", "{x}"])
     assert "($usage, {x})" in found.text
