@@ -1,7 +1,7 @@
 """Rounding 4-bit weights so that their errors cancel out on real inputs: GPTQ (Frantar et al. 2023)."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import contextlib
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import bitsandbytes as bnb
@@ -13,12 +13,15 @@ from transformers.pytorch_utils import Conv1D
 from distill.console import progress
 from distill.fake_weights import twice_quantized
 from distill.formats import QuantizationSettings
+from distill.predictions import ProblemType, counted_logits, logits_of, problem_type
 from distill.representations import accepted_inputs
 
 _DAMPING = 0.01
 """Added to the diagonal of the second moments, as a share of its mean (Frantar et al. 2023, section 3.3)."""
 _COLUMNS = 128
 """Inputs whose errors are handed on to later ones together (the paper's lazy batches)."""
+_PREDICTIONS = 256
+"""Of a batch, for gradients: a language model's logits of all tokens would not fit into memory."""
 
 
 def compensate(
@@ -27,29 +30,38 @@ def compensate(
     settings: QuantizationSettings,
     batches: Sequence[Mapping[str, Tensor]],
 ) -> None:
-    """Move the weights of the linear layers that go to 4 bit, in place, onto the values that GPTQ rounds them to.
+    """Move the weights that go to 4 bit, in place, onto the values that GPTQ rounds them to.
 
-    Quantizing the model afterwards keeps these values: the scales of blocks stay what they were.
+    Quantizing the model afterwards keeps these values: the scales of blocks stay what they were. What an error costs
+    follows for linear layers from the second moments of their inputs; for embeddings, whose rows stand alone, from
+    those of the gradients that reach them (Hassibi & Stork 1993, section 2). Embeddings that are the output layer's
+    weights too are left to plain rounding.
 
     Args:
         model: a float32 model.
-        formats: of its modules, by name; embeddings and int8 layers stay as they are.
+        formats: of its modules, by name; those in int8 stay as they are.
         batches: inputs of calibration rows, without labels.
     """
-    linears: dict[str, Any] = {
-        name: model.get_submodule(name)
-        for name, format in formats.items()
-        if format in ("nf4", "fp4") and not isinstance(model.get_submodule(name), nn.Embedding)
+    chosen: dict[str, Any] = {name: model.get_submodule(name) for name, each in formats.items() if each != "int8"}
+    tied = model.get_output_embeddings()
+    linears = {name: module for name, module in chosen.items() if not isinstance(module, nn.Embedding)}
+    embeddings = {
+        name: module
+        for name, module in chosen.items()
+        if isinstance(module, nn.Embedding) and (tied is None or tied.weight is not module.weight)
     }
-    with _second_moments(linears) as moments, torch.inference_mode():
-        for batch in progress(batches, "Reading the inputs of layers"):
-            batch = {name: values.to(model.device) for name, values in batch.items()}
-            moments.counted = batch.get("attention_mask")
-            model(**accepted_inputs(model, batch))
-    for name, linear in progress(linears.items(), "Rounding weights"):
-        weight = linear.weight.data.T if isinstance(linear, Conv1D) else linear.weight.data
-        rounded = round_together(weight, moments.of[name], formats[name], settings)  # type: ignore[arg-type]
-        linear.weight.data = (rounded.T if isinstance(linear, Conv1D) else rounded).to(linear.weight)
+    moments = _input_moments(model, linears, batches) | _gradient_moments(model, embeddings, batches)
+    for name, module in progress((linears | embeddings).items(), "Rounding weights"):
+        weight = module.weight.data.T if isinstance(module, Conv1D) else module.weight.data
+        width = weight.shape[1]
+        # The blocks of an embedding begin anew with every row.
+        extra = -width % settings.block_size if name in embeddings else 0
+        padded, of_padded = (
+            nn.functional.pad(weight, (0, extra)),
+            nn.functional.pad(moments[name], (0, extra, 0, extra)),
+        )
+        rounded = round_together(padded, of_padded, formats[name], settings)[:, :width]  # type: ignore[arg-type]
+        module.weight.data = (rounded.T if isinstance(module, Conv1D) else rounded).to(module.weight)
 
 
 def round_together(
@@ -62,7 +74,7 @@ def round_together(
     scale of the block is the same afterwards.
 
     Args:
-        moments: in×in sums of products of the layer's inputs.
+        moments: in×in sums of products of the layer's inputs, or D×D of an embedding's gradients.
 
     Returns:
         In float32 what `FourBitLinear.fill` turns into these values exactly.
@@ -110,30 +122,74 @@ def _inverse_factor(moments: Tensor) -> Tensor:
     return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float()
 
 
-class _Moments:
-    """Sums over the counted tokens of products of each layer's inputs."""
+def _input_moments(
+    model: PreTrainedModel, linears: Mapping[str, nn.Module], batches: Sequence[Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
+    """For each layer the sums over tokens, padding aside, of products of its inputs: in×in."""
+    moments: dict[str, Any] = dict.fromkeys(linears, 0)
+    counted: Tensor | None = None
 
-    def __init__(self) -> None:
-        self.of: dict[str, Tensor] = {}
-        self.counted: Tensor | None = None
-        """B×T, ones for tokens and zeros for padding."""
+    def add(name: str, inputs: Tensor) -> None:
+        fits = counted is not None and inputs.shape[:-1] == counted.shape
+        inputs = (inputs[counted.bool()] if fits and counted is not None else inputs.flatten(0, -2)).float()
+        moments[name] = moments[name] + inputs.T @ inputs
 
-    def add(self, name: str, inputs: Tensor) -> None:
-        """Count a layer's inputs B×T×in in."""
-        fits = self.counted is not None and inputs.shape[:-1] == self.counted.shape
-        inputs = (inputs[self.counted.bool()] if fits else inputs.flatten(0, -2)).float()  # type: ignore[union-attr]
-        self.of[name] = self.of.get(name, 0) + inputs.T @ inputs
+    with contextlib.ExitStack() as stack:
+        for name, linear in linears.items():
+            hook = linear.register_forward_pre_hook(lambda _, inputs, name=name: add(name, inputs[0]))
+            stack.callback(hook.remove)
+        with torch.inference_mode():
+            for batch in progress(batches if linears else [], "Reading the inputs of layers"):
+                counted = batch.get("attention_mask")
+                model(**_inputs(model, batch))
+    return moments
 
 
-@contextmanager
-def _second_moments(linears: Mapping[str, nn.Module]) -> Iterator[_Moments]:
-    moments = _Moments()
-    hooks = [
-        linear.register_forward_pre_hook(lambda _, inputs, name=name: moments.add(name, inputs[0]))
-        for name, linear in linears.items()
-    ]
-    try:
-        yield moments
-    finally:
-        for hook in hooks:
-            hook.remove()
+def _gradient_moments(
+    model: PreTrainedModel, embeddings: Mapping[str, nn.Module], batches: Sequence[Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
+    """For each embedding the sums over tokens of products of gradients at its output: D×D.
+
+    The gradients are of the log-likelihood of predictions drawn from the model's own, whose products are the Fisher
+    information: to second order the divergence that an error leaves.
+    """
+    moments: dict[str, Any] = dict.fromkeys(embeddings, 0)
+    looked_up: dict[str, Tensor] = {}
+    problem, generator = problem_type(model), torch.Generator(model.device).manual_seed(0)
+    wanted = [parameter.requires_grad for parameter in model.parameters()]
+    with contextlib.ExitStack() as stack:
+        for parameter, before in zip(model.parameters(), wanted, strict=True):
+            stack.callback(parameter.requires_grad_, before)
+            parameter.requires_grad_(False)
+        for name, embedding in embeddings.items():
+
+            def keep(module: nn.Module, inputs: Any, output: Tensor, name: str = name) -> Tensor:
+                looked_up[name] = output.requires_grad_()
+                return output.clone()  # which models may add to in place
+
+            stack.callback(embedding.register_forward_hook(keep).remove)
+        for batch in progress(batches if embeddings else [], "Reading the gradients of embeddings"):
+            inputs = _inputs(model, batch)
+            predictions = counted_logits(problem, inputs, logits_of(model(**inputs)))
+            drawn = _drawn_likelihood(problem, predictions[:: 1 + len(predictions) // _PREDICTIONS], generator)
+            for name, gradient in zip(looked_up, torch.autograd.grad(drawn, list(looked_up.values())), strict=True):
+                gradient = gradient.flatten(0, -2)
+                moments[name] = moments[name] + gradient.T @ gradient
+            looked_up.clear()
+    return moments
+
+
+def _drawn_likelihood(problem: ProblemType, logits: Tensor, generator: torch.Generator) -> Tensor:
+    """The sum of log-likelihoods of labels drawn from logits N×C; of scores, whose error is squared, their sum."""
+    logits = logits.float()
+    if problem == "regression":
+        return logits.sum()
+    if problem == "multi_label_classification":
+        drawn = torch.bernoulli(logits.detach().sigmoid(), generator=generator)
+        return -nn.functional.binary_cross_entropy_with_logits(logits, drawn, reduction="sum")
+    drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
+    return logits.log_softmax(-1).gather(-1, drawn).sum()
+
+
+def _inputs(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+    return accepted_inputs(model, {name: values.to(model.device) for name, values in batch.items()})

@@ -102,8 +102,8 @@ class QuantizeOptions(QuantizationSettings):
     gptq: bool = field(
         default=False,
         metadata={
-            "help": "Round the 4-bit weights of linear layers so that their errors cancel out on calibration rows: as "
-            "many bytes, and less of a change."
+            "help": "Round 4-bit weights so that their errors cancel out on calibration rows: as many bytes, and less "
+            "of a change."
         },
     )
     calibration_rows: Annotated[int, Field(ge=1)] | None = field(

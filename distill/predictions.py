@@ -162,6 +162,18 @@ def shifted(problem: ProblemType, logits: Tensor) -> Tensor:
     return logits[:, :-1] if problem == "causal_lm" else logits
 
 
+def counted_logits(problem: ProblemType, batch: Mapping[str, Tensor], logits: Tensor) -> Tensor:
+    """The logits N×C of a batch's predictions that count: of its rows, of its tokens, of its spans' two ends.
+
+    Args:
+        batch: a model's inputs, without labels.
+        logits: as `logits_of` gives them.
+    """
+    logits = shifted(problem, logits)
+    labels = labels_of(problem, batch, torch.ones(len(logits), dtype=torch.bool, device=logits.device))
+    return among(labels.classes, logits, as_values=False)[labels.counted]
+
+
 def among(classes: Tensor | None, logits: Tensor, *, as_values: bool) -> Tensor:
     """Logits whose classes that don't exist (padding, for spans) take no part.
 

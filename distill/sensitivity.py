@@ -29,7 +29,7 @@ from distill.formats import (
 )
 from distill.linears import Int8Linear, dequantized
 from distill.metrics import divergences
-from distill.predictions import ProblemType, among, labels_of, logits_of, problem_type, shifted
+from distill.predictions import ProblemType, counted_logits, logits_of, problem_type
 from distill.quantize import quantized_module
 from distill.representations import accepted_inputs
 
@@ -159,9 +159,7 @@ def calibration_logits(model: PreTrainedModel, batches: Sequence[Mapping[str, Te
     with torch.inference_mode():
         for batch in batches:
             batch = {name: values.to(device) for name, values in batch.items()}
-            logits = shifted(problem, logits_of(model(**accepted_inputs(model, batch))))
-            labels = labels_of(problem, batch, torch.ones(len(logits), dtype=torch.bool, device=device))
-            of_batch = among(labels.classes, logits, as_values=False)[labels.counted]
+            of_batch = counted_logits(problem, batch, logits_of(model(**accepted_inputs(model, batch))))
             found.append(of_batch[:: 1 + tokens // _TOKENS].float().cpu())
     widest = max(each.shape[-1] for each in found)  # spans are as wide as their batch
     return torch.cat([F.pad(each, (0, widest - each.shape[-1]), value=-1e4) for each in found]).numpy()

@@ -4,13 +4,16 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from distill.fake_weights import fake_linear_weight, twice_quantized
+from distill.embeddings import Nf4Embedding
+from distill.fake_weights import fake_linear_weight, fake_nf4_rows, row_scales, twice_quantized
 from distill.formats import QuantizationSettings, choose_formats
-from distill.gptq import compensate, round_together
+from distill.gptq import _gradient_moments, compensate, round_together
 from distill.linears import dequantized
 from distill.quantize import apply_formats
-from tests.architectures import small_model
+from tests.architectures import ARCHITECTURES, small_model
+from tests.conftest import tiny_bert
 
 SETTINGS = [
     QuantizationSettings(format="nf4", compute_dtype="fp32"),
@@ -78,25 +81,58 @@ def test_blocks_that_go_over_rows_and_blocks_of_zeros():
     assert not rounded[2].any()
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def as_quantized(module, weight, settings):
+    """What a quantized module computes with, and what it should: the weights as they were when it was quantized."""
+    if isinstance(module, Nf4Embedding):
+        return module.dense().float(), fake_nf4_rows(weight, row_scales(weight, settings), settings)
+    return dequantized(module), fake_linear_weight(weight, "nf4", settings)
+
+
+@pytest.mark.parametrize("family", ARCHITECTURES)
 def test_the_quantized_model_has_these_weights_and_padding_counts_for_nothing(family):
-    settings = QuantizationSettings(format="nf4", compute_dtype="fp32", rest_dtype="fp32")
-    ids = torch.randint(5, 50, (6, 12))
-    mask = torch.ones_like(ids)
-    padded = {
-        name: nn.functional.pad(values, (0, 4)) for name, values in (("input_ids", ids), ("attention_mask", mask))
-    }
-    models = [small_model(family) for _ in range(3)]
-    formats = choose_formats(models[0], settings)
-    linears = [name for name, format in formats.items() if not isinstance(models[0].get_submodule(name), nn.Embedding)]
-    compensate(models[1], formats, settings, [{"input_ids": ids, "attention_mask": mask}])
-    compensate(models[2], formats, settings, [padded])
-    for name in linears:
-        plain, here, there = (model.get_submodule(name).weight for model in models)
-        assert not torch.equal(plain, here)
-        assert (here != there).float().mean() < 0.02, name
-    before = {name: models[1].get_submodule(name).weight.clone() for name in linears}
-    quantized = apply_formats(models[1], formats, settings)
-    for name in linears:
-        weight = before[name].T if family == "gpt2" else before[name]
-        assert torch.equal(dequantized(quantized.get_submodule(name)), fake_linear_weight(weight, "nf4", settings))
+    settings = QuantizationSettings(format="nf4", embeddings="nf4", compute_dtype="fp32", rest_dtype="fp32")
+    torch.manual_seed(3)
+    batch = {"input_ids": torch.randint(5, 50, (6, 12)), "attention_mask": torch.ones(6, 12, dtype=torch.long)}
+    padded = {name: nn.functional.pad(values, (0, 4)) for name, values in batch.items()}
+    plain, here, there = (small_model(family) for _ in range(3))
+    for model in (plain, here, there):
+        model.config.pad_token_id = 0  # GPT-2 classifies at the last token that is none
+    formats = choose_formats(plain, settings)
+    compensate(here, formats, settings, [batch])
+    compensate(there, formats, settings, [padded])
+    before = {name: here.get_submodule(name).weight.clone() for name in formats}
+    for name, weight in before.items():
+        assert not torch.equal(plain.get_submodule(name).weight, weight), name
+        assert (there.get_submodule(name).weight != weight).float().mean() < 0.05, name
+    assert not any(parameter.grad is not None for parameter in here.parameters())
+    assert all(parameter.requires_grad for parameter in here.parameters())
+    with torch.no_grad():
+        logits = [model(**batch).logits for model in (plain, apply_formats(small_model(family), formats, settings))]
+        quantized = apply_formats(here, formats, settings)
+        logits.append(quantized(**batch).logits)
+    for name, weight in before.items():
+        weight = weight.T if isinstance(plain.get_submodule(name), Conv1D) else weight
+        assert torch.equal(*as_quantized(quantized.get_submodule(name), weight, settings)), name
+    kept, rounded, together = (each.log_softmax(-1) for each in logits)
+    errors = [((kept - other) * kept.exp()).sum(-1).mean() for other in (rounded, together)]
+    assert errors[1] < errors[0]
+
+
+def test_gradients_at_embeddings_are_those_of_the_looked_up_rows():
+    model = tiny_bert(num_labels=1)
+    batch = {"input_ids": torch.tensor([[2, 7, 9, 3]]), "attention_mask": torch.ones(1, 4, dtype=torch.long)}
+    words = model.get_input_embeddings()
+    rows = words(batch["input_ids"]).detach().requires_grad_()
+    model(inputs_embeds=rows, attention_mask=batch["attention_mask"]).logits.sum().backward()
+    gradient = rows.grad[0]
+    found = _gradient_moments(model, {"words": words}, [batch, batch])["words"]
+    torch.testing.assert_close(found, 2 * gradient.T @ gradient)
+
+
+def test_an_embedding_that_is_the_output_layer_too_is_left_to_plain_rounding():
+    settings = QuantizationSettings(format="nf4", embeddings="nf4")
+    model = small_model("bert", language_model=True)
+    before = model.get_input_embeddings().weight.clone()
+    batch = {"input_ids": torch.randint(5, 50, (2, 8)), "attention_mask": torch.ones(2, 8, dtype=torch.long)}
+    compensate(model, choose_formats(model, settings), settings, [batch])
+    assert torch.equal(model.get_input_embeddings().weight, before)
