@@ -40,18 +40,27 @@ _TASK_TYPES: dict[TaskKind, TaskType] = {
 }
 
 
+# Those that PEFT puts adapters into where it should train them as a whole; of sequence classifiers it knows them.
+_HEADS: dict[TaskKind, list[str]] = {
+    "token-classification": ["classifier", "score"],
+    "question-answering": ["qa_outputs", "classifier"],
+    "image-classification": ["classifier"],
+}
+
+
 def lora_config(options: LoraOptions, kind: TaskKind) -> LoraConfig:
     """PEFT's config: rank 8, twice the rank as alpha, and all linear layers but the head, unless options say otherwise.
 
     The head of a classifier is trained and saved as a whole.
     """
-    rank = options.get("r", 8)
-    heads = ["classifier"] if kind == "image-classification" else None  # PEFT knows those of the other kinds
+    rank, targets = options.get("r", 8), options.get("target_modules", "all-linear")
+    heads = _HEADS.get(kind)
     return LoraConfig(
         r=rank,
         lora_alpha=options.get("alpha", 2 * rank),
         lora_dropout=options.get("dropout", 0.0),
-        target_modules=options.get("target_modules", "all-linear"),
+        target_modules=targets,
+        exclude_modules=heads if targets == "all-linear" else None,
         modules_to_save=options.get("modules_to_save", heads),
         task_type=_TASK_TYPES.get(kind),
     )

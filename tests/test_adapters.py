@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig
+import transformers
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification, pipeline
 
 from distill import DistillationConfig, DistillationTrainer, build_student
+from distill.adapters import lora_config
 from distill.errors import InputError
 from distill.models import load_classifier
 from distill.pipeline import run_plan
@@ -75,6 +77,22 @@ def test_an_adapters_dropout_stays_what_its_config_says(tmp_path):
     )
     trainer.train()
     assert seen == {0.1}
+
+
+@pytest.mark.parametrize("family", ["Bert", "Roberta", "ModernBert"])
+@pytest.mark.parametrize("head", ["TokenClassification", "QuestionAnswering"])
+def test_heads_of_tokens_and_spans_are_trained_as_a_whole(family, head):
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        pad_token_id=0, bos_token_id=2, eos_token_id=3, cls_token_id=2, sep_token_id=3,
+    )  # fmt: skip
+    kind = {"TokenClassification": "token-classification", "QuestionAnswering": "question-answering"}[head]
+    model = get_peft_model(getattr(transformers, f"{family}For{head}")(config), lora_config({"r": 2}, kind))
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    name = "qa_outputs" if hasattr(model, "qa_outputs") else "classifier"
+    assert any(f"{name}.modules_to_save.default.weight" in each for each in trained)
+    assert not any(f"{name}.lora" in each for each in trained)
+    assert any(".lora_A." in each for each in trained)
 
 
 @pytest.mark.parametrize("start", ["student", "nf4"])
