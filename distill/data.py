@@ -175,9 +175,9 @@ def load_data(task_name: str | None, options: DataOptions, *, to_score: bool = F
                 problems.append(f"data.{name}: not for {task.kind}; leave it out")
     if options.stride is not None and task.kind != "question-answering":
         problems.append(f"data.stride: for question answering, not for {task.kind}; leave it out")
-    if options.stride is not None and options.stride > options.max_length // 2:
-        half = options.max_length // 2
-        problems.append(f"data.stride: {options.stride} is more than half of max_length; say at most {half}")
+    widest = max(options.max_length // 2 - 3, 0)  # three tokens are special, and a question has some too
+    if options.stride is not None and options.stride > widest:
+        problems.append(f"data.stride: {options.stride} leaves no room for questions; say at most {widest}")
     if options.sampled_pairs is not None and any(stored.values()):
         problems.append("data.sampled_pairs: new pairs have no stored predictions; leave one of them out")
     if options.sampled_pairs is not None and len(task.text) != 2:

@@ -69,13 +69,13 @@ def test_a_question_without_end_leaves_room_for_its_context(tmp_path):
 
 def test_a_wide_overlap_leaves_less_to_the_question(tmp_path):
     row = {"question": "was " * 200, "context": "a good film " * 9, "answers": {"text": ["good"], "answer_start": [2]}}
-    windows = load(tmp_path, [row] * 8, max_length=40, stride=20).tokenized("train", make_tokenizer())
+    windows = load(tmp_path, [row] * 8, max_length=40, stride=17).tokenized("train", make_tokenizer())
     assert max(map(len, windows["input_ids"])) == 40
-    assert windows[0]["start_positions"] == 1 + (40 - 20 - 3 - 1) + 1 + 1
+    assert windows[0]["start_positions"] == 1 + (40 - 17 - 3 - 1) + 1 + 1
 
 
 def test_a_wrong_stride_is_refused(tmp_path):
-    with pytest.raises(InputError, match="more than half of max_length; say at most 20"):
+    with pytest.raises(InputError, match="leaves no room for questions; say at most 17"):
         load(tmp_path, asked(8), max_length=40, stride=21)
     with pytest.raises(InputError, match=r"data\.stride: for question answering, not for classification"):
         load_data("sst2", DataOptions(path=str(tmp_path), stride=4))
