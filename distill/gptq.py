@@ -1,6 +1,7 @@
 """Rounding 4-bit weights so that their errors cancel out on real inputs: GPTQ (Frantar et al. 2023)."""
 
 import contextlib
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -15,6 +16,8 @@ from distill.fake_weights import twice_quantized
 from distill.formats import QuantizationSettings
 from distill.predictions import ProblemType, counted_logits, logits_of, problem_type
 from distill.representations import accepted_inputs
+
+logger = logging.getLogger(__name__)
 
 _DAMPING = 0.01
 """Added to the diagonal of the second moments, as a share of its mean (Frantar et al. 2023, section 3.3)."""
@@ -51,14 +54,18 @@ def compensate(
         if isinstance(module, nn.Embedding) and (tied is None or tied.weight is not module.weight)
     }
     moments = _input_moments(model, linears, batches) | _gradient_moments(model, embeddings, batches)
-    for name, module in progress((linears | embeddings).items(), "Rounding weights"):
+    unread = [name for name in (linears | embeddings) if name not in moments]
+    if unread:
+        logger.warning("gptq: calibration rows never reach %s; rounded plainly", ", ".join(unread))
+    for name, moment in progress(moments.items(), "Rounding weights"):
+        module = chosen[name]
         weight = module.weight.data.T if isinstance(module, Conv1D) else module.weight.data
         width = weight.shape[1]
         # The blocks of an embedding begin anew with every row.
         extra = -width % settings.block_size if name in embeddings else 0
         padded, of_padded = (
             nn.functional.pad(weight, (0, extra)),
-            nn.functional.pad(moments[name], (0, extra, 0, extra)),
+            nn.functional.pad(moment, (0, extra, 0, extra)),
         )
         rounded = round_together(padded, of_padded, formats[name], settings)[:, :width]  # type: ignore[arg-type]
         module.weight.data = (rounded.T if isinstance(module, Conv1D) else rounded).to(module.weight)
@@ -88,7 +95,7 @@ def round_together(
     largest[torch.arange(len(blocks)), blocks.abs().argmax(1)] = True
     scales = blocks.abs().amax(1)
     kept = twice_quantized(scales) if settings.double_quant else scales
-    kept = torch.where(scales > 0, kept, 1.0)  # a block of zeros stays one
+    kept = torch.where(scales > 0, kept, 1e30)  # in a block of zeros nothing but zero is near
 
     def of_weights(of_blocks: Tensor) -> Tensor:
         return of_blocks.expand_as(blocks).flatten()[:count].view(shape)
@@ -126,13 +133,13 @@ def _input_moments(
     model: PreTrainedModel, linears: Mapping[str, nn.Module], batches: Sequence[Mapping[str, Tensor]]
 ) -> dict[str, Tensor]:
     """For each layer the sums over tokens, padding aside, of products of its inputs: in×in."""
-    moments: dict[str, Any] = dict.fromkeys(linears, 0)
+    moments: dict[str, Tensor] = {}
     counted: Tensor | None = None
 
     def add(name: str, inputs: Tensor) -> None:
         fits = counted is not None and inputs.shape[:-1] == counted.shape
         inputs = (inputs[counted.bool()] if fits and counted is not None else inputs.flatten(0, -2)).float()
-        moments[name] = moments[name] + inputs.T @ inputs
+        moments[name] = moments.get(name, 0) + inputs.T @ inputs
 
     with contextlib.ExitStack() as stack:
         for name, linear in linears.items():
@@ -153,7 +160,7 @@ def _gradient_moments(
     The gradients are of the log-likelihood of predictions drawn from the model's own, whose products are the Fisher
     information: to second order the divergence that an error leaves.
     """
-    moments: dict[str, Any] = dict.fromkeys(embeddings, 0)
+    moments: dict[str, Tensor] = {}
     looked_up: dict[str, Tensor] = {}
     problem, generator = problem_type(model), torch.Generator(model.device).manual_seed(0)
     wanted = [parameter.requires_grad for parameter in model.parameters()]
@@ -174,7 +181,7 @@ def _gradient_moments(
             drawn = _drawn_likelihood(problem, predictions[:: 1 + len(predictions) // _PREDICTIONS], generator)
             for name, gradient in zip(looked_up, torch.autograd.grad(drawn, list(looked_up.values())), strict=True):
                 gradient = gradient.flatten(0, -2)
-                moments[name] = moments[name] + gradient.T @ gradient
+                moments[name] = moments.get(name, 0) + gradient.T @ gradient
             looked_up.clear()
     return moments
 

@@ -56,8 +56,9 @@ _TRAINING_CODE = (
 _CODE = {
     "finetune": _TRAINING_CODE,
     "distill": _TRAINING_CODE,
-    "quantize": (*_MODEL_CODE, "linears", "embeddings", "formats", "quantize", "sensitivity", "gptq"),
+    "quantize": (*_MODEL_CODE, "linears", "embeddings", "formats", "quantize", "sensitivity"),
 }
+_GPTQ_CODE = ("gptq", "fake_weights")  # beside, where it is asked for
 _QAT_CODE = ("affine", "fake_weights", "qat", "formats", "embeddings")  # beside, where `qat` is given
 
 # Options that change what is shown or kept while a step runs, and not what it makes.
@@ -409,7 +410,9 @@ def _fingerprint(step: Step, inputs: dict[str, str], data: Data | None) -> str:
     else:
         rows = data.fingerprint if step.options.load_best_model_at_end else data.train_fingerprint
     aware = isinstance(step.options, TrainingConfig) and step.options.qat is not None
-    code = [code_fingerprint(module) for module in (*_CODE[step.run], *(_QAT_CODE if aware else ()))]
+    together = isinstance(step.options, QuantizeOptions) and step.options.gptq
+    modules = (*_CODE[step.run], *(_QAT_CODE if aware else ()), *(_GPTQ_CODE if together else ()))
+    code = [code_fingerprint(module) for module in modules]
     identity = json.dumps([step.run, changed, inputs, rows, code], sort_keys=True, default=str)
     return hashlib.sha256(identity.encode()).hexdigest()
 

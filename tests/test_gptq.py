@@ -81,6 +81,16 @@ def test_blocks_that_go_over_rows_and_blocks_of_zeros():
     assert not rounded[2].any()
 
 
+def test_what_blocks_of_zeros_are_handed_goes_on_to_others():
+    settings = QuantizationSettings(format="nf4", compute_dtype="fp32")
+    torch.manual_seed(2)
+    weight, inputs = torch.randn(7, 128), correlated(300, 128)
+    weight[:4, 64:] = 0
+    rounded, larger = (round_together(by * weight, inputs.T @ inputs, "nf4", settings) / by for by in (1, 400))
+    assert not rounded[:4, 64:].any()
+    assert (larger - rounded).abs().gt(1e-4).float().mean() < 0.01
+
+
 def as_quantized(module, weight, settings):
     """What a quantized module computes with, and what it should: the weights as they were when it was quantized."""
     if isinstance(module, Nf4Embedding):
@@ -127,6 +137,17 @@ def test_gradients_at_embeddings_are_those_of_the_looked_up_rows():
     gradient = rows.grad[0]
     found = _gradient_moments(model, {"words": words}, [batch, batch])["words"]
     torch.testing.assert_close(found, 2 * gradient.T @ gradient)
+
+
+def test_layers_that_no_row_reaches_are_rounded_plainly(caplog):
+    settings, model = QuantizationSettings(format="nf4"), small_model("bert")
+    idle = nn.Linear(96, 96)
+    model.bert.encoder.layer[0].idle = idle
+    before = idle.weight.clone()
+    batch = {"input_ids": torch.randint(5, 50, (2, 8)), "attention_mask": torch.ones(2, 8, dtype=torch.long)}
+    compensate(model, choose_formats(model, settings), settings, [batch])
+    assert torch.equal(idle.weight, before)
+    assert "never reach bert.encoder.layer.0.idle" in caplog.text
 
 
 def test_an_embedding_that_is_the_output_layer_too_is_left_to_plain_rounding():
