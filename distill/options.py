@@ -96,7 +96,8 @@ class QuantizeOptions(QuantizationSettings):
         default=None,
         metadata={
             "help": "Instead of format: pick one for every module by measuring what each costs, within this many bits "
-            "per quantizable weight on average (5.2), or bytes of the whole model (15.3MB)."
+            "per quantizable weight on average (5.2), or bytes of the whole model (15.3MB). Measured with plain "
+            "rounding, whatever gptq says."
         },
     )
     gptq: bool = field(

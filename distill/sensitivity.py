@@ -220,6 +220,11 @@ def check_budget(model: PreTrainedModel, settings: QuantizationSettings, budget:
             f"bits_budget: {budget / 1e6:.2f} MB are too few; in the smallest formats the weights take "
             f"{size(min) / 1e6:.2f} MB"
         )
+    if budget >= size(max) and all("none" in formats for formats in allowed.values()):
+        raise InputError(
+            f"bits_budget: {budget / 1e6:.2f} MB leave room for every weight in {settings.rest_dtype} "
+            f"({size(max) / 1e6:.2f} MB); say format: bf16, or a smaller budget"
+        )
     return min(budget, size(max))
 
 

@@ -106,7 +106,11 @@ def test_budgets_in_bits_and_bytes():
     everything_16 = model_size(model, {}, settings)
     assert budget_in_bytes(16, model, settings) == everything_16
     assert budget_in_bytes("1.5MB", model, settings) == 1_500_000
-    assert check_budget(model, settings, 10**9) == everything_16
+    assert check_budget(model, settings, everything_16 - 1) == everything_16 - 1
+    with pytest.raises(InputError, match="leave room for every weight in bf16"):
+        check_budget(model, settings, everything_16)
+    int8 = QuantizationSettings(embeddings="int8")
+    assert check_budget(model, int8, 10**9) < everything_16
     with pytest.raises(InputError, match=r"bits_budget: 0.00 MB are too few; .* take 0\.\d\d MB"):
         check_budget(model, settings, 1000)
 
