@@ -204,7 +204,10 @@ def _forwards(
     batches = input_batches(rows, tokenizer, batch_size=batch_size)
     with torch.inference_mode():
         for chosen, batch in progress(batches, text, total=math.ceil(len(rows) / batch_size)):
-            batch = {name: values.to(model.device) for name, values in batch.items()}
+            batch = {
+                name: values.to(model.device, model.dtype if values.is_floating_point() else None)  # pixels
+                for name, values in batch.items()
+            }
             yield chosen, logits_of(model(**accepted_inputs(model, batch))).float().cpu()
 
 

@@ -89,7 +89,7 @@ def choose_formats(model: PreTrainedModel, settings: QuantizationSettings) -> di
         defaults = QuantizationSettings(format="bf16")
         idle = [name for name, value in vars(defaults).items() if getattr(settings, name) != value]
         if idle:
-            raise InputError(f"{idle[0]}: has no effect with format: bf16, which has no modules of another kind")
+            raise InputError(*(f"{name}: has no effect with format: bf16; leave it out" for name in idle))
         return {}
     modules = quantizable_modules(model)
     embedding_format = settings.embeddings or "int8"

@@ -76,8 +76,8 @@ def apply_formats(
     model: PreTrainedModel, formats: Mapping[str, Format], settings: QuantizationSettings
 ) -> PreTrainedModel:
     """Quantize the named modules in place, each to its format; the rest goes to `settings.rest_dtype`."""
-    if not formats:  # a plain model
-        return model.to(DTYPES[settings.rest_dtype]).eval().requires_grad_(False)
+    if not formats:
+        return _plain(model, DTYPES[settings.rest_dtype])
     head = _tied_head(model)
     embedding = model.get_input_embeddings()
     config = DistillQuantizationConfig(
@@ -102,6 +102,15 @@ def apply_formats(
     model.is_quantized = True
     model.quantization_method = config.quant_method
     return model.hf_quantizer._process_model_after_weight_loading(model).eval().requires_grad_(False)
+
+
+def _plain(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """A model with all that is in its file in a dtype; tables that it computes when it is made stay float32."""
+    for tensor in model.state_dict(keep_vars=True).values():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+    model.config.dtype = dtype
+    return model.eval().requires_grad_(False)
 
 
 def quantized_module(module: Any, format: Format, settings: QuantizationSettings, dtype: torch.dtype) -> nn.Module:

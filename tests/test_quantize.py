@@ -1,7 +1,12 @@
 import bitsandbytes as bnb
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertForSequenceClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
 
 from distill.embeddings import Nf4Embedding
 from distill.errors import InputError
@@ -10,6 +15,7 @@ from distill.linears import FourBitLinear, Int8Linear, dequantized
 from distill.models import size_on_disk
 from distill.quantize import quantize_model, quantized_size, weight_memory
 from distill.student import build_student
+from tests.architectures import IDS, small_model
 from tests.conftest import tiny_bert, tiny_config
 
 FORMATS = ["int8", "nf4", "fp4"]
@@ -133,3 +139,28 @@ def test_memory_counts_what_bitsandbytes_keeps_beside_the_weights():
     assert weight_memory(stock) == sum(part.untyped_storage().nbytes() for part in parts)
     int8 = bnb.nn.Linear8bitLt(128, 64, bias=False, has_fp16_weights=False).to("cpu")
     assert weight_memory(int8) == 128 * 64 + 4 * 64
+
+
+def resnet():
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    model = ResNetForImageClassification(config)
+    model(torch.rand(8, 3, 32, 32))  # its running means move
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("make", "inputs"),
+    [
+        (lambda: small_model("modernbert"), {"input_ids": IDS}),
+        (resnet, {"pixel_values": torch.rand(2, 3, 32, 32).bfloat16()}),
+    ],
+    ids=["modernbert", "resnet"],
+)
+def test_a_model_in_bf16_is_a_plain_one_with_the_same_outputs(make, inputs, tmp_path):
+    model = quantize_model(make(), format="bf16")
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        before, after = (each(**inputs).logits for each in (model, again))
+    assert torch.equal(before, after)
+    assert before.dtype == torch.bfloat16
