@@ -111,12 +111,14 @@ def benchmark_models(
 
 def refuse_too_short(configs: Mapping[str, PretrainedConfig], options: BenchmarkOptions) -> None:
     """Raise an `InputError` if a model takes fewer tokens than are measured."""
-    for name, config in configs.items():
-        longest = longest_input(config)
-        if longest is not None and longest < options.sequence_length:
-            raise InputError(
-                f"benchmark.sequence_length: {options.sequence_length}, but {name} takes at most {longest} tokens"
-            )
+    limits = {name: longest for name, config in configs.items() if (longest := longest_input(config)) is not None}
+    shortest = min(limits, key=lambda name: limits[name], default=None)
+    if shortest is not None and limits[shortest] < options.sequence_length:
+        longest = limits[shortest]
+        raise InputError(
+            f"benchmark.sequence_length: {options.sequence_length}, but {shortest} takes at most {longest} tokens; "
+            f"say {longest}"
+        )
 
 
 def variants_of(name: str, parent: str) -> list[str]:
@@ -158,10 +160,11 @@ def remarks_on(model: Mapping[str, Any], parent: Mapping[str, Any], variants: Se
     """In words, where a model is no gain over the one it was made from, or over what `variants_of` them was measured.
 
     Args:
-        model: a `Benchmark` as a mapping, with its `name`; the others alike.
+        model: a `Benchmark` as a mapping, with its `name`; the others alike. A variant of as many bytes is the same.
     """
     names = variants_of(model["name"], parent["name"])
-    others = [parent, *(variant for variant in variants if variant["name"] in names)]
+    named = [variant for variant in variants if variant["name"] in names]
+    others = [parent, *(variant for variant in named if variant["memory_bytes"] != model["memory_bytes"])]
     return [remark for other in others for remark in slower_or_not_smaller(model, other)]
 
 
@@ -237,7 +240,7 @@ def _random_inputs(
         size = getattr(model.config, "image_size", _IMAGE_SIZE)
         sides = (size, size) if isinstance(size, int) else tuple(size)
         pixels = torch.rand(batch_size, model.config.num_channels, *sides, generator=generator)
-        return {"pixel_values": pixels.to(device)}
+        return {"pixel_values": pixels.to(device, model.dtype)}
     ids = torch.randint(model.config.vocab_size, (batch_size, options.sequence_length), generator=generator)
     return {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids, device=device)}
 

@@ -28,7 +28,7 @@ from distill.pipeline import run_plan
 from distill.plan import Plan, make_plan
 from distill.presentation import print_report
 from distill.processes import check_launch, on_main_process
-from distill.recipe import SET_BY_THE_RUN, Recipe, load_recipe, parse_options, parse_value
+from distill.recipe import SET_BY_THE_RUN, Recipe, load_recipe, located, parse_options, parse_value
 from distill.report import write_report
 from distill.tasks import OF_CLASSES
 
@@ -163,9 +163,7 @@ def _check(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
     if _is_launched(arguments):
         return _launch(arguments, overrides, ["check", str(arguments.recipe)])
     check_launch()
-    plan = make_plan(load_recipe(arguments.recipe, overrides, draft=True))
-    _refuse_unmeasurable(plan)
-    print_plan(plan)
+    print_plan(_measurable_plan(arguments.recipe, overrides))
     return 0
 
 
@@ -189,11 +187,12 @@ def run_recipe(
 ) -> None:
     """Run a recipe's unfinished steps, then (unless `only` some were asked for) report, and push what it says."""
     check_launch()
-    plan = make_plan(load_recipe(path, overrides, draft=True))
     if only is None:  # before the hours, not after them
-        _refuse_unmeasurable(plan)
+        plan = _measurable_plan(path, overrides)
         if plan.recipe.push:
             require_token()
+    else:
+        plan = make_plan(load_recipe(path, overrides, draft=True))
     run_plan(plan, only=only, force=force, profile=profile)
     if only is None:
         on_main_process(lambda: _report_and_push(plan))
@@ -315,8 +314,17 @@ def _push_one(
     results.print(f"→ {pushed.url}{'' if is_new else ' (nothing had changed)'}")
 
 
-def _refuse_unmeasurable(plan: Plan) -> None:
-    refuse_too_short({name: planned.config for name, planned in plan.steps.items()}, plan.recipe.benchmark)
+def _measurable_plan(path: Path, overrides: dict[str, str] | None) -> Plan:
+    """The plan of a recipe whose models can be measured at its end, too."""
+    plan = make_plan(load_recipe(path, overrides, draft=True))
+    configs = {name: planned.config for name, planned in plan.steps.items()}
+    if plan.baseline in plan.sources:
+        configs[plan.baseline] = plan.sources[plan.baseline].config
+    try:
+        refuse_too_short(configs, plan.recipe.benchmark)
+    except InputError as error:
+        raise InputError(*(located(problem, path, plan.recipe.flags) for problem in error.problems)) from None
+    return plan
 
 
 def _is_launched(arguments: argparse.Namespace) -> bool:
@@ -329,7 +337,7 @@ def _is_launched(arguments: argparse.Namespace) -> bool:
 def _launch(arguments: argparse.Namespace, overrides: dict[str, str], command: list[str]) -> int:
     """This same command by `accelerate launch`; what is wrong with the recipe is told once, here."""
     check_config(find_config(arguments.accelerate_config), arguments.num_processes)
-    make_plan(load_recipe(arguments.recipe, overrides, draft=True))
+    _measurable_plan(arguments.recipe, overrides)
     command += [part for key, value in overrides.items() for part in (f"--{key}", value)]
     return launch(arguments.accelerate_config, command, num_processes=arguments.num_processes)
 

@@ -1,4 +1,4 @@
-"""`distill run --accelerate_config NAME`: `accelerate launch` of the same command, on every process."""
+"""`--accelerate_config NAME` of `distill run` and `check`: `accelerate launch` of the same on every process."""
 
 import importlib.util
 import signal
@@ -36,10 +36,9 @@ def launch(config: str, arguments: list[str], *, num_processes: int | None = Non
     command += [*_TARGET, *arguments]
     status = _run(command)
     if status:
-        log.print(
-            "[red]error:[/] a process of the run stopped (see above), and with it the others; "
-            "the same command goes on from the last checkpoint"
-        )
+        log.print("[red]error:[/] a process stopped (see above), and with it the others")
+        if arguments[0] == "run":
+            log.print("the same command goes on from the last checkpoint")
     return 1 if status else 0
 
 
