@@ -18,6 +18,7 @@ from distill.batches import row_lengths
 from distill.cache import show_bytes
 from distill.config import TrainingConfig
 from distill.console import log, results
+from distill.errors import InputError
 from distill.models import from_config, label_order
 from distill.options import DistillOptions, FinetuneOptions, QuantizeOptions, StudentOptions, teachers_of
 from distill.pipeline import is_finished
@@ -179,6 +180,10 @@ def _timed(
         eval_dataset=inputs.validation,
         processing_class=inputs.processor,
     )
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise InputError(
+            "check: steps under FSDP or DeepSpeed can't be timed on their own; check with --accelerate_config multi_gpu"
+        )
     trainer.create_optimizer()
     lengths = row_lengths(rows, "length")
     order, size = np.arange(len(rows)) if lengths is None else np.argsort(lengths), options.per_device_train_batch_size

@@ -167,7 +167,7 @@ class DistillationTrainer(transformers.Trainer):
             keep_freed_memory()
         with self.training_conditions():
             self.cache_teachers()
-            if self.args.world_size > 1 and self.args.ddp_find_unused_parameters is None:
+            if self._uses_ddp and self.args.ddp_find_unused_parameters is None:
                 self.accelerator.ddp_handler.find_unused_parameters = self._has_idle_weights()
             return super().train(*arguments, **options)
 
@@ -199,6 +199,10 @@ class DistillationTrainer(transformers.Trainer):
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
         """Trainer's, but what rows are made of as they are read stays."""
         return dataset if _made_as_read(dataset) else super()._remove_unused_columns(dataset, description)
+
+    @property
+    def _uses_ddp(self) -> bool:
+        return self.args.world_size > 1 and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     def _has_idle_weights(self) -> bool:
         """Whether the loss leaves some weight out (a pooler, upper layers), so that DDP must look for it each step."""
