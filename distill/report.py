@@ -13,7 +13,7 @@ from distill.evaluation import Evaluation, evaluate_model
 from distill.intervals import agreement, divergence_from, paired_difference, won_back
 from distill.models import fetch_weights, load_classifier, load_processor
 from distill.options import QuantizeOptions
-from distill.pipeline import is_finished, write_atomically
+from distill.pipeline import is_finished, lineage, write_atomically
 from distill.plan import Plan, PlannedStep, code_fingerprint
 from distill.presentation import as_markdown, draw
 from distill.records import read_record
@@ -23,6 +23,8 @@ _SCORING_CODE = (
     *("embeddings", "quantize", "evaluation", "intervals"),
 )
 _LOWER_IS_BETTER = ("perplexity",)
+_SAME_BYTES = 0.1
+"""Models within this share of another's bytes take as many; adapters of rank 8 add less than that."""
 
 
 def write_report(plan: Plan) -> dict[str, Any]:
@@ -140,20 +142,26 @@ def _comparisons(
 def _recoveries(
     plan: Plan, evaluations: dict[str, Evaluation], benchmarks: dict[str, dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """What training or mixing formats won back of a plain quantization's divergence from the baseline.
+    """What GPTQ, training or mixing formats won back of a plain quantization's divergence from the baseline.
 
-    Each quantized model that more was done to is held against the plainly quantized baseline closest in bytes.
+    Each such model made from the baseline is held against the plainly quantized baseline that takes the same bytes,
+    adapters aside.
     """
+    if plan.baseline not in evaluations:
+        return []
     quantized = [
         name
         for name, planned in plan.steps.items()
         if name in evaluations and getattr(planned.config, "quantization_config", None) is not None
     ]
+    sizes = {name: benchmarks[name]["size_on_disk_bytes"] for name in quantized}
     plain = [name for name in quantized if _is_plain(plan.steps[name], plan.baseline)]
     found = []
-    for name in [each for each in quantized if each not in plain] if plain else []:
-        size = benchmarks[name]["size_on_disk_bytes"]
-        over = min(plain, key=lambda other: abs(benchmarks[other]["size_on_disk_bytes"] - size))
+    for name in quantized:
+        alike = [other for other in plain if abs(sizes[other] - sizes[name]) <= _SAME_BYTES * sizes[other]]
+        if name in plain or not alike or plan.baseline not in lineage(plan, plan.steps[name]):
+            continue
+        over = min(alike, key=lambda other: abs(sizes[other] - sizes[name]))
         logits = [evaluations[each].logits for each in (plan.baseline, over, name)]
         won = won_back(plan.data.task, *(each for each in logits if each is not None)) if all(logits) else None
         if won is not None:
@@ -162,8 +170,11 @@ def _recoveries(
 
 
 def _is_plain(planned: PlannedStep, baseline: str) -> bool:
+    """Whether a step does nothing but quantize the baseline to one format."""
     options = planned.step.options
-    return isinstance(options, QuantizeOptions) and not options.reads_rows and options.model == baseline
+    if not isinstance(options, QuantizeOptions) or options.model != baseline:
+        return False
+    return not (options.reads_rows or options.overrides or options.skip)
 
 
 def _key(*parts: Any) -> str:
