@@ -149,6 +149,19 @@ def test_the_report_is_rebuilt_from_its_folder(finished, capsys):
     assert "student-nf4" in capsys.readouterr().out
 
 
+def test_a_report_names_what_it_leaves_out(finished, capsys):
+    from distill.cli import main
+    from distill.hub import to_push
+
+    run = finished[0].parent / "run"
+    assert main(["report", str(run), "--student-nf4.double_quant", "false"]) == 0
+    assert "left out, as they are not what the recipe would make now: student-nf4;" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"report\.json leaves it out, .*; `distill run` it again"):
+        to_push(run / "student-nf4", "me/it")
+    assert main(["report", str(run)]) == 0
+    assert "left out" not in capsys.readouterr().err
+
+
 def test_an_edited_step_reruns_with_what_depends_on_it(finished):
     path, _ = finished
     fresh = lambda **overrides: {n for n, p in plan(path, **overrides).steps.items() if not is_finished(p)}  # noqa: E731
