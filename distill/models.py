@@ -91,11 +91,12 @@ class ModelSource:
         return split_revision(self.reference)[0] if self.revision else None
 
 
-def find_model(reference: str, *, weights: bool = True) -> ModelSource:
+def find_model(reference: str, *, weights: bool = True, adapters: bool = False) -> ModelSource:
     """Look a model up without loading its weights.
 
     Args:
         weights: whether it must have some; one that starts from scratch needs none.
+        adapters: whether a folder of adapters will do, whose model lies here.
 
     Raises:
         InputError: no such model, no config, no safetensors weights, or a digest that differs.
@@ -103,12 +104,13 @@ def find_model(reference: str, *, weights: bool = True) -> ModelSource:
     located = locate(reference)
     if isinstance(located, Path):
         folder, revision = located, None
-        _check_folder(folder, weights=weights)
+        base = base_of(folder) if adapters else None
+        _check_folder(folder if base is None else Path(base), weights=weights)
     else:
         folder = snapshot(located, _SMALL_FILES)
         revision = folder.name
     try:
-        config = AutoConfig.from_pretrained(str(folder))
+        config = load_config(str(folder))
     except Exception as error:  # each config raises its own kinds
         raise InputError(f"{reference}: its config.json cannot be read ({reason_of(error)})") from error
     fingerprint = f"{split_revision(reference)[0]}@{revision}" if revision else _folder_fingerprint(folder)

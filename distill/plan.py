@@ -309,7 +309,10 @@ def _resolve_input(
     if reference in planned:
         made = planned[reference]
         if not is_teacher(option) and is_adapter(made.step.options):
-            raise InputError(f"{reference} makes an adapter; say merge: true there to go on from the whole model")
+            whole = "merge: true makes a whole model there"
+            if getattr(made.config, "quantization_config", None) is not None:
+                whole = "it belongs to a quantized one; go on from the model before that"
+            raise InputError(f"{reference} makes an adapter, and this starts from a whole model; {whole}")
         return _Input(reference, made.config, str(made.folder), made.tokenizer_location, made.fingerprint, True)
     given = recipe.given[step_name]
     weights = is_teacher(option) or not given.get("from_scratch", False)

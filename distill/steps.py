@@ -181,6 +181,8 @@ def _train(
     trained = options
     if checkpoint is not None:
         trained = with_step_counts(options, checkpoint)
+    if options.lora is not None and Path(processor_from).is_dir():
+        model.name_or_path = str(Path(processor_from).resolve())  # where the adapter will look for it, from anywhere
     trainer = DistillationTrainer(
         model=model,
         teacher=[teacher for teacher, _ in teachers],

@@ -10,6 +10,7 @@ from transformers import AutoModelForSequenceClassification, pipeline
 
 from distill import DistillationConfig, DistillationTrainer, build_student
 from distill.adapters import lora_config
+from distill.cli import main
 from distill.errors import InputError
 from distill.models import load_classifier
 from distill.pipeline import run_plan
@@ -106,6 +107,10 @@ def test_an_adapter_goes_from_recipe_to_report_and_pipeline(tmp_path, sst2_folde
     report = write_report(plan)
     entries = {model["name"]: model for model in report["models"]}
     own = (folder / "adapter_model.safetensors").stat().st_size
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"].startswith("/")
+    rows = ["--task", "sst2", "--data.path", str(sst2_folder), "--data.max_length", "32"]
+    assert main(["eval", str(folder), *rows]) == 0
+    assert main(["bench", str(folder), "--sequence_length", "16", "--rounds", "1"]) == 0
     assert entries["adapter"]["size_on_disk_bytes"] == entries[start]["size_on_disk_bytes"] + own
     assert entries["adapter"]["num_parameters"] > entries[start]["num_parameters"]
 
@@ -153,7 +158,7 @@ def test_merged_adapters_make_a_whole_model(tmp_path, sst2_folder, pretrained):
         (
             "a: {run: distill, teacher: teacher, model: student, lora: {}}\n"
             "  x: {run: quantize, model: a, format: int8}",
-            "a makes an adapter; say merge: true",
+            "a makes an adapter, .* merge: true makes a whole",
         ),
         ("x: {run: distill, teacher: teacher, from_scratch: true}", "from_scratch: needs a `model`"),
     ],
