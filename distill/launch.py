@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 
@@ -13,7 +14,8 @@ from distill.console import log
 from distill.errors import InputError, nearest_name
 
 _TARGET = ("--module", "distill.cli")
-_FOLDERS = (Path("accelerate_configs"), Path(__file__).parent.parent / "accelerate_configs")
+_HERE = Path(__file__).parent
+_FOLDERS = [Path("accelerate_configs"), _HERE / "accelerate_configs", _HERE.parent / "accelerate_configs"]
 
 
 def launch(config: str, arguments: list[str], *, num_processes: int | None = None) -> int:
@@ -76,6 +78,8 @@ def check_config(path: Path, num_processes: int | None) -> None:
             f"{path}: accelerate would start one process, not {count}, for `distributed_type: {kind.value}`; "
             "use multi_cpu or multi_gpu (`distributed_type: MULTI_GPU`, which also starts processes on a CPU)"
         )
+    if kind == DistributedType.MULTI_GPU and not config.use_cpu and not torch.accelerator.is_available():
+        log.print("[yellow]![/] no GPU here: the processes compute on the CPU")
     if kind == DistributedType.DEEPSPEED and importlib.util.find_spec("deepspeed") is None:
         raise InputError(f"{path}: deepspeed is not installed here; pip install deepspeed, or use multi_gpu or fsdp")
 
