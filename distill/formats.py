@@ -83,8 +83,8 @@ def choose_formats(model: PreTrainedModel, settings: QuantizationSettings) -> di
         InputError: no format, a pattern that matches nothing, fp4 for an embedding, settings that bf16 leaves no
             place for, or nothing to quantize.
     """
-    if settings.format is None:
-        raise InputError(f"format: missing; say {', '.join(get_args(FormatOrBf16))}")
+    if settings.format is None or settings.format not in get_args(FormatOrBf16):
+        raise InputError(f"format: {settings.format or 'missing'}; say {', '.join(get_args(FormatOrBf16))}")
     if settings.format == "bf16":
         defaults = QuantizationSettings(format="bf16")
         idle = [name for name, value in vars(defaults).items() if getattr(settings, name) != value]

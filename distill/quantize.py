@@ -3,7 +3,7 @@
 `import distill` registers the formats with transformers; after it, a plain `AutoModel….from_pretrained` loads them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import bitsandbytes as bnb
@@ -29,6 +29,7 @@ from distill.formats import (
     model_size,
     resolve_name,
 )
+from distill.gptq import compensate
 from distill.linears import FourBitLinear, Int8Linear
 
 # transformers prints this name when it doesn't know it, that is without `import distill`.
@@ -41,6 +42,7 @@ def quantize_model(
     *,
     format: FormatOrBf16 | None = None,
     double_quant: bool | None = None,
+    calibration: Sequence[Mapping[str, Tensor]] | None = None,
 ) -> PreTrainedModel:
     """Quantize a model in place and return it, ready for `save_pretrained`.
 
@@ -54,6 +56,7 @@ def quantize_model(
         settings: all that can be chosen; the others are short for two of them.
         format: `int8` (Dettmers et al. 2022, vector-wise), `nf4` or `fp4` (Dettmers et al. 2023), or `bf16`.
         double_quant: quantize the 4-bit block scales too (0.4 bit per weight less); by default it is done.
+        calibration: batches of the model's inputs, on which 4-bit weights are rounded by GPTQ.
 
     Raises:
         InputError: it is quantized already, has no linear layer in its blocks, or a setting is wrong.
@@ -63,7 +66,10 @@ def quantize_model(
     elif format is not None or double_quant is not None:
         raise InputError("format, double_quant: stand in the settings; leave them out beside these")
     refuse_quantized(model)
-    return apply_formats(model, choose_formats(model, settings), settings)
+    formats = choose_formats(model, settings)
+    if calibration is not None:
+        compensate(model, formats, settings, calibration)
+    return apply_formats(model, formats, settings)
 
 
 def refuse_quantized(model: PreTrainedModel) -> None:

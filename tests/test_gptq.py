@@ -11,7 +11,7 @@ from distill.fake_weights import fake_linear_weight, fake_nf4_rows, row_scales, 
 from distill.formats import QuantizationSettings, choose_formats
 from distill.gptq import _gradient_moments, compensate, round_together
 from distill.linears import dequantized
-from distill.quantize import apply_formats
+from distill.quantize import apply_formats, quantize_model
 from tests.architectures import ARCHITECTURES, small_model
 from tests.conftest import tiny_bert
 
@@ -157,3 +157,13 @@ def test_an_embedding_that_is_the_output_layer_too_is_left_to_plain_rounding():
     batch = {"input_ids": torch.randint(5, 50, (2, 8)), "attention_mask": torch.ones(2, 8, dtype=torch.long)}
     compensate(model, choose_formats(model, settings), settings, [batch])
     assert torch.equal(model.get_input_embeddings().weight, before)
+
+
+def test_python_gets_it_with_calibration_rows():
+    batch = {"input_ids": torch.randint(5, 50, (2, 8)), "attention_mask": torch.ones(2, 8, dtype=torch.long)}
+    settings, model = QuantizationSettings(format="nf4"), small_model("bert")
+    compensate(model, choose_formats(model, settings), settings, [batch])
+    expected = apply_formats(model, choose_formats(small_model("bert"), settings), settings)
+    found = quantize_model(small_model("bert"), format="nf4", calibration=[batch])
+    for name, value in expected.state_dict().items():
+        assert torch.equal(found.state_dict()[name], value), name

@@ -141,6 +141,11 @@ def test_memory_counts_what_bitsandbytes_keeps_beside_the_weights():
     assert weight_memory(int8) == 128 * 64 + 4 * 64
 
 
+def test_an_unknown_format_is_told():
+    with pytest.raises(InputError, match="format: nf5; say int8, nf4, fp4, bf16"):
+        quantize_model(tiny_bert(), format="nf5")
+
+
 def resnet():
     config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
     model = ResNetForImageClassification(config)
