@@ -49,7 +49,7 @@ def as_markdown(plan: Plan, report: dict[str, Any]) -> str:
     environment_line = ", ".join(f"{key} {value}" for key, value in report["environment"].items() if key != "benchmark")
     rows_scored = len(plan.data.splits[plan.data.task.validation_splits[0][0]])
     lines = [
-        f"# {plan.recipe.path.stem}",
+        f"# {plan.recipe.output_dir.resolve().name}",
         f"{report['metric'].replace('_', ' ')} on {rows_scored} validation rows, with its 95 % interval "
         f"({interval_method(plan.data.task)}); "
         f"retention, agreement and divergence (KL in nats; of scores the squared difference) are against "
@@ -82,19 +82,47 @@ def draw(report: dict[str, Any], path: Path) -> None:
         (f"median latency on {models[0]['device']}, ms", [model["latency_ms"]["p50"] for model in models]),
     ]
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
+    panel_labels: list[list[tuple[float, float, str]]] = []
     for axis, (label, values) in zip(axes, panels, strict=True):
+        labels = []
         for model, value in zip(models, values, strict=True):
             score = model["metrics"][report["metric"]]
             reach = [[max(score - model["interval"][0], 0)], [max(model["interval"][1] - score, 0)]]
             marker = "*" if model["name"] == report["baseline"] else "o"
             axis.errorbar(value, score, yerr=reach, fmt=marker, markersize=9, capsize=3, elinewidth=1)
-            axis.annotate(model["name"], (value, score), xytext=(6, 5), textcoords="offset points", fontsize=9)
+            if not math.isnan(value):
+                labels.append((value, score, model["name"]))
         axis.set_xlabel(label)
         axis.set_xlim(0, 1.3 * max(value for value in values if not math.isnan(value)) if any(values) else 1)
         axis.grid(alpha=0.3)
+        axis.margins(y=0.12)
+        panel_labels.append(labels)
+    figure.draw_without_rendering()  # the scales are known from here on
+    for axis, labels in zip(axes, panel_labels, strict=True):
+        _write_apart(axis, labels)
     axes[0].set_ylabel(f"{report['metric'].replace('_', ' ')} (95 % interval)")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def _write_apart(axis: Any, labels: list[tuple[float, float, str]]) -> None:
+    """Names beside their points (x, y), moved up or down where they would lie on another."""
+    taken: list[tuple[float, float, float]] = []
+    pixels_per_point = axis.figure.dpi / 72
+    for x, y, name in sorted(labels):
+        left, middle = axis.transData.transform((x, y))
+        width = 5.5 * pixels_per_point * len(name)
+
+        def is_free(offset: float, left: float = left, middle: float = middle, width: float = width) -> bool:
+            at = middle + offset * pixels_per_point
+            return all(
+                abs(at - other) > 9 * pixels_per_point or left > end or left + width < start
+                for start, end, other in taken
+            )
+
+        offset = next((each for step in range(12) for each in (5 + 9 * step, 5 - 9 * step) if is_free(each)), 5)
+        taken.append((left, left + width, middle + offset * pixels_per_point))
+        axis.annotate(name, (x, y), xytext=(6, offset), textcoords="offset points", fontsize=8)
 
 
 def remarks(report: dict[str, Any]) -> list[str]:
