@@ -218,7 +218,9 @@ def _eval(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     label_map = parse_value(arguments.label_map) if arguments.label_map else None
     if label_map is not None and not isinstance(label_map, dict):
         raise InputError(f"--label_map: should be a mapping like '{{LABEL_0: negative}}', got {arguments.label_map!r}")
-    source = find_model(arguments.model)
+    if label_map is not None:
+        label_map = {name: str(label) for name, label in label_map.items()}
+    source = find_model(arguments.model, adapters=True)
     if arguments.task is None and options.kind in ("token-classification", *OF_CLASSES) and options.label_names is None:
         names = [source.config.id2label[index] for index in range(source.config.num_labels)]
         options.label_names = [(label_map or {}).get(name, name) for name in names]  # a part may not show every class
@@ -247,7 +249,7 @@ def _bench(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     options = parse_options(BenchmarkOptions, {k: v for k, v in given.items() if v is not None}, "bench", problems)
     if problems:
         raise InputError(*problems)
-    sources = [find_model(reference) for reference in arguments.models]
+    sources = [find_model(reference, adapters=True) for reference in arguments.models]
     for source in sources:
         fetch_weights(source)
     locations = {source.reference: source.location for source in sources}
@@ -331,6 +333,8 @@ def _is_launched(arguments: argparse.Namespace) -> bool:
     """Whether the command starts processes that do its work."""
     if arguments.num_processes is not None and not arguments.accelerate_config:
         raise InputError("--num_processes: goes with --accelerate_config, which starts them")
+    if arguments.num_processes is not None and arguments.num_processes < 1:
+        raise InputError(f"--num_processes: {arguments.num_processes} are too few; say 1 or more")
     return bool(arguments.accelerate_config)
 
 

@@ -34,6 +34,7 @@ def name_labels(task: Task, rows: datasets.Dataset, label_names: list[str] | Non
     if any(isinstance(value, float) and not value.is_integer() for value in values):
         example = next(value for value in values if not float(value).is_integer())
         problems.append(f"data.label: column {task.label!r} holds scores like {example}; say kind: regression")
+        return task
     elif len(values) < 2:
         problems.append(
             f"data.label: column {task.label!r} holds {len(values)} class; classification needs two or more"

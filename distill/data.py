@@ -157,6 +157,7 @@ def load_data(task_name: str | None, options: DataOptions, *, to_score: bool = F
         )
 
     task = name_labels(task, found.get("train", next(iter(found.values()))), options.label_names, problems)
+    notes += _labels_by_id(task, found, options)
     splits: dict[str, datasets.Dataset] = {}
     stored = {name: getattr(options, name) for name in STORED_COLUMNS}
     wanted = ["train", *(split for split, _ in task.validation_splits), "test"]
@@ -243,7 +244,12 @@ def _task(task_name: str | None, options: DataOptions) -> Task:
         return glue_task(task_name)
     problems = []
     if options.path is None:
-        problems.append("task: missing; name a GLUE task, or say `data:` with kind, path, text and label")
+        given = [name for name, value in asdict(options).items() if value != getattr(DataOptions(), name)]
+        problems.append(
+            "data.path: missing; say where the rows are"
+            if given
+            else "task: missing; name a GLUE task, or say `data:` with kind, path, text and label"
+        )
     if options.kind is None:
         problems.append(f"data.kind: missing; say {', '.join(DEFAULT_COLUMNS)} (or name a GLUE task under `task:`)")
         raise InputError(*problems)
@@ -261,6 +267,17 @@ def _task(task_name: str | None, options: DataOptions) -> Task:
             raise InputError(f"data.label: several columns are for kind: multi-label, not {options.kind}")
         return own_task(options.kind, tuple(text), MERGED_LABELS).with_label_names(tuple(options.label))
     return own_task(options.kind, tuple(text), options.label or label)
+
+
+def _labels_by_id(task: Task, found: dict[str, datasets.Dataset], options: DataOptions) -> list[str]:
+    """A note where own rows have whole numbers for labels that have names."""
+    names = options.label_names or []
+    of_rows = [rows.features.get(task.label) for rows in found.values()] if task.kind in OF_CLASSES else []
+    whole = any(str(getattr(feature, "dtype", "")).startswith("int") for feature in of_rows)
+    if not whole or isinstance(of_rows[0], datasets.ClassLabel) or any(name.isdigit() for name in names) or not names:
+        return []
+    pairs = ", ".join(f"{number} is {name}" for number, name in enumerate(names))
+    return [f"column {task.label!r} holds numbers, read as ids: {pairs}"]
 
 
 # --- choosing rows --------------------------------------------------------------------------------------------------

@@ -56,6 +56,8 @@ def run_plan(plan: Plan, *, only: list[str] | None = None, force: bool = False, 
             _say(f"[{number}/{len(steps)}] {name}: finished already")
             continue
         _say(f"[{number}/{len(steps)}] {name}: {planned.step.run}{_parameters(planned)}")
+        if read_record(planned.folder).get("status") == "finished" and not force:
+            _say("      made anew: its options, inputs, rows or code have changed since")
         clock = time.perf_counter()
         whole = planned.step.run == "quantize" and process_state().is_main_process  # no checkpoints to resume from
         with written_whole(planned.folder) if whole else nullcontext(planned.folder) as folder:
@@ -97,8 +99,11 @@ def save_recipe(recipe: Recipe) -> None:
         for step in recipe.steps.values()
     }
     text = yaml.safe_dump(json.loads(json.dumps(content, default=str)), sort_keys=False, allow_unicode=True)
-    recipe.output_dir.mkdir(parents=True, exist_ok=True)
-    write_atomically(recipe.output_dir / "recipe.yaml", text)
+    try:
+        recipe.output_dir.mkdir(parents=True, exist_ok=True)
+        write_atomically(recipe.output_dir / "recipe.yaml", text)
+    except OSError as error:
+        raise InputError(f"output_dir: {recipe.output_dir} cannot be written ({error.strerror})") from None
 
 
 def write_atomically(path: Path, text: str) -> None:

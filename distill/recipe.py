@@ -21,6 +21,11 @@ _TOP_LEVEL = (
     *("task", "data", "output_dir", "baseline", "benchmark", "steps"),
     *("base_model", "license", "language", "push"),
 )
+_USUAL_NAMES = {
+    **{"batch_size": "per_device_train_batch_size", "epochs": "num_train_epochs", "num_epochs": "num_train_epochs"},
+    **{"lr": "learning_rate", "steps": "max_steps", "alpha": "hard_weight", "bits": "bits_budget"},
+}
+"""What other tools call options, and their names here."""
 _FILES_OF_A_RUN = ("recipe.yaml", "report.json", "report.md", "report.png")
 _STEP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
@@ -289,7 +294,7 @@ def _right_values(options_class: type, given: Any, where: str, problems: list[st
         if key in SET_BY_THE_RUN:
             problems.append(f"{where}.{key}: is set by the run itself; leave it out")
         elif key not in known:
-            problems.append(f"{where}.{key}: unknown option; {nearest_name(key, known)}")
+            problems.append(f"{where}.{key}: unknown option; {_instead(key, known)}")
         else:
             try:
                 values[key] = checked(value, annotations[key])
@@ -299,6 +304,14 @@ def _right_values(options_class: type, given: Any, where: str, problems: list[st
         if name in _required(options_class) and name not in given:
             problems.append(f"{where}.{name}: missing. {known[name].metadata['help']}")
     return values
+
+
+def _instead(key: str, known: Collection[str]) -> str:
+    """What an unknown option was meant to be."""
+    if key == "teacher":
+        return "a teacher belongs to run: distill"
+    usual = _USUAL_NAMES.get(key)
+    return f"did you mean {usual!r}?" if usual in known else nearest_name(key, known)
 
 
 def _required(options_class: type) -> set[str]:

@@ -150,6 +150,20 @@ def test_eval_scores_every_row_of_one_file(models, tmp_path, capsys):
     assert (accuracy * len(rows)) % 1 == pytest.approx(0, abs=1e-9)
 
 
+def test_eval_says_how_it_reads_labels_that_are_numbers(models, tmp_path, capsys):
+    path = write_rows(
+        tmp_path / "some.jsonl", [{"text": row["sentence"], "label": row["label"]} for row in sentences(9)]
+    )
+    arguments = ["eval", str(models / "teacher"), "--data.kind", "classification", "--data.path", str(path)]
+    assert main(arguments) == 0
+    first = capsys.readouterr().out
+    assert "column 'label' holds numbers, read as ids: 0 is negative, 1 is positive" in " ".join(first.split())
+    assert main([*arguments, "--label_map", "{negative: 0, positive: 1}"]) == 0
+    second = capsys.readouterr().out
+    assert "holds numbers" not in second
+    assert last_line(first)["metrics"]["accuracy"] == last_line(second)["metrics"]["accuracy"]
+
+
 def test_eval_with_a_label_map(models, sst2_folder, tmp_path, capsys):
     for file in (models / "teacher").iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())

@@ -74,6 +74,9 @@ CASES = {
     "a flag of no step": ([*RUN, "--studnt.seed", "1"], {}, "--studnt.seed: no such step or key; did you mean"),
     "an unknown step to run": ([*RUN, "--only", "studnt"], {}, "--only studnt: no such step; did you mean 'student'?"),
     "a file for a folder": (RUN, {"output_dir": "rows.jsonl"}, "output_dir: rows.jsonl is a file"),
+    "a folder that can't be made": (RUN, {"output_dir": "/proc/none"}, "output_dir: /proc/none cannot be written"),
+    "another tool's name": (RUN, {"steps.student.batch_size": 8}, "did you mean 'per_device_train_batch_size'?"),
+    "a teacher to fine-tune": (RUN, {"steps.teacher.teacher": "x"}, "a teacher belongs to run: distill"),
     # data
     "no such task": (RUN, {"task": "sst3", "data": {"max_length": 24}}, "is not a GLUE task; did you mean 'sst2'?"),
     "no such data": (RUN, {"data.path": "./row.jsonl"}, "data.path: ./row.jsonl: no such file or folder"),
@@ -101,6 +104,7 @@ CASES = {
     "nothing to push": (["push", "right", "--repo-id", "me/it"], {}, "right: no run folder (no step.json)"),
     "an unreachable model": (RUN, {"steps.teacher.model": "acme/none"}, "acme/none: no such folder here, and"),
     # launching
+    "no processes": ([*RUN, "--accelerate_config", "multi_cpu", "--num_processes", "0"], {}, "0 are too few"),
     "no such launch": ([*RUN, "--accelerate_config", "multi_gpux"], {}, "did you mean 'multi_gpu'"),
     "a launch of no recipe": (["run", "none.yaml", "--accelerate_config", "cpu"], {}, "none.yaml: no such recipe"),
 }  # fmt: skip
