@@ -8,11 +8,13 @@ from typing import Annotated
 
 import torch
 from bitsandbytes.nn import Int8Params, Params4bit
-from peft import LoraConfig, PeftModel, TaskType
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from pydantic import ConfigDict, Field
+from torch import nn
 from transformers import PreTrainedModel
 from typing_extensions import TypedDict  # typing's own from Python 3.12 on
 
+from distill.errors import InputError, nearest_name
 from distill.tasks import TaskKind
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -64,6 +66,21 @@ def lora_config(options: LoraOptions, kind: TaskKind) -> LoraConfig:
         modules_to_save=options.get("modules_to_save", heads),
         task_type=_TASK_TYPES.get(kind),
     )
+
+
+def with_adapters(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
+    """A model with new adapters, drawn from torch's global generator.
+
+    Raises:
+        InputError: a target that is none of the model's modules, which PEFT would pass over.
+    """
+    targets = getattr(config, "target_modules", None)
+    for target in [] if targets is None or isinstance(targets, str) else targets:
+        names = [name for name, _ in model.named_modules()]
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            known = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+            raise InputError(f"lora.target_modules: no module {target!r}; {nearest_name(target, sorted(known))}")
+    return get_peft_model(model, config)
 
 
 @contextmanager

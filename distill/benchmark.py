@@ -2,6 +2,7 @@
 
 import copy
 import importlib.metadata
+import math
 import os
 import platform
 import time
@@ -160,11 +161,14 @@ def remarks_on(model: Mapping[str, Any], parent: Mapping[str, Any], variants: Se
     """In words, where a model is no gain over the one it was made from, or over what `variants_of` them was measured.
 
     Args:
-        model: a `Benchmark` as a mapping, with its `name`; the others alike. A variant of as many bytes is the same.
+        model: a `Benchmark` as a mapping, with its `name`; the others alike.
     """
-    names = variants_of(model["name"], parent["name"])
-    named = [variant for variant in variants if variant["name"] in names]
-    others = [parent, *(variant for variant in named if variant["memory_bytes"] != model["memory_bytes"])]
+    in_bf16, without_outliers = variants_of(model["name"], parent["name"])
+    others = [parent]
+    for variant in variants:
+        is_itself = math.isclose(variant["memory_bytes"], model["memory_bytes"], rel_tol=0.01)
+        if variant["name"] == without_outliers or (variant["name"] == in_bf16 and not is_itself):
+            others.append(variant)
     return [remark for other in others for remark in slower_or_not_smaller(model, other)]
 
 

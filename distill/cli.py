@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, asdict, fields
 from pathlib import Path
@@ -41,6 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     logging.getLogger("distill").addHandler(logging.StreamHandler())
     transformers.logging.disable_progress_bar()
+    warnings.filterwarnings(
+        "ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning
+    )  # peft asks for it
     datasets.disable_progress_bars()
     try:
         plain, overrides = _split_overrides(list(sys.argv[1:] if arguments is None else arguments))

@@ -157,7 +157,7 @@ def load_data(task_name: str | None, options: DataOptions, *, to_score: bool = F
         )
 
     task = name_labels(task, found.get("train", next(iter(found.values()))), options.label_names, problems)
-    notes += _labels_by_id(task, found, options)
+    notes += _labels_by_id(task, found, options) + _labels_alike(task)
     splits: dict[str, datasets.Dataset] = {}
     stored = {name: getattr(options, name) for name in STORED_COLUMNS}
     wanted = ["train", *(split for split, _ in task.validation_splits), "test"]
@@ -258,6 +258,8 @@ def _task(task_name: str | None, options: DataOptions) -> Task:
     allowed = [1, 2] if options.kind in ("classification", "multi-label", "regression") else [len(columns)]
     if len(text) not in allowed:
         problems.append(f"data.text: {' or '.join(map(str, allowed))} for {options.kind}, not {len(text)} columns")
+    if (options.label or label) in text:
+        problems.append(f"data.text: {options.label or label!r} is the label; leave it out")
     if not label and options.label is not None:
         problems.append(f"data.label: {options.kind} predicts the text itself; leave it out")
     if problems:
@@ -278,6 +280,15 @@ def _labels_by_id(task: Task, found: dict[str, datasets.Dataset], options: DataO
         return []
     pairs = ", ".join(f"{number} is {name}" for number, name in enumerate(names))
     return [f"column {task.label!r} holds numbers, read as ids: {pairs}"]
+
+
+def _labels_alike(task: Task) -> list[str]:
+    """A note where names of classes differ by case and spaces alone."""
+    by_form: dict[str, list[str]] = defaultdict(list)
+    for name in task.label_names or ():
+        by_form[name.strip().lower()].append(name)
+    alike = [", ".join(map(repr, names)) for names in by_form.values() if len(names) > 1]
+    return [f"classes that differ by case or spaces alone: {'; '.join(alike)}"] if alike else []
 
 
 # --- choosing rows --------------------------------------------------------------------------------------------------

@@ -54,6 +54,14 @@ class ProgressLines(TrainerCallback):
         step = f"step {state.global_step}/{state.max_steps}"
         log.print(f"      {step}, loss {logs['loss']:.4f} ({parts}), {left:.0f} s left")
 
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        """Print the scores of an evaluation on the way."""
+        if state.is_world_process_zero:
+            shown = {name.partition("_")[2]: value for name, value in metrics.items() if "/" not in name}
+            times = ("runtime", "samples_per_second", "steps_per_second")
+            scores = ", ".join(f"{name} {value:.4f}" for name, value in shown.items() if name and name not in times)
+            log.print(f"      step {state.global_step}/{state.max_steps}, validation: {scores}")
+
 
 class Clock(TrainerCallback):
     """Training time, summed over the sessions of a run that was cut off."""

@@ -11,13 +11,14 @@ import numpy as np
 import safetensors.torch
 import torch
 import transformers
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.profiler import record_function
 from torch.utils.data import DataLoader, RandomSampler, Sampler, SequentialSampler
 from transformers import DataCollatorForTokenClassification, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
+from distill.adapters import with_adapters
 from distill.batches import COUNTED_ROWS, Reader, length_loader, row_lengths, with_columns
 from distill.cache import TEACHER_OUTPUTS, CachePlan, Outputs, build_cache, plan_cache
 from distill.config import DistillationConfig, TrainingConfig, default_learning_rate, is_on, value_at
@@ -86,7 +87,7 @@ class DistillationTrainer(transformers.Trainer):
         args = DistillationConfig(output_dir="distilled") if args is None else args
         if peft_config is not None:
             transformers.set_seed(args.seed)  # adapters are drawn here
-            model = get_peft_model(model, peft_config)
+            model = with_adapters(model, peft_config)
         self.student = model
         self.problem_type = problem_type(model)
         if args.class_weights is not None and (

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification, pipeline
 
 from distill import DistillationConfig, DistillationTrainer, build_student
-from distill.adapters import lora_config
+from distill.adapters import lora_config, with_adapters
 from distill.cli import main
 from distill.errors import InputError
 from distill.models import load_classifier
@@ -94,6 +94,12 @@ def test_heads_of_tokens_and_spans_are_trained_as_a_whole(family, head):
     assert any(f"{name}.modules_to_save.default.weight" in each for each in trained)
     assert not any(f"{name}.lora" in each for each in trained)
     assert any(".lora_A." in each for each in trained)
+
+
+def test_a_target_that_is_no_module_is_refused():
+    config = lora_config({"target_modules": ["query", "vlaue"]}, "classification")
+    with pytest.raises(InputError, match=r"lora\.target_modules: no module 'vlaue'; did you mean 'value'"):
+        with_adapters(make_models()[0], config)
 
 
 @pytest.mark.parametrize("start", ["student", "nf4"])

@@ -66,7 +66,7 @@ def test_bench_refuses_rows_longer_than_the_model(models):
 def row(name, size, latency, throughput):
     return {
         "name": name, "size_on_disk_bytes": size, "latency_ms": {"p50": latency, "p95": latency},
-        "throughput_samples_per_second": throughput, "device": "cpu",
+        "throughput_samples_per_second": throughput, "device": "cpu", "memory_bytes": size or 2e6,
     }  # fmt: skip
 
 
@@ -89,6 +89,7 @@ def test_what_is_faster_than_a_quantized_model_on_a_cpu_is_named():
         "q has less throughput than student in bf16 on cpu: 180.0 against 200.0 rows/s (0.90×).",
         "q is slower than q with threshold 0 on cpu: 8.0 ms against 7.0 ms (1.14×).",
     ]
+    assert remarks_on(row("q", 2e6, 5.5, 190.0), parent, variants[:1]) == []  # in bf16 itself
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="measured on CPUs alone")
@@ -162,6 +163,20 @@ def test_eval_says_how_it_reads_labels_that_are_numbers(models, tmp_path, capsys
     second = capsys.readouterr().out
     assert "holds numbers" not in second
     assert last_line(first)["metrics"]["accuracy"] == last_line(second)["metrics"]["accuracy"]
+
+
+def test_check_says_which_classes_are_hardly_two(models, tmp_path, capsys):
+    names = ("Positive", "positive ", "negative")
+    rows = [{"text": row["sentence"], "label": names[number % 3]} for number, row in enumerate(sentences(60))]
+    path = write_rows(tmp_path / "train.jsonl", rows)
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"output_dir: {tmp_path / 'out'}\ndata: {{kind: classification, path: {path}, max_length: 24}}\n"
+        "benchmark: {sequence_length: 16}\n"
+        f"steps: {{a: {{run: finetune, model: {models / 'teacher'}, max_steps: 1}}}}\n"
+    )
+    assert main(["check", str(recipe)]) == 0
+    assert "differ by case or spaces alone: 'Positive', 'positive '" in " ".join(capsys.readouterr().out.split())
 
 
 def test_eval_with_a_label_map(models, sst2_folder, tmp_path, capsys):

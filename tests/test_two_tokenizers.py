@@ -1,6 +1,7 @@
 """A teacher and a student of different families, each with a tokenizer of its own."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -49,11 +50,12 @@ def plan_of(tmp_path, sst2_folder, pretrained, roberta, more="", overrides=None)
     return make_plan(load_recipe(path, overrides, draft=True))
 
 
-def test_whole_rows_are_compared(tmp_path, sst2_folder, pretrained, roberta):
+def test_whole_rows_are_compared(tmp_path, sst2_folder, pretrained, roberta, capsys):
     more = ", contrastive_weight: 0.1, eval_strategy: steps, eval_steps: 60, bf16: false"
     made = plan_of(tmp_path, sst2_folder, pretrained, roberta, more)
     print_plan(made)  # times a few batches with random models
     run_plan(made)
+    assert re.search(r"step 60/\d+, validation: loss \d.*, accuracy \d", capsys.readouterr().err)
     by_name = {model["name"]: model for model in write_report(made)["models"]}
     assert by_name["teacher"]["metrics"]["accuracy"] > 0.9
     assert by_name["student"]["agreement"] > 0.9

@@ -84,6 +84,7 @@ CASES = {
     "another kind of file": (RUN, {"data.path": "rows.xlsx"}, "rows.xlsx: not a .csv, .json"),
     "no label column": (RUN, {"data.path": "no-label.jsonl"}, "train has no column 'label'"),
     "no text column": (RUN, {"data.text": "body"}, "train has no column 'body'"),
+    "a text that is the label": (RUN, {"data.text": ["text", "label"]}, "data.text: 'label' is the label"),
     "one class": (RUN, {"data.path": "one-class.jsonl", "data.label_names": None}, "holds 1 class;"),
     # models
     "no such model": (RUN, {"steps.student.model": "./none"}, "steps.student.model: ./none: no such file or folder"),
