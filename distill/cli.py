@@ -345,7 +345,10 @@ def _is_launched(arguments: argparse.Namespace) -> bool:
 def _launch(arguments: argparse.Namespace, overrides: dict[str, str], command: list[str]) -> int:
     """This same command by `accelerate launch`; what is wrong with the recipe is told once, here."""
     check_config(find_config(arguments.accelerate_config), arguments.num_processes)
-    _measurable_plan(arguments.recipe, overrides)
+    if getattr(arguments, "only", None):
+        make_plan(load_recipe(arguments.recipe, overrides, draft=True))
+    else:
+        _measurable_plan(arguments.recipe, overrides)
     command += [part for key, value in overrides.items() for part in (f"--{key}", value)]
     return launch(arguments.accelerate_config, command, num_processes=arguments.num_processes)
 
