@@ -33,6 +33,10 @@ def launch(config: str, arguments: list[str], *, num_processes: int | None = Non
     """
     path = find_config(config)
     check_config(path, num_processes)
+    launched = load_config_from_file(str(path))
+    wants_gpus = launched.distributed_type == DistributedType.MULTI_GPU and not launched.use_cpu
+    if wants_gpus and not torch.accelerator.is_available():
+        log.print("[yellow]![/] no GPU here: the processes compute on the CPU")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path)]
     command += [] if num_processes is None else [f"--num_processes={num_processes}"]
     command += [*_TARGET, *arguments]
@@ -78,8 +82,6 @@ def check_config(path: Path, num_processes: int | None) -> None:
             f"{path}: accelerate would start one process, not {count}, for `distributed_type: {kind.value}`; "
             "use multi_cpu or multi_gpu (`distributed_type: MULTI_GPU`, which also starts processes on a CPU)"
         )
-    if kind == DistributedType.MULTI_GPU and not config.use_cpu and not torch.accelerator.is_available():
-        log.print("[yellow]![/] no GPU here: the processes compute on the CPU")
     if kind == DistributedType.DEEPSPEED and importlib.util.find_spec("deepspeed") is None:
         raise InputError(f"{path}: deepspeed is not installed here; pip install deepspeed, or use multi_gpu or fsdp")
 

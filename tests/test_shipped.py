@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
@@ -13,7 +14,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 
 from distill.cli import main
 from distill.errors import InputError
-from distill.launch import check_config
+from distill.launch import check_config, launch
 from distill.pipeline import read_record
 from distill.recipe import load_recipe
 from tests.conftest import sentences, tiny_bert, write_rows
@@ -100,6 +101,14 @@ def test_check_tells_how_processes_share_a_batch(tmp_path, pretrained, sst2_fold
     for part in ("64 rows a step (2 processes × 32 rows)", "8 rows a step (2 processes × 4 rows)", "4 optimizer steps"):
         assert part in out, f"{part!r} is not in\n{out}"
     assert [path.name for path in tmp_path.iterdir()] == ["r.yaml"]
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(("config", "notes"), [("multi_gpu", 1), ("multi_cpu", 0)])
+def test_processes_that_were_to_have_gpus_and_have_none_say_so_once(config, notes, monkeypatch, capsys):
+    monkeypatch.setattr("distill.launch._run", lambda command: 0)
+    assert launch(config, ["run", "r.yaml"], num_processes=2) == 0
+    assert capsys.readouterr().err.count("no GPU here") == notes
 
 
 def test_the_readmes_tree_has_a_line_for_every_file():
