@@ -2,8 +2,10 @@ import pytest
 import torch
 
 from distill.check import Memory, estimate_step, kept_for_backward, print_plan
+from distill.errors import InputError
 from distill.plan import make_plan
 from distill.recipe import load_recipe
+from distill.trainer import DistillationTrainer
 from tests.conftest import WORDS, make_tokenizer, tiny_bert
 
 
@@ -64,3 +66,22 @@ def test_memory_is_measured_step_by_step(estimates, capsys):
     out = capsys.readouterr().out
     assert out.count(" MB of memory at the peak (weights") == 4
     assert out.count(": 1 negative → 0 negative, 0 positive → 1 positive\n") == 3
+
+
+def test_steps_under_fsdp_are_not_timed(tmp_path, sst2_folder, pretrained, monkeypatch):
+    class Sharded(DistillationTrainer):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            self.is_fsdp_enabled = True
+
+    monkeypatch.setattr("distill.check.DistillationTrainer", Sharded)
+    path = tmp_path / "r.yaml"
+    path.write_text(f"""
+task: sst2
+output_dir: {tmp_path / "run"}
+data: {{path: {sst2_folder}, max_length: 24}}
+steps: {{a: {{run: finetune, model: {pretrained}, max_steps: 2}}}}
+""")
+    made = make_plan(load_recipe(path))
+    with pytest.raises(InputError, match="under FSDP or DeepSpeed can't be timed"):
+        estimate_step(made, made.steps["a"])
