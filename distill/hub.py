@@ -174,12 +174,12 @@ def _finished(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     report = json.loads(file.read_text(encoding="utf-8"))
     ended = datetime.fromisoformat(record["started"]) + timedelta(seconds=record["wall_seconds"])
     known = [model["name"] for model in report["models"]]
-    if record["name"] not in known and file.stat().st_mtime >= ended.timestamp():
+    if file.stat().st_mtime < ended.timestamp():
+        raise InputError(f"{folder}: report.json is older than the model; {remedy}")
+    if record["name"] not in known:
         raise InputError(
             f"{folder}: report.json leaves it out, as it is not what the recipe would make now; `distill run` it again"
         )
-    if record["name"] not in known or file.stat().st_mtime < ended.timestamp():
-        raise InputError(f"{folder}: report.json is older than the model; {remedy}")
     return record, report
 
 
