@@ -293,7 +293,7 @@ def _limits(record: dict[str, Any], *, quantized: bool) -> str:
     lines.append(f"What {root} learned, biases too, is passed on; nothing here measured them.")
     if quantized:
         lines.append(
-            "Loads with `import distill` (`pip install distill-transformers`); plain transformers refuses it. "
+            "Loads with `import distill` (the package distill-transformers); plain transformers refuses it. "
             "bitsandbytes saves memory first of all: the table says how fast it is, and where."
         )
     return "\n".join(f"- {line}" for line in lines)

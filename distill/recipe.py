@@ -23,7 +23,7 @@ _TOP_LEVEL = (
 )
 _USUAL_NAMES = {
     **{"batch_size": "per_device_train_batch_size", "epochs": "num_train_epochs", "num_epochs": "num_train_epochs"},
-    **{"lr": "learning_rate", "steps": "max_steps", "alpha": "hard_weight", "bits": "bits_budget"},
+    **{"lr": "learning_rate", "steps": "max_steps", "bits": "bits_budget"},
 }
 """What other tools call options, and their names here."""
 _FILES_OF_A_RUN = ("recipe.yaml", "report.json", "report.md", "report.png")
