@@ -109,7 +109,10 @@ class QuantizeOptions(QuantizationSettings):
     )
     calibration_rows: Annotated[int, Field(ge=1)] | None = field(
         default=None,
-        metadata={"help": "Training rows that bits_budget (by default 256) and gptq (512) measure on."},
+        metadata={
+            "help": "Training rows that bits_budget (by default 256) and gptq (as many as hold 65,536 tokens; 512 "
+            "images) measure on."
+        },
     )
     label_map: dict[str, str] | None = field(
         default=None, metadata={"help": "The model's label names → the task's, where they differ."}

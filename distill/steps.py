@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
+import numpy as np
 import torch
 import transformers
 from torch import Tensor
@@ -113,9 +114,9 @@ def quantize(options: QuantizeOptions, inputs: dict[str, str], data: Data, folde
         if options.bits_budget is None:
             formats = choose_formats(model, options)
         else:
-            formats = _pick_formats(model, options, _calibration(data, processor, options, 256), folder)
+            formats = _pick_formats(model, options, _calibration(data, processor, options, rows=256), folder)
         if options.gptq:
-            compensate(model, formats, options, _calibration(data, processor, options, 512))
+            compensate(model, formats, options, _calibration(data, processor, options, rows=512, tokens=65536))
         apply_formats(model.to("cpu"), formats, options).save_pretrained(folder)
         processor.save_pretrained(folder)
 
@@ -123,11 +124,21 @@ def quantize(options: QuantizeOptions, inputs: dict[str, str], data: Data, folde
     return Made()
 
 
-def _calibration(data: Data, processor: Processor, options: QuantizeOptions, default: int) -> list[dict[str, Tensor]]:
-    """The model inputs of a random part of the training rows, in batches of like length."""
-    rows = data.tokenized("train", processor)
-    rows = rows.shuffle(seed=0).select(range(min(options.calibration_rows or default, len(rows))))
-    return [batch for _, batch in input_batches(rows, processor, batch_size=64)]
+def _calibration(
+    data: Data, processor: Processor, options: QuantizeOptions, *, rows: int, tokens: int | None = None
+) -> list[dict[str, Tensor]]:
+    """The model inputs of a random part of the training rows, in batches of like length.
+
+    Args:
+        rows: how many, where the options don't say.
+        tokens: as many rows instead as hold these, where rows are texts.
+    """
+    found = data.tokenized("train", processor).shuffle(seed=0)
+    if tokens is not None and "length" in found.column_names:
+        rows = int(np.searchsorted(np.cumsum(found["length"]), tokens)) + 1
+    found = found.select(range(min(options.calibration_rows or rows, len(found))))
+    log.print(f"      measuring on {len(found):,} training rows")
+    return [batch for _, batch in input_batches(found, processor, batch_size=64)]
 
 
 def _pick_formats(

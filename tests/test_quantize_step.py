@@ -126,6 +126,27 @@ def test_the_calibration_rows_belong_to_what_a_budget_makes(tmp_path, model, sst
         assert (changed.steps[name].fingerprint != planned.fingerprint) is (name in ("gptq", "bits", "bytes")), name
 
 
+def test_gptq_reads_as_many_rows_as_hold_65536_tokens(tmp_path, model, tokenizer, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr("distill.steps.compensate", lambda model, formats, options, batches: seen.extend(batches))
+    words = [f"w{number}" for number in range(40)]
+    rows = [{"sentence": " ".join(words[: 10 + 2 * (row % 16)]), "label": row % 2} for row in range(4000)]
+    (tmp_path / "data").mkdir()
+    for name, some in (("train", rows), ("validation", rows[:20])):
+        (tmp_path / "data" / f"{name}.jsonl").write_text("\n".join(map(json.dumps, some)))
+    step = "\n  gptq: {run: quantize, model: MODEL, format: nf4, gptq: true}\n"
+    path = write_recipe(tmp_path, model, tmp_path / "data", step)
+    run_plan(make_plan(load_recipe(path, {"data.max_length": "64"})))
+    longest = max(batch["input_ids"].shape[1] for batch in seen)
+    assert 0 <= sum(int(batch["attention_mask"].sum()) for batch in seen) - 65536 < longest
+    read = sum(len(batch["input_ids"]) for batch in seen)
+    assert read < 4000
+    assert f"measuring on {read:,} training rows" in capsys.readouterr().err
+    seen.clear()
+    run_plan(make_plan(load_recipe(path, {"data.max_length": "64", "gptq.calibration_rows": "70"})))
+    assert sum(len(batch["input_ids"]) for batch in seen) == 70
+
+
 def test_wrong_options_are_told_before_anything_runs(tmp_path, model, sst2_folder):
     steps = """
   a: {run: quantize, model: MODEL, format: nf4, skip: ["encoder.layer.7.*"]}
