@@ -18,7 +18,7 @@ from rich.table import Table
 from distill.benchmark import BenchmarkOptions, as_row, benchmark_models, environment, refuse_too_short, remarks_on
 from distill.check import print_plan
 from distill.console import escape, log, results
-from distill.data import DataOptions, load_data
+from distill.data import DataOptions
 from distill.errors import InputError, MainProcessFailed, TrainingDiverged
 from distill.evaluation import evaluate_model
 from distill.hub import push_folder, require_token, to_push, write_content
@@ -31,7 +31,8 @@ from distill.presentation import print_report
 from distill.processes import check_launch, on_main_process
 from distill.recipe import SET_BY_THE_RUN, Recipe, load_recipe, located, parse_options, parse_value
 from distill.report import write_report
-from distill.tasks import OF_CLASSES
+from distill.scoring import rows_to_score
+from distill.tasks import GLUE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -140,6 +141,8 @@ def _add_launch(command: argparse.ArgumentParser) -> None:
 
 _OVERRIDES = "Any value of the recipe is overridden by its path: --student.temperature 4 --data.max_length 64."
 _OWN_ROWS = """\
+the validation rows that a model's run scored it on:
+  distill eval runs/quickstart/student
 rows of your own, a file or a folder:
   distill eval MODEL --data.kind classification --data.path reviews.csv --data.text review --data.label verdict
 a GLUE task, from the Hub or (with --data.path) from a folder:
@@ -215,20 +218,13 @@ def _eval(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
         if block != "data" or not key:
             raise InputError(f"--{path}: no such option; {_EVAL_OPTIONS}")
         values[key] = parse_value(text)
-    problems: list[str] = []
-    options = parse_options(DataOptions, values, "--data", problems)
-    if problems:
-        raise InputError(*problems)
     label_map = parse_value(arguments.label_map) if arguments.label_map else None
     if label_map is not None and not isinstance(label_map, dict):
         raise InputError(f"--label_map: should be a mapping like '{{LABEL_0: negative}}', got {arguments.label_map!r}")
     if label_map is not None:
         label_map = {name: str(label) for name, label in label_map.items()}
     source = find_model(arguments.model, adapters=True)
-    if arguments.task is None and options.kind in ("token-classification", *OF_CLASSES) and options.label_names is None:
-        names = [source.config.id2label[index] for index in range(source.config.num_labels)]
-        options.label_names = [(label_map or {}).get(name, name) for name in names]  # a part may not show every class
-    data = load_data(arguments.task, options, to_score=True)
+    data = rows_to_score(source, arguments.task, values, label_map)
     for note in data.notes:
         results.print(f"note: {note}")
     fetch_weights(source)
@@ -242,7 +238,8 @@ def _eval(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     rows = {split: len(data.splits[split]) for split, _, _ in data.scored_splits()}
     results.print(", ".join(f"{split}: {count} rows" for split, count in rows.items()))
     found = {"metrics": evaluation.metrics, "interval": list(evaluation.interval), "rows": rows}
-    print(json.dumps({"model": arguments.model, "task": arguments.task or data.task.kind, **found}))
+    task = data.task.name if data.task.name in GLUE else data.task.kind
+    print(json.dumps({"model": arguments.model, "task": task, **found}))
 
 
 def _bench(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:

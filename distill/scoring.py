@@ -1,0 +1,59 @@
+"""The rows that `distill eval` scores a model on."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from distill.data import Data, DataOptions, load_data
+from distill.errors import InputError
+from distill.models import ModelSource
+from distill.recipe import parse_options
+from distill.records import read_record
+from distill.tasks import GLUE, OF_CLASSES
+
+_OF_TRAINING = ("unlabelled", "sampled_pairs", "teacher_logits", "teacher_probabilities", "max_train_rows")
+
+
+def rows_to_score(
+    source: ModelSource, task_name: str | None, given: Mapping[str, Any], label_map: Mapping[str, str] | None
+) -> Data:
+    """A GLUE task's validation rows, a user's own, or those of the run that made the model, where none are named.
+
+    Args:
+        given: options of `data` by name.
+        label_map: the model's label names → the task's.
+
+    Raises:
+        InputError: wrong options or rows, or none are named and the model comes from no run.
+    """
+    record = read_record(Path(source.location))
+    of_its_run = task_name is None and not given.keys() & {"kind", "path"} and "data" in record
+    if of_its_run:
+        task_name = record["task"] if record["task"] in GLUE else None
+        before = {name: value for name, value in record["data"].items() if name not in _OF_TRAINING}
+        given = {**{name: value for name, value in before.items() if value is not None}, **given}
+    problems: list[str] = []
+    options = parse_options(DataOptions, dict(given), "--data", problems)
+    if problems:
+        raise InputError(*problems)
+    if task_name is None and options.kind in ("token-classification", *OF_CLASSES) and options.label_names is None:
+        names = [source.config.id2label[index] for index in range(source.config.num_labels)]
+        options.label_names = [(label_map or {}).get(name, name) for name in names]  # a part may not show every class
+    data = load_data(task_name, options, to_score=not of_its_run)
+    if of_its_run:
+        note = "the validation rows of the model's run, as its step.json says; for others give --task or --data.path"
+    elif _trained_on(record, data, options):
+        note = "the model was trained on some of these rows; without --task and --data its validation rows are scored"
+    else:
+        return data
+    return replace(data, notes=(*data.notes, note))
+
+
+def _trained_on(record: Mapping[str, Any], data: Data, options: DataOptions) -> bool:
+    """Whether more rows are scored than the model's run held out of the same file or folder."""
+    path = record.get("data", {}).get("path")
+    if path is None or options.path is None or Path(path).resolve() != Path(options.path).resolve():
+        return False
+    held_out = sum(record["rows"].get(split, 0) for split, _, _ in record["scored"])
+    return sum(len(data.splits[split]) for split, _, _ in data.scored_splits()) > held_out
