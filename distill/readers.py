@@ -19,8 +19,27 @@ _COMMIT = re.compile("[0-9a-f]{40}")
 
 _IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 
+
+def _separated(path: str) -> datasets.Dataset:
+    """Rows of a csv or tsv file; by their header, semicolons (of spreadsheets) or tabs separate them too.
+
+    Only empty cells are missing values: pandas would take a class called `None` or `NA` for one.
+    """
+    with open(path, encoding="utf-8-sig") as file:
+        header = file.readline()
+    separator = max(",;\t", key=header.count)
+    rows = datasets.Dataset.from_csv(path, sep=separator, keep_default_na=False, na_values=[""])
+    if _UNNAMED in rows.column_names and _UNNAMED not in header:
+        raise InputError(f"rows have more cells than the header has names; put texts that hold {separator!r} in quotes")
+    return rows
+
+
+_UNNAMED = "__index_level_0__"
+"""What datasets calls a column that pandas found no name for."""
+
 _READERS = {
-    ".csv": datasets.Dataset.from_csv,
+    ".csv": _separated,
+    ".tsv": _separated,
     ".json": datasets.Dataset.from_json,
     ".jsonl": datasets.Dataset.from_json,
     ".jsonl.gz": datasets.Dataset.from_json,
@@ -116,10 +135,15 @@ def _read_file(path: Path) -> datasets.Dataset:
         raise InputError(f"{path}: the file is empty")
     try:
         rows = _READERS[suffix](str(path))
+    except InputError as error:
+        raise InputError(*(f"{path}: {problem}" for problem in error.problems)) from None
     except Exception as error:  # pyarrow, pandas and datasets raise their own kinds
         if "corresponds to no data" in str(error):
             raise InputError(f"{path}: the file holds no rows") from None
         cause = error.__cause__ or error
+        if isinstance(cause, UnicodeDecodeError):
+            converted = f"iconv -f latin1 -t utf-8 {path.name}"
+            raise InputError(f"{path}: is not UTF-8; save it as UTF-8, or convert it ({converted})") from None
         raise InputError(f"{path}: cannot be read as {suffix[1:]} ({reason_of(cause)})") from error
     if len(rows) == 0:
         raise InputError(f"{path}: the file holds no rows")

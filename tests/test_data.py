@@ -40,6 +40,18 @@ def test_every_file_format(tmp_path, suffix):
     assert not data.notes
 
 
+@pytest.mark.parametrize(("name", "separator"), [("train.csv", ";"), ("train.csv", "\t"), ("train.tsv", "\t")])
+def test_the_header_tells_what_separates_cells(tmp_path, name, separator):
+    lines = [f'title {i}{separator}"a{separator}b, and ""c"""{separator}{["None", "NA"][i % 2]}' for i in range(20)]
+    text = "\n".join([separator.join(("title", "body", "topic")), *lines])
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    data = own(tmp_path)
+    rows = [row for split in data.splits.values() for row in split]
+    assert {row["body"] for row in rows} == {f'a{separator}b, and "c"'}
+    assert data.task.label_names == ("NA", "None")
+    assert len(rows) == 20
+
+
 def test_glue_columns_and_labels_from_a_folder(sst2_folder):
     data = load_data("sst2", DataOptions(path=str(sst2_folder)))
     assert data.task.label_names == ("negative", "positive")
@@ -162,6 +174,13 @@ def test_labels_that_only_validation_has(tmp_path):
         ("train.jsonl", b"{broken", "cannot be read as jsonl"),
         ("train.jsonl.gz", b"not gzip", "cannot be read as jsonl.gz"),
         ("train.csv", b"title,body,topic\n", "holds no rows"),
+        (
+            "train.csv",
+            "title,body,topic\né,b,c\n".encode("latin-1"),
+            r"is not UTF-8; .*iconv -f latin1 -t utf-8 train.csv",
+        ),
+        ("train.csv", b"title,body,topic\n" + b"a, b,c,d\n" * 5, "more cells than the header has names; .* hold ','"),
+        ("train.csv", b"title,body,topic\na,b,c\na, b,c,d\n", "Expected 3 fields in line 3, saw 4"),
         ("rows.xlsx", b"x", r"neither train\.\*"),
     ],
 )
