@@ -156,6 +156,8 @@ _EVAL_OPTIONS = "eval takes --task, --label_map and --data.<option>"
 def _hint(command: str, flag: str) -> str:
     """What to write instead of an unknown flag."""
     name = flag.lstrip("-").partition("=")[0]
+    if command == "check" and name in ("only", "force", "profile"):
+        return f"--{name} belongs to distill run; check goes over every step"
     if command in ("run", "check", "report") and flag.startswith("--"):
         return f"a step's option is --STEP.{name}, the data's --data.{name}; for all others: distill {command} --help"
     return _EVAL_OPTIONS if command == "eval" else f"for all options: distill {command} --help"

@@ -6,14 +6,14 @@ import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import torch
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from transformers import TrainingArguments
-from typing_extensions import NotRequired, TypedDict  # typing's own from Python 3.12 on
+from typing_extensions import NotRequired, TypedDict, is_typeddict  # typing's own from Python 3.12 on
 
-from distill.errors import InputError
+from distill.errors import InputError, nearest_name
 from distill.formats import EmbeddingFormat, Format, QuantizationSettings
 from distill.hardware import has_bf16
 from distill.losses import AttentionLoss, HiddenLoss, SoftLoss
@@ -38,14 +38,26 @@ def checked(value: Any, annotation: Any) -> Any:
             ] or parts
         else:
             parts = [part for part in parts if part["type"] != "dict_type"] or parts
+        keys = _keys(annotation)
         messages = []
         for part in parts:
-            keyed = part["type"] in ("missing", "extra_forbidden")
             place = "".join(f"[{item}] " for item in part["loc"] if isinstance(item, int))
-            place += f"{part['loc'][-1]} " if keyed and part["loc"] else ""
+            last = part["loc"][-1] if part["loc"] else None
             message = part["msg"].removeprefix("Input ").replace("Field required", "is missing")
-            messages.append(place + message.replace("Extra inputs are not permitted", "is no such key"))
-        raise InputError(f"{' or '.join(dict.fromkeys(messages))}; got {value!r}") from None
+            if part["type"] == "extra_forbidden":
+                message = f"is no such key ({nearest_name(str(last), keys)})"
+            if part["type"] == "extra_forbidden" or last in keys:
+                place += f"{last} "
+            messages.append(place + message)
+        found = (", " if isinstance(value, dict) else " or ").join(dict.fromkeys(messages))
+        raise InputError(f"{found}; got {value!r}") from None
+
+
+def _keys(annotation: Any) -> list[str]:
+    """Of the mappings that a value may be."""
+    if is_typeddict(annotation):
+        return list(annotation.__annotations__)
+    return [key for member in get_args(annotation) for key in _keys(member)]
 
 
 Schedule = TypedDict(

@@ -160,7 +160,8 @@ def test_merged_adapters_make_a_whole_model(tmp_path, sst2_folder, pretrained):
         ),
         ("x: {run: distill, teacher: teacher, model: nf4}", "nf4 is quantized; .*lora"),
         ("x: {run: distill, teacher: teacher, model: student, merge: true}", "merge: there are no adapters"),
-        ("x: {run: distill, teacher: teacher, model: student, lora: {rank: 8}}", "rank is no such key"),
+        ("x: {run: distill, teacher: teacher, model: student, lora: {rank: 8}}", r"rank is no such key \(known:.* r, "),
+        ("x: {run: distill, teacher: teacher, model: student, lora: {r: no}}", "lora: r should be a valid integer"),
         (
             "a: {run: distill, teacher: teacher, model: student, lora: {}}\n"
             "  x: {run: quantize, model: a, format: int8}",

@@ -231,6 +231,7 @@ def test_unknown_options_end_with_status_2(capsys):
     ("arguments", "hint"),
     [
         (["run", "r.yaml", "--bogus", "3"], "a step's option is --STEP.bogus, the data's --data.bogus"),
+        (["check", "r.yaml", "--only", "a"], "--only belongs to distill run; check goes over every step"),
         (["check", "r.yaml", "--max_length=3"], "a step's option is --STEP.max_length, the data's --data.max_length"),
         (["eval", "m", "--path", "x"], "eval takes --task, --label_map and --data.<option>"),
         (["bench", "m", "--round", "3"], "distill bench --help"),

@@ -322,7 +322,7 @@ def test_a_schedule_follows_the_steps(tmp_path):
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ({"temperature": {"from": 4, "too": 1}}, "temperature: to is missing"),
+        ({"temperature": {"from": 4, "too": 1}}, "temperature: to is missing, too is no such key (did you mean 'to'?)"),
         ({"temperature": {"from": 4, "to": 0}}, "temperature: both ends of a schedule should be above 0"),
         ({"temperature": 0}, "temperature: should be greater than 0; got 0"),
         ({"hidden_loss": "mes"}, "hidden_loss: should be 'mse', 'cosine' or 'pkd'; got 'mes'"),
