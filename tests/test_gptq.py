@@ -27,17 +27,30 @@ def correlated(count, width, seed=0):
     return torch.randn(count, width // 4) @ torch.randn(width // 4, width) + 0.3 * torch.randn(count, width)
 
 
+def cheapest_scale(block, costs, values):
+    """The scale of one block that costs least, by trying each."""
+    largest = int(block.abs().argmax())
+    tried = []
+    for percent in range(70, 110, 5):
+        scale = float(block[largest].abs()) * percent / 100
+        nearest = scale * values[(block[:, None] - scale * values).abs().argmin(1)]
+        nearest[largest] = scale * float(block[largest].sign())
+        tried.append((float(((block - nearest) ** 2 * costs).sum()), scale))
+    return min(tried)[1]
+
+
 def one_by_one(weight, moments, format, settings):
     """Equations 2 and 3 of the paper, the inverse updated explicitly and in float64, largest second moments first."""
     values = bnb.functional.get_4bit_type(format, device="cpu").double().unique()
     size = settings.block_size
-    blocks = weight.reshape(-1, size)
-    scales = blocks.abs().amax(1)
+    blocks = weight.double().reshape(-1, size)
+    damped = moments.double() + 0.01 * moments.double().diagonal().mean() * torch.eye(len(moments))
+    costs = (1 / torch.linalg.inv(damped).diagonal()).expand(weight.shape).reshape(-1, size)
+    scales = torch.tensor([cheapest_scale(*each, values) for each in zip(blocks, costs, strict=True)])
     kept = twice_quantized(scales) if settings.double_quant else scales
     factor = kept.repeat_interleave(size).view(weight.shape).double()
-    pinned = (blocks.abs() == scales[:, None]).view(weight.shape)
+    pinned = (blocks.abs() == blocks.abs().amax(1)[:, None]).view(weight.shape)
     rest, result = weight.double().clone(), torch.zeros_like(weight, dtype=torch.float64)
-    damped = moments.double() + 0.01 * moments.double().diagonal().mean() * torch.eye(len(moments))
     left = moments.diagonal().argsort(descending=True).tolist()
     while left:
         inverse = torch.linalg.inv(damped[left][:, left])
@@ -76,9 +89,27 @@ def test_blocks_that_go_over_rows_and_blocks_of_zeros():
     weight, inputs = torch.randn(7, 96), correlated(300, 96)
     weight[2] = 0
     rounded = round_together(weight, inputs.T @ inputs, "nf4", settings)
-    scales = [nn.functional.pad(each.flatten(), (0, 32)).view(-1, 64).abs().amax(1) for each in (weight, rounded)]
-    assert torch.equal(*scales)
+    before, after = (
+        nn.functional.pad(each.flatten(), (0, 32)).view(-1, 64).abs().amax(1) for each in (weight, rounded)
+    )
+    shares = (after / before.clamp(min=1e-9) * 20).round() / 20
+    assert torch.allclose(after, shares * before)  # the scale that was chosen is the one that quantizing finds
+    assert 1 < len(shares.unique()) < 9
     assert not rounded[2].any()
+
+
+def test_a_scale_clips_a_weight_whose_input_is_small():
+    settings = QuantizationSettings(format="nf4", compute_dtype="fp32", double_quant=False)
+    torch.manual_seed(2)
+    weight = torch.randn(3, 64)
+    weight[:, 0] = 8.0
+    for size, at_least, at_most in ((1e-3, 5, 6), (1e3, 7.9, 8.1)):
+        moments = torch.eye(64)
+        moments[0, 0] = size**2
+        rounded = round_together(weight, moments, "nf4", settings)
+        assert torch.equal(rounded.abs().amax(1), rounded[:, 0])
+        assert (rounded[:, 0] > at_least).all()
+        assert (rounded[:, 0] < at_most).all()
 
 
 def test_what_blocks_of_zeros_are_handed_goes_on_to_others():
