@@ -6,24 +6,26 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
-from distill.adapters import lora_config
+from distill.adapters import in_float32, lora_config, with_adapters
 from distill.batches import row_lengths
 from distill.cache import show_bytes
 from distill.config import TrainingConfig
 from distill.console import log, results
 from distill.errors import InputError
+from distill.formats import QuantizationSettings, choose_formats
 from distill.models import from_config, label_order
-from distill.options import DistillOptions, FinetuneOptions, QuantizeOptions, StudentOptions, teachers_of
+from distill.options import DistillOptions, FinetuneOptions, QuantizeOptions, StudentOptions, is_adapter, teachers_of
 from distill.pipeline import is_finished
 from distill.plan import Plan, PlannedStep
 from distill.processes import forget_precision, process_state
+from distill.quantize import apply_formats, weight_memory
 from distill.representations import show_pairs
 from distill.steps import batch_of, read_rows
 from distill.tasks import TaskKind
@@ -153,12 +155,37 @@ def estimate_step(plan: Plan, planned: PlannedStep) -> Estimate:
     if isinstance(options, QuantizeOptions):
         weights = options.planned_size(skeleton)
         return Estimate(num_parameters, weights, Memory(weights=4 * num_parameters + weights))
+    student, weights = _stand_in(plan, planned, options), 4 * num_parameters
+    if options.lora is not None and is_adapter(options):
+        adapted = with_adapters(skeleton, lora_config(options.lora, plan.data.task.kind))
+        adapters = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+        num_parameters, weights = num_parameters + adapters, weight_memory(student) + 4 * adapters
     with tempfile.TemporaryDirectory() as scratch:  # Trainer makes its output folder when it is built
-        return Estimate(num_parameters, 4 * num_parameters, *_timed(plan, planned, options, scratch))
+        return Estimate(num_parameters, weights, *_timed(plan, planned, options, student, scratch))
+
+
+def _stand_in(plan: Plan, planned: PlannedStep, options: FinetuneOptions | DistillOptions) -> PreTrainedModel:
+    """The model that a step trains, with new weights; quantized where the step starts from a quantized one."""
+    model, source = from_config(planned.config, plan.data.task.kind), options.model or ""
+    made = plan.steps[source].step.options if source in plan.steps else None
+    if isinstance(made, QuantizeOptions):
+        given = {field.name: getattr(made, field.name) for field in fields(QuantizationSettings)}
+        settings = QuantizationSettings(**given | {"format": made.format or "nf4"})  # as most that a budget picks
+        return model if made.format == "bf16" else apply_formats(model, choose_formats(model, settings), settings)
+    saved = getattr(plan.sources[source].config, "quantization_config", None) if source in plan.sources else None
+    if saved is not None:
+        formats = saved["formats"]
+        given = {field.name: saved[field.name] for field in fields(QuantizationSettings) if field.name in saved}
+        return apply_formats(model, formats, QuantizationSettings(**given))
+    return model
 
 
 def _timed(
-    plan: Plan, planned: PlannedStep, options: FinetuneOptions | DistillOptions, scratch: str
+    plan: Plan,
+    planned: PlannedStep,
+    options: FinetuneOptions | DistillOptions,
+    student: PreTrainedModel,
+    scratch: str,
 ) -> tuple[Memory, str, int, float, int]:
     """(memory, rows of a step, optimizer steps, seconds, bytes of cached teachers), from training steps over the
     longest rows, which warm up, and then over short, middling and long ones.
@@ -172,7 +199,7 @@ def _timed(
     rows = inputs.train
     forget_precision()
     trainer = DistillationTrainer(
-        model=from_config(planned.config, kind),
+        model=student,
         teacher=[FROM_DATA if teacher is None else from_config(teacher[0], kind) for teacher in teachers],
         args=timed,
         peft_config=None if options.lora is None else lora_config(options.lora, kind),
@@ -206,12 +233,12 @@ def _timed(
         in_caches = time.perf_counter() - stepped
         return stepped - began - in_caches, in_caches
 
-    with trainer.training_conditions():
+    with trainer.training_conditions(), in_float32(trainer.student):
         parameters = list(trainer.model.parameters())
         with kept_for_backward(parameters) as activations:
             step(1.0)
         memory = Memory(
-            weights=_bytes(parameters),
+            weights=weight_memory(trainer.model),
             gradients=_bytes(each.grad for each in parameters if each.grad is not None),
             optimizer=_bytes(
                 each for state in trainer.optimizer.state.values() for each in state.values() if torch.is_tensor(each)

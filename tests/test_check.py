@@ -4,6 +4,7 @@ import torch
 from distill.check import Memory, estimate_step, kept_for_backward, print_plan
 from distill.errors import InputError
 from distill.plan import make_plan
+from distill.quantize import quantize_model
 from distill.recipe import load_recipe
 from distill.trainer import DistillationTrainer
 from tests.conftest import WORDS, make_tokenizer, tiny_bert
@@ -39,7 +40,9 @@ def estimates(tmp_path, sst2_folder, monkeypatch, capsys):
     recipe = tmp_path / "r.yaml"
     reordered = {"id2label": {0: "positive", 1: "negative"}, "label2id": {"positive": 0, "negative": 1}}
     tiny_bert(**reordered).save_pretrained(tmp_path / "teacher")
-    make_tokenizer().save_pretrained(tmp_path / "teacher")
+    quantize_model(tiny_bert(**reordered), format="nf4").save_pretrained(tmp_path / "quantized")
+    for name in ("teacher", "quantized"):
+        make_tokenizer().save_pretrained(tmp_path / name)
     student = f"run: distill, teacher: {tmp_path / 'teacher'}, num_layers: 2"
     recipe.write_text(
         f"task: sst2\noutput_dir: {tmp_path / 'out'}\ndata: {{path: {sst2_folder}, max_length: 24}}\nsteps:\n"
@@ -47,6 +50,8 @@ def estimates(tmp_path, sst2_folder, monkeypatch, capsys):
         f"  large: {{{student}, per_device_train_batch_size: 32}}\n"
         f"  frozen: {{{student}, freeze_embeddings: true}}\n"
         "  nf4: {run: quantize, model: small, format: nf4}\n"
+        f"  adapters: {{run: distill, model: nf4, teacher: {tmp_path / 'teacher'}, lora: {{r: 4}}}}\n"
+        "  saved: {run: finetune, model: QUANTIZED, lora: {r: 4}}\n".replace("QUANTIZED", str(tmp_path / "quantized"))
     )
     print_plan(make_plan(load_recipe(recipe)))
     return found
@@ -55,7 +60,8 @@ def estimates(tmp_path, sst2_folder, monkeypatch, capsys):
 def test_memory_is_measured_step_by_step(estimates, capsys):
     small, large, frozen = (estimates[name].memory for name in ("small", "large", "frozen"))
     size = 4 * estimates["small"].num_parameters
-    assert (small.weights, small.gradients) == (size, size)
+    position_ids = 2 * 8 * 64
+    assert (small.weights, small.gradients) == (size + position_ids, size)
     assert small.optimizer == pytest.approx(2 * size, rel=0.01)  # AdamW's two moments, and its step counts
     assert small.teachers == 4 * sum(parameter.numel() for parameter in tiny_bert().parameters())
     assert 3 * small.activations < large.activations < 5 * small.activations  # four times the rows
@@ -64,8 +70,28 @@ def test_memory_is_measured_step_by_step(estimates, capsys):
     assert frozen.optimizer == pytest.approx(2 * (size - embeddings), rel=0.01)
     assert estimates["nf4"].memory.peak == size + estimates["nf4"].weight_bytes
     out = capsys.readouterr().out
-    assert out.count(" MB of memory at the peak (weights") == 4
-    assert out.count(": 1 negative → 0 negative, 0 positive → 1 positive\n") == 3
+    assert out.count(" MB of memory at the peak (weights") == 6
+    assert out.count(": 1 negative → 0 negative, 0 positive → 1 positive\n") == 4
+
+
+def test_adapters_of_a_quantized_model_are_measured_on_one(estimates, tmp_path):
+    nf4, adapters, saved = (estimates[name] for name in ("nf4", "adapters", "saved"))
+    config = tiny_bert().config
+    width, inner = config.hidden_size, config.intermediate_size
+    block = 4 * (4 * 2 * width + 2 * (width + inner))  # rank 4 of six linear layers, four of them square
+    head = 4 * 2 * width + width * 2 + 2  # the pooler's adapter, and the classifier as a whole
+    for found, layers in ((adapters, 2), (saved, config.num_hidden_layers)):
+        trained = 4 * (layers * block + head)
+        assert found.memory.gradients == trained
+        assert found.memory.optimizer == pytest.approx(2 * trained, rel=0.01)
+        assert found.num_parameters == sum(p.numel() for p in tiny_bert(num_hidden_layers=layers).parameters()) + (
+            trained // 4
+        )
+        assert found.memory.weights < 0.6 * 4 * found.num_parameters
+    assert adapters.weight_bytes == pytest.approx(nf4.weight_bytes + 4 * (2 * block + head), rel=0.05)
+    file = (tmp_path / "quantized" / "model.safetensors").read_bytes()
+    quantized = len(file) - int.from_bytes(file[:8], "little")  # without its header
+    assert saved.weight_bytes == pytest.approx(quantized + 4 * (config.num_hidden_layers * block + head), rel=0.05)
 
 
 def test_steps_under_fsdp_are_not_timed(tmp_path, sst2_folder, pretrained, monkeypatch):
