@@ -24,6 +24,8 @@ _WHAT = {
     "quantize": "{parents} {formats}",
 }
 
+_UNMEASURED = "Not measured yet: `distill report` does it."
+
 # Ours → the Hub's names of metrics (https://hf.co/metrics), where they differ. GLUE's mean of two metrics has none.
 _HUB_METRICS = {
     **{"pearson": "pearsonr", "average": "glue", "f1_macro": "f1", "f1_micro": "f1"},
@@ -72,7 +74,7 @@ def model_card(
         summary=f"A model for {_task_sentence(record, recipe)}, {_what(record)}.",
         usage=usage_code(record["kind"], name, pairs=len(record["text"]) == 2, quantized=_is_quantized(folder)),
         making=_making(record, folder.parent),
-        results=_results(record, folder.parent, plots) if entry else "Not measured yet: `distill report` does it.",
+        results=_results(record, report, folder.parent, plots) if report and entry else _UNMEASURED,
         limits=_limits(record, quantized=_is_quantized(folder)),
     )
 
@@ -109,7 +111,7 @@ def _metadata(
     if "license" in recipe:
         license = {"license": recipe["license"]}
     tags = ["distillation"] if "distill" in (record["run"], *record["ancestors"].values()) else []
-    tags += [TAG, record["run"]]
+    tags += [TAG, record["run"]] + ["lora"] * is_adapter
     if record["run"] == "quantize":
         tags.append(record["options"]["format"] or "mixed-precision")
     datasets = [GLUE_ON_THE_HUB] if is_glue else [split_revision(record["data"]["path"])[0]]
@@ -177,16 +179,24 @@ def _task_sentence(record: dict[str, Any], recipe: dict[str, Any]) -> str:
 
 def _what(record: dict[str, Any]) -> str:
     parents = record["parents"]
+    started_from = parents[-1]
     if record["run"] == "distill" and record["options"]["model"] is not None and len(parents) > 1:
         parents = parents[:-1]  # the last one is what the student started from
     named = " and ".join(_shown(record, each) for each in parents)
-    return _WHAT[record["run"]].format(parents=named, formats=_formats(record))
+    if _has_adapters(record):
+        learned = f"distilled from the teacher {named}" if record["run"] == "distill" else "trained on labels"
+        return f"LoRA adapters of {_shown(record, started_from)}, {learned}"
+    return _WHAT[record["run"]].format(parents=named, formats=_formats(record["options"]))
 
 
-def _formats(record: dict[str, Any]) -> str:
-    """What a quantize step's model is made of."""
-    options = record["options"]
-    if record["run"] != "quantize":
+def _has_adapters(record: dict[str, Any]) -> bool:
+    """Whether the folder holds adapters alone."""
+    return record["options"].get("lora") is not None and not record["options"].get("merge")
+
+
+def _formats(options: dict[str, Any]) -> str:
+    """What a quantize step's model is made of; nothing for other steps."""
+    if "bits_budget" not in options:
         return ""
     if options["format"] == "bf16":
         return "rounded to bfloat16"
@@ -233,10 +243,11 @@ def _making(record: dict[str, Any], output_dir: Path) -> str:
 
 
 def _of_one_step(record: dict[str, Any]) -> list[str]:
-    """Layers, losses and training."""
+    """Formats, layers, losses and training."""
     options = record["options"]
-    lines = []
-    if record["layers"] is not None:
+    formats = _formats(options) if record["run"] == "quantize" else ""
+    lines = [formats[0].upper() + formats[1:]] if formats else []
+    if record["layers"] is not None and not _has_adapters(record):
         lines.append(f"Layers taken from the source (from 0): {', '.join(map(str, record['layers']))}")
     if record["run"] == "distill":
         weights = {key.removesuffix("_weight"): value for key, value in options.items() if key.endswith("_weight")}
@@ -275,13 +286,26 @@ def _loss(part: str, weight: Any, options: dict[str, Any]) -> str:
     return f"{factor} × {part}" + (f" ({', '.join(variant)})" if variant else "")
 
 
-def _results(record: dict[str, Any], output_dir: Path, plots: str) -> str:
-    """report.md without its title; models from local folders appear by their folders' names alone."""
+def _results(record: dict[str, Any], report: dict[str, Any], output_dir: Path, plots: str) -> str:
+    """report.md without its title and what it says of other models below the table.
+
+    Models from local folders appear by their folders' names alone.
+    """
     text = (output_dir / "report.md").read_text(encoding="utf-8").partition("\n\n")[2].strip()
+    others = {model["name"] for model in report["models"]} - {record["name"]}
+    text = "\n".join(line for line in text.splitlines() if not _is_of_others(line, others))
     for reference, revision in record["sources"].items():
         if revision is None:
             text = text.replace(reference, _base_name(reference))
     return text.replace("](report.png)", f"]({plots}report.png)")
+
+
+def _is_of_others(line: str, others: set[str]) -> bool:
+    """Whether a line of the report's lists is about other models alone: `a: …`, `a − b: …` or `a is slower than …`."""
+    words = line.split()
+    if words[:1] != ["-"] or len(words) < 4 or words[1].rstrip(":") not in others:
+        return False
+    return words[2] != "−" or words[3].rstrip(":") in others
 
 
 def _limits(record: dict[str, Any], *, quantized: bool) -> str:

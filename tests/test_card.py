@@ -17,7 +17,22 @@ accuracy on 40 validation rows.
 | student | 0.8000 |
 
 ![accuracy against size and latency](report.png)
+
+On the same rows (paired bootstrap):
+
+- student − teacher: +0.1, 95 % interval +0.0 to +0.2
+- alone − teacher: -0.1, 95 % interval -0.2 to +0.0
+- student: 50% of small's divergence from teacher won back
+- alone: 20% of small's divergence from teacher won back
+
+- student is slower than teacher on cpu
+- alone is slower than teacher on cpu
+
+- 4 words of a sentence about no model
 """
+
+
+OTHERS = ("teacher", "alone", "small")
 
 
 def record(**changes):
@@ -52,7 +67,8 @@ def card(tmp_path):
     def write(recipe=None, metrics=None, name="me/it", **changes):
         (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe or {}))
         step = record(**changes)
-        report = {"models": [{"name": step["name"], "metrics": metrics or {"accuracy": 0.8}}]}
+        models = [{"name": name, "metrics": metrics or {"accuracy": 0.8}} for name in (step["name"], *OTHERS)]
+        report = {"models": models}
         return ModelCard(model_card(tmp_path / "student", step, report, name=name))
 
     return write
@@ -69,6 +85,33 @@ def test_local_models_and_data_are_told_by_their_names_alone(card):
     assert found.data.get("datasets") is None
     (result,) = found.data.eval_results
     assert (result.dataset_type, result.dataset_name) == ("local", "rows.csv")
+
+
+def test_what_the_report_says_of_other_models_alone_stays_there(card):
+    lines = [line for line in card().text.partition("## Results")[2].partition("## Limits")[0].splitlines() if line]
+    assert [line.split()[1] for line in lines if line.startswith("- ")] == ["student", "student:", "student", "4"]
+
+
+def test_adapters_are_told_with_what_they_adapt(card, tmp_path):
+    (tmp_path / "nf4").mkdir()
+    none = dict.fromkeys(("embeddings", "skip", "overrides", "bits_budget", "lora"))
+    base = record(name="nf4", run="quantize", train_seconds=None, layers=None, layer_pairs={})
+    base["options"] = {**none, "format": "nf4", "gptq": True}
+    (tmp_path / "nf4" / "step.json").write_text(json.dumps(base))
+    options = {**record()["options"], "model": "nf4", "lora": {"r": 4}, "merge": False}
+    ancestors = {"nf4": "quantize"}
+    text = card(parents=["/home/someone/models/teacher", "nf4"], ancestors=ancestors, options=options).text
+    assert "(no, yes), LoRA adapters of `nf4`, distilled from the teacher `teacher`." in text
+    assert "Adapters (LoRA): rank 4" in text
+    assert "Layers taken" not in text
+    assert (
+        "- Quantized with bitsandbytes: linear layers in nf4, embeddings in int8, 4-bit weights rounded by GPTQ" in text
+    )
+    alone = card(run="finetune", parents=["nf4"], ancestors=ancestors, options=options, layer_pairs={}).text
+    assert "(no, yes), LoRA adapters of `nf4`, trained on labels." in alone
+    merged = card(parents=["teacher", "nf4"], ancestors=ancestors, options={**options, "merge": True}).text
+    assert "(no, yes), distilled from the teacher `teacher`." in merged
+    assert "rank 4, merged" in merged
 
 
 def test_losses_and_layers_are_told(card):
