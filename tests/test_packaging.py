@@ -1,0 +1,39 @@
+"""The wheel that users install."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_wheel_holds_the_package_its_card_and_the_launch_configurations(tmp_path):
+    source, unpacked = tmp_path / "source", tmp_path / "unpacked"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("distill", "accelerate_configs", "tests"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    build = "from setuptools.build_meta import build_wheel; build_wheel('..')"
+    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.startswith("distill_transformers-")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(unpacked)
+    found = {str(file.relative_to(unpacked)) for file in unpacked.rglob("*") if ".dist-info" not in str(file)}
+    files = {f"distill/{file.name}" for file in (ROOT / "distill").glob("*.*")}
+    configs = {f"distill/accelerate_configs/{file.name}" for file in (ROOT / "accelerate_configs").glob("*.yaml")}
+    assert {name for name in found if "." in name} == files | configs
+    assert len(configs) >= 7
+    code = "from distill.launch import find_config; import distill; print(find_config('multi_gpu'), distill.__file__)"
+    environment = {**os.environ, "PYTHONPATH": str(unpacked)}
+    said = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, capture_output=True, text=True
+    ).stdout.split()
+    assert said == [
+        str(unpacked / "distill" / "accelerate_configs" / "multi_gpu.yaml"),
+        str(unpacked / "distill" / "__init__.py"),
+    ]
