@@ -129,7 +129,7 @@ def _scales(blocks: Tensor, costs: Tensor, values: Tensor, bounds: Tensor) -> tu
 
     Args:
         costs: of a squared error of each weight once all others make up for it, B×S (Frantar & Alistarh 2022,
-            equation 7).
+            section 5).
     """
     scales, places = blocks.abs().max(1)
     largest = torch.zeros_like(blocks, dtype=torch.bool)
