@@ -12,6 +12,7 @@ from distill.recipe import parse_options
 from distill.records import read_record
 from distill.tasks import GLUE, OF_CLASSES
 
+_OF_ITS_RUN = "the validation rows of the model's run, as its step.json says; for others give --task or --data.path"
 _OF_TRAINING = ("unlabelled", "sampled_pairs", "teacher_logits", "teacher_probabilities", "max_train_rows")
 
 
@@ -40,9 +41,12 @@ def rows_to_score(
     if task_name is None and options.kind in ("token-classification", *OF_CLASSES) and options.label_names is None:
         names = [source.config.id2label[index] for index in range(source.config.num_labels)]
         options.label_names = [(label_map or {}).get(name, name) for name in names]  # a part may not show every class
-    data = load_data(task_name, options, to_score=not of_its_run)
+    try:
+        data = load_data(task_name, options, to_score=not of_its_run)
+    except InputError as error:
+        raise InputError(*error.problems, *([f"these are {_OF_ITS_RUN}"] if of_its_run else [])) from None
     if of_its_run:
-        note = "the validation rows of the model's run, as its step.json says; for others give --task or --data.path"
+        note = _OF_ITS_RUN
     elif _trained_on(record, data, options):
         note = "the model was trained on some of these rows; without --task and --data its validation rows are scored"
     else:

@@ -1,6 +1,7 @@
 """`distill eval` of a run's models: on the rows that its run held out, or on others with a word of warning."""
 
 import json
+import shutil
 
 import pytest
 
@@ -76,3 +77,14 @@ def test_scores_of_training_rows_are_told_apart(folder, capsys):
     said, _ = evaluate(capsys, folder / "runs" / "glue" / "int8", "--task", "sst2", "--data.path", folder / "glue")
     assert TRAINED_ON not in said
     assert HELD_OUT not in said
+
+
+def test_rows_of_a_run_that_are_gone_are_told_as_such(folder, tmp_path, capsys):
+    shutil.copytree(folder / "runs" / "own" / "int8", tmp_path / "moved")
+    record = json.loads((tmp_path / "moved" / "step.json").read_text())
+    record["data"]["path"] = str(tmp_path / "nowhere.jsonl")
+    (tmp_path / "moved" / "step.json").write_text(json.dumps(record))
+    assert main(["eval", str(tmp_path / "moved")]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "nowhere.jsonl: no such file" in said
+    assert "these are the validation rows of the model's run" in said
