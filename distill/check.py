@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from distill.config import TrainingConfig
 from distill.console import log, results
 from distill.errors import InputError
 from distill.formats import QuantizationSettings, choose_formats
-from distill.models import from_config, label_order
+from distill.models import from_config, label_order, size_on_disk
 from distill.options import DistillOptions, FinetuneOptions, QuantizeOptions, StudentOptions, is_adapter, teachers_of
 from distill.pipeline import is_finished
 from distill.plan import Plan, PlannedStep
@@ -33,6 +34,7 @@ from distill.teacher import FROM_DATA
 from distill.trainer import DistillationTrainer
 
 _TIMED_BATCHES = 3
+_SETTINGS = {field.name for field in fields(QuantizationSettings)}
 
 
 @dataclass(frozen=True)
@@ -155,29 +157,34 @@ def estimate_step(plan: Plan, planned: PlannedStep) -> Estimate:
     if isinstance(options, QuantizeOptions):
         weights = options.planned_size(skeleton)
         return Estimate(num_parameters, weights, Memory(weights=4 * num_parameters + weights))
-    student, weights = _stand_in(plan, planned, options), 4 * num_parameters
+    student, weights = _stand_in(plan, planned, options)
     if options.lora is not None and is_adapter(options):
         adapted = with_adapters(skeleton, lora_config(options.lora, plan.data.task.kind))
         adapters = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
-        num_parameters, weights = num_parameters + adapters, weight_memory(student) + 4 * adapters
+        num_parameters, weights = num_parameters + adapters, weights + 4 * adapters
     with tempfile.TemporaryDirectory() as scratch:  # Trainer makes its output folder when it is built
         return Estimate(num_parameters, weights, *_timed(plan, planned, options, student, scratch))
 
 
-def _stand_in(plan: Plan, planned: PlannedStep, options: FinetuneOptions | DistillOptions) -> PreTrainedModel:
-    """The model that a step trains, with new weights; quantized where the step starts from a quantized one."""
+def _stand_in(
+    plan: Plan, planned: PlannedStep, options: FinetuneOptions | DistillOptions
+) -> tuple[PreTrainedModel, int]:
+    """The model that a step trains, with new weights, and what it weighs on disk; quantized where the step starts from
+    a quantized one.
+    """
     model, source = from_config(planned.config, plan.data.task.kind), options.model or ""
+    size, formats, given = 4 * model.num_parameters(), {}, {}
     made = plan.steps[source].step.options if source in plan.steps else None
+    outside = getattr(plan.sources[source].config, "quantization_config", {}) if source in plan.sources else {}
     if isinstance(made, QuantizeOptions):
-        given = {field.name: getattr(made, field.name) for field in fields(QuantizationSettings)}
-        settings = QuantizationSettings(**given | {"format": made.format or "nf4"})  # as most that a budget picks
-        return model if made.format == "bf16" else apply_formats(model, choose_formats(model, settings), settings)
-    saved = getattr(plan.sources[source].config, "quantization_config", None) if source in plan.sources else None
-    if saved is not None:
-        formats = saved["formats"]
-        given = {field.name: saved[field.name] for field in fields(QuantizationSettings) if field.name in saved}
-        return apply_formats(model, formats, QuantizationSettings(**given))
-    return model
+        size, given = made.planned_size(model), asdict(made)
+        given["format"] = made.format or "nf4"  # as most that a budget picks
+    elif "formats" in outside:
+        size, given, formats = size_on_disk(Path(plan.sources[source].location)), outside, outside["formats"]
+    settings = QuantizationSettings(**{name: given[name] for name in _SETTINGS & given.keys()})
+    if settings.format not in (None, "bf16"):
+        formats = choose_formats(model, settings)
+    return (apply_formats(model, formats, settings) if formats else model), size
 
 
 def _timed(
