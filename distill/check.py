@@ -157,11 +157,12 @@ def estimate_step(plan: Plan, planned: PlannedStep) -> Estimate:
     if isinstance(options, QuantizeOptions):
         weights = options.planned_size(skeleton)
         return Estimate(num_parameters, weights, Memory(weights=4 * num_parameters + weights))
-    student, weights = _stand_in(plan, planned, options)
+    student, adapted_bytes = _stand_in(plan, planned, options)
+    weights = 4 * num_parameters
     if options.lora is not None and is_adapter(options):
         adapted = with_adapters(skeleton, lora_config(options.lora, plan.data.task.kind))
         adapters = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
-        num_parameters, weights = num_parameters + adapters, weights + 4 * adapters
+        num_parameters, weights = num_parameters + adapters, adapted_bytes + 4 * adapters
     with tempfile.TemporaryDirectory() as scratch:  # Trainer makes its output folder when it is built
         return Estimate(num_parameters, weights, *_timed(plan, planned, options, student, scratch))
 
@@ -169,17 +170,17 @@ def estimate_step(plan: Plan, planned: PlannedStep) -> Estimate:
 def _stand_in(
     plan: Plan, planned: PlannedStep, options: FinetuneOptions | DistillOptions
 ) -> tuple[PreTrainedModel, int]:
-    """The model that a step trains, with new weights, and what it weighs on disk; quantized where the step starts from
-    a quantized one.
+    """The model that a step trains, with new weights, and what the one that it starts from weighs on disk; quantized
+    where that one is.
     """
     model, source = from_config(planned.config, plan.data.task.kind), options.model or ""
     size, formats, given = 4 * model.num_parameters(), {}, {}
     made = plan.steps[source].step.options if source in plan.steps else None
-    outside = getattr(plan.sources[source].config, "quantization_config", {}) if source in plan.sources else {}
+    outside = getattr(plan.sources[source].config, "quantization_config", None) if source in plan.sources else None
     if isinstance(made, QuantizeOptions):
         size, given = made.planned_size(model), asdict(made)
         given["format"] = made.format or "nf4"  # as most that a budget picks
-    elif "formats" in outside:
+    elif outside is not None and "formats" in outside:
         size, given, formats = size_on_disk(Path(plan.sources[source].location)), outside, outside["formats"]
     settings = QuantizationSettings(**{name: given[name] for name in _SETTINGS & given.keys()})
     if settings.format not in (None, "bf16"):

@@ -50,6 +50,8 @@ def estimates(tmp_path, sst2_folder, monkeypatch, capsys):
         f"  large: {{{student}, per_device_train_batch_size: 32}}\n"
         f"  frozen: {{{student}, freeze_embeddings: true}}\n"
         "  nf4: {run: quantize, model: small, format: nf4}\n"
+        "  bf16: {run: quantize, model: small, format: bf16}\n"
+        f"  again: {{run: distill, model: bf16, teacher: {tmp_path / 'teacher'}}}\n"
         f"  adapters: {{run: distill, model: nf4, teacher: {tmp_path / 'teacher'}, lora: {{r: 4}}}}\n"
         "  saved: {run: finetune, model: QUANTIZED, lora: {r: 4}}\n".replace("QUANTIZED", str(tmp_path / "quantized"))
     )
@@ -68,10 +70,12 @@ def test_memory_is_measured_step_by_step(estimates, capsys):
     embeddings = 4 * (len(WORDS) + 5) * 64
     assert frozen.gradients == size - embeddings
     assert frozen.optimizer == pytest.approx(2 * (size - embeddings), rel=0.01)
+    assert estimates["again"].weight_bytes == size  # trained as a whole it is float32 again
+    assert estimates["bf16"].weight_bytes == pytest.approx(size / 2, rel=0.01)
     assert estimates["nf4"].memory.peak == size + estimates["nf4"].weight_bytes
     out = capsys.readouterr().out
-    assert out.count(" MB of memory at the peak (weights") == 6
-    assert out.count(": 1 negative → 0 negative, 0 positive → 1 positive\n") == 4
+    assert out.count(" MB of memory at the peak (weights") == 8
+    assert out.count(": 1 negative → 0 negative, 0 positive → 1 positive\n") == 5
 
 
 def test_adapters_of_a_quantized_model_are_measured_on_one(estimates, tmp_path):
