@@ -81,7 +81,7 @@ CASES = {
     "no such task": (RUN, {"task": "sst3", "data": {"max_length": 24}}, "is not a GLUE task; did you mean 'sst2'?"),
     "no such data": (RUN, {"data.path": "./row.jsonl"}, "data.path: ./row.jsonl: no such file or folder"),
     "an empty file": (RUN, {"data.path": "empty.csv"}, "empty.csv: the file is empty"),
-    "another kind of file": (RUN, {"data.path": "rows.xlsx"}, "rows.xlsx: not a .csv, .json"),
+    "another kind of file": (RUN, {"data.path": "rows.xlsx"}, "rows.xlsx: not a .csv, .tsv, .json"),
     "no label column": (RUN, {"data.path": "no-label.jsonl"}, "train has no column 'label'"),
     "no text column": (RUN, {"data.text": "body"}, "train has no column 'body'"),
     "a text that is the label": (RUN, {"data.text": ["text", "label"]}, "data.text: 'label' is the label"),
