@@ -1,14 +1,22 @@
 """LoRA adapters (PEFT): made from a recipe's options, found in a model folder."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import torch
 from bitsandbytes.nn import Int8Params, Params4bit
-from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    TaskType,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from pydantic import ConfigDict, Field
 from torch import nn
 from transformers import PreTrainedModel
@@ -81,6 +89,27 @@ def with_adapters(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
             known = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
             raise InputError(f"lora.target_modules: no module {target!r}; {nearest_name(target, sorted(known))}")
     return get_peft_model(model, config)
+
+
+def on_another_base(model: PeftModel, change: Callable[[PreTrainedModel], PreTrainedModel]) -> PeftModel:
+    """The same adapters on what `change` makes of the model beneath them.
+
+    Raises:
+        InputError: adapters that can't be taken off, as prompts can't.
+    """
+    if any(config.is_prompt_learning for config in model.peft_config.values()):
+        raise InputError("model: its prompts are no adapters of layers; quantize the model beneath them")
+    weights = {name: get_peft_model_state_dict(model, adapter_name=name) for name in model.peft_config}
+    configs, active = dict(model.peft_config), model.active_adapter
+    changed = change(model.unload())
+    first, *others = configs
+    adapted = get_peft_model(changed, configs[first], adapter_name=first)
+    for name in others:
+        adapted.add_adapter(name, configs[name])
+    for name, tensors in weights.items():
+        set_peft_model_state_dict(adapted, tensors, adapter_name=name)
+    adapted.set_adapter(active)
+    return adapted.train(model.training)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 from bitsandbytes.functional import QuantState
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -16,6 +17,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from distill.adapters import on_another_base
 from distill.embeddings import Int8Embedding, Nf4Embedding, TiedLinear
 from distill.errors import InputError
 from distill.formats import (
@@ -37,13 +39,13 @@ METHOD = "distill (first: import distill)"
 
 
 def quantize_model(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     settings: QuantizationSettings | None = None,
     *,
     format: FormatOrBf16 | None = None,
     double_quant: bool | None = None,
     calibration: Sequence[Mapping[str, Tensor]] | None = None,
-) -> PreTrainedModel:
+) -> PreTrainedModel | PeftModel:
     """Quantize a model in place and return it, ready for `save_pretrained`.
 
     The linear layers inside the transformer blocks go to `format`, the embeddings by default to int8 with a scale per
@@ -52,7 +54,7 @@ def quantize_model(
     `bf16` the whole model goes to bfloat16 and stays one that plain transformers loads.
 
     Args:
-        model: a float model.
+        model: a float model; of one with adapters the model beneath them is quantized, and they stay as they are.
         settings: all that can be chosen; the others are short for two of them.
         format: `int8` (Dettmers et al. 2022, vector-wise), `nf4` or `fp4` (Dettmers et al. 2023), or `bf16`.
         double_quant: quantize the 4-bit block scales too (0.4 bit per weight less); by default it is done.
@@ -66,13 +68,15 @@ def quantize_model(
     elif format is not None or double_quant is not None:
         raise InputError("format, double_quant: stand in the settings; leave them out beside these")
     refuse_quantized(model)
+    if isinstance(model, PeftModel):
+        return on_another_base(model, lambda base: quantize_model(base, settings, calibration=calibration))
     formats = choose_formats(model, settings)
     if calibration is not None:
         compensate(model, formats, settings, calibration)
     return apply_formats(model, formats, settings)
 
 
-def refuse_quantized(model: PreTrainedModel) -> None:
+def refuse_quantized(model: PreTrainedModel | PeftModel) -> None:
     """Raise an `InputError` for a model that is quantized already."""
     if getattr(model.config, "quantization_config", None) is not None:
         raise InputError("model: it is quantized already; quantize the model it was made from")

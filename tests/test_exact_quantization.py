@@ -9,11 +9,12 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from bitsandbytes.functional import has_avx512bf16
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 from distill.embeddings import QuantizedEmbedding
+from distill.errors import InputError
 from distill.formats import QuantizationSettings
 from distill.linears import dequantized
 from distill.quantize import quantize_model, quantized_module
@@ -142,6 +143,34 @@ def test_tied_output_layers_are_saved_once_and_reload(architecture, embeddings, 
     assert torch.equal(logits(reloaded), live)
     reloaded.save_pretrained(tmp_path / "twice")
     assert torch.equal(logits(type(model).from_pretrained(tmp_path / "twice")), live)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("name", ["int8", "nf4-embeddings"])
+def test_adapters_of_a_float_model_survive_its_quantization(architecture, name, tmp_path):
+    torch.manual_seed(1)
+    settings = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}
+    adapted = get_peft_model(small_model(architecture), LoraConfig(**settings))
+    adapted.add_adapter("other", LoraConfig(**settings | {"r": 2}))
+    adapted.save_pretrained(tmp_path)
+    before = {key: value.clone() for key, value in adapted.state_dict().items() if "lora_" in key}
+    quantized = quantize_model(adapted, SETTINGS[name])
+    after = {key: value for key, value in quantized.state_dict().items() if "lora_" in key}
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key], before[key]) for key in before)
+    for adapter, folder in (("default", tmp_path), ("other", tmp_path / "other")):
+        quantized.set_adapter(adapter)
+        base = quantize_model(small_model(architecture), SETTINGS[name])
+        bare = logits(base)
+        expected = logits(PeftModel.from_pretrained(base, folder))
+        assert torch.equal(logits(quantized), expected)
+        assert not torch.equal(bare, expected)
+
+
+def test_prompts_are_no_adapters_that_could_stay():
+    prompted = get_peft_model(small_model("bert"), PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2))
+    with pytest.raises(InputError, match="quantize the model beneath"):
+        quantize_model(prompted, format="nf4")
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
