@@ -11,9 +11,10 @@ from distill.models import ModelSource
 from distill.recipe import parse_options
 from distill.records import read_record
 from distill.tasks import GLUE, OF_CLASSES
+from distill.teacher import STORED_COLUMNS
 
 _OF_ITS_RUN = "the validation rows of the model's run, as its step.json says; for others give --task or --data.path"
-_OF_TRAINING = ("unlabelled", "sampled_pairs", "teacher_logits", "teacher_probabilities", "max_train_rows")
+_OF_TRAINING = ("unlabelled", "sampled_pairs", "max_train_rows", *STORED_COLUMNS)
 
 
 def rows_to_score(
@@ -32,10 +33,10 @@ def rows_to_score(
     of_its_run = task_name is None and not given.keys() & {"kind", "path"} and "data" in record
     if of_its_run:
         task_name = record["task"] if record["task"] in GLUE else None
-        before = {name: value for name, value in record["data"].items() if name not in _OF_TRAINING}
-        given = {**{name: value for name, value in before.items() if value is not None}, **given}
+        of_the_run = record["data"].items()
+        given = {key: each for key, each in of_the_run if key not in _OF_TRAINING and each is not None} | dict(given)
     problems: list[str] = []
-    options = parse_options(DataOptions, dict(given), "--data", problems)
+    options = parse_options(DataOptions, given, "--data", problems)
     if problems:
         raise InputError(*problems)
     if task_name is None and options.kind in ("token-classification", *OF_CLASSES) and options.label_names is None:

@@ -94,7 +94,7 @@ def test_blocks_that_go_over_rows_and_blocks_of_zeros():
     )
     shares = (after / before.clamp(min=1e-9) * 20).round() / 20
     assert torch.allclose(after, shares * before)  # the scale that was chosen is the one that quantizing finds
-    assert 1 < len(shares.unique()) < 9
+    assert len(shares[before > 0].unique()) > 1
     assert not rounded[2].any()
 
 
