@@ -1,10 +1,13 @@
 """The wheel that users install."""
 
+import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -37,3 +40,24 @@ def test_the_wheel_holds_the_package_its_card_and_the_launch_configurations(tmp_
         str(unpacked / "distill" / "accelerate_configs" / "multi_gpu.yaml"),
         str(unpacked / "distill" / "__init__.py"),
     ]
+
+
+def test_what_the_package_imports_is_declared():
+    """Each top-level module of a third party stands in pyproject.toml under its distribution's name."""
+    declared = {requirement.partition(">=")[0].replace("_", "-").lower() for requirement in declared_dependencies()}
+    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in (ROOT / "distill").rglob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+    modules = {name.partition(".")[0] for name in imported} - {*sys.stdlib_module_names, "distill"}
+    names = {name: {each.replace("_", "-").lower() for each in packages_distributions()[name]} for name in modules}
+    missing = {name for name in modules if not names[name] & declared}
+    assert modules >= {"torch", "transformers", "numpy"}
+    assert not missing
+
+
+def declared_dependencies() -> list[str]:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    block = re.search(r"^dependencies = \[\n(.*?)^\]", text, re.MULTILINE | re.DOTALL)
+    assert block is not None
+    return re.findall(r'"([^"]+)"', block.group(1))
