@@ -18,7 +18,7 @@ from distill.adapters import in_float32, lora_config, with_adapters
 from distill.batches import row_lengths
 from distill.cache import show_bytes
 from distill.config import TrainingConfig
-from distill.console import log, results
+from distill.console import log, results, styled
 from distill.errors import InputError
 from distill.formats import QuantizationSettings, choose_formats
 from distill.models import from_config, label_order, size_on_disk
@@ -83,7 +83,7 @@ def print_plan(plan: Plan) -> None:
         return
     data, task = plan.data, plan.data.task
     rows = ", ".join(f"{split} {len(rows)}" for split, rows in data.splits.items())
-    results.print(f"[bold]{plan.recipe.path}[/] → {plan.recipe.output_dir}")
+    results.print(styled((str(plan.recipe.path), "bold"), f" → {plan.recipe.output_dir}"))
     results.print(f"task: {plan.recipe.task or task.kind}, scored by {task.primary_metric}; baseline: {plan.baseline}")
     results.print(f"labels: {', '.join(task.label_names or ('a score',))}")
     results.print(f"rows: {rows}; at most {data.max_length} tokens each")
@@ -93,7 +93,7 @@ def print_plan(plan: Plan) -> None:
     for name, planned in plan.steps.items():
         with log.status(f"{name}: timing a few batches"):
             estimate = estimate_step(plan, planned)
-        results.print(f"\n[bold]{name}[/]: {planned.step.run} of {', '.join(planned.parents)}")
+        results.print(styled("\n", (name, "bold"), f": {planned.step.run} of {', '.join(planned.parents)}"))
         results.print(f"  {_size(estimate.num_parameters, estimate.weight_bytes)}")
         for line in _inputs(plan, planned):
             results.print(f"  {line}")

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from distill.benchmark import BenchmarkOptions, as_row, benchmark_models, environment, refuse_too_short, remarks_on
 from distill.check import print_plan
-from distill.console import escape, log, results
+from distill.console import log, log_errors, log_handler, remark, results
 from distill.data import DataOptions
 from distill.errors import InputError, MainProcessFailed, TrainingDiverged
 from distill.evaluation import evaluate_model
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0 done; 2 the input is wrong; 1 anything else.
     """
-    logging.getLogger("distill").addHandler(logging.StreamHandler())
+    logging.getLogger("distill").addHandler(log_handler)
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings(
         "ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning
@@ -56,11 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"unrecognized arguments: {' '.join(unknown)}\n{_hint(command, unknown[0])}")
         return known.command(known, overrides) or 0
     except InputError as error:
-        for problem in error.problems:
-            log.print(f"[red]error:[/] {escape(problem)}")
+        log_errors(error.problems)
         return 2
     except (TrainingDiverged, MainProcessFailed) as error:
-        log.print(f"[red]error:[/] {escape(str(error))}")
+        log_errors([str(error)])
         return 1
     except KeyboardInterrupt:
         log.print("stopped; the same command goes on from the last checkpoint")
@@ -270,8 +269,8 @@ def _bench(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
             table.add_row(key, *(_cell(row[key]) for row in measurements))
     results.print(table)
     for row in rows[1:]:
-        for remark in remarks_on(row, rows[0], variants):
-            results.print(f"[yellow]![/] {remark}")
+        for said in remarks_on(row, rows[0], variants):
+            results.print(remark(said))
     print(json.dumps({"environment": around, "options": asdict(options), "models": rows, "variants": variants}))
 
 
@@ -358,7 +357,7 @@ def _print_options(name: str) -> None:
     shown = [field for field in fields(options_class) if field.init and field.name not in SET_BY_THE_RUN]
     table = Table("option", "default", "help", box=box.SIMPLE_HEAD, pad_edge=False)
     for field in sorted(shown, key=lambda field: (_default(field) != "required", field.name not in own)):
-        table.add_row(field.name, escape(_default(field)), escape(" ".join(field.metadata.get("help", "").split())))
+        table.add_row(field.name, _default(field), " ".join(field.metadata.get("help", "").split()))
     results.print(table)
     if issubclass(options_class, transformers.TrainingArguments):
         results.print("Ours first; the rest are transformers.TrainingArguments.")

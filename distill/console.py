@@ -1,24 +1,95 @@
-"""Where the commands print: results to stdout, what is going on to stderr."""
+"""Where the commands print: results to stdout, what is going on to stderr; names and paths as they are."""
 
+import logging
 import sys
+import unicodedata
 from collections.abc import Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.progress import track
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.status import Status
+from rich.text import Text
 
 Item = TypeVar("Item")
 
-# A file or a pipe has no width; rich would take 80.
-results = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
-log = Console(highlight=False, soft_wrap=True, stderr=True)
+# Those that steer a terminal, that turn the direction of what follows, and that no output can encode.
+_HIDDEN = ("Cc", "Cf", "Cs")
+
+
+def visible(text: str) -> str:
+    """Text in which every control character but line breaks and tabs is written out (`\\x1b`), half surrogates too."""
+    return "".join(_written_out(character) if _is_hidden(character) else character for character in text)
+
+
+def styled(*parts: str | tuple[str, str]) -> Text:
+    """Text of which some parts, pairs of a text and a style of rich's, look otherwise: `styled(("error:", "red"), …)`."""
+    pairs = [(part, "") if isinstance(part, str) else part for part in parts]
+    return Text.assemble(*((visible(text), style) for text, style in pairs))
+
+
+class PlainConsole(Console):
+    """A console that prints strings as they are: no markup (`[ham]` is a label), no emoji codes, no control characters.
+
+    What should look otherwise is printed as `styled` text.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        # A file or a pipe has no width; rich would take 80.
+        super().__init__(markup=False, emoji=False, highlight=False, soft_wrap=True, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
+        """What becomes of every string that is printed, in a table too."""
+        return super().render_str(visible(text), **options)
+
+    def status(self, status: Any, **options: Any) -> Status:
+        """A line that is shown while a block lasts."""
+        return super().status(styled(status) if isinstance(status, str) else status, **options)
+
+
+results = PlainConsole(width=None if sys.stdout.isatty() else 120)
+log = PlainConsole(stderr=True)
+
+
+def log_errors(problems: Iterable[str]) -> None:
+    """Tell what is wrong, a line for each problem."""
+    for problem in problems:
+        log.print(styled(("error:", "red"), f" {problem}"))
+
+
+def remark(text: str) -> Text:
+    """What must not be overlooked, to be printed."""
+    return styled(("!", "yellow"), f" {text}")
 
 
 def progress(items: Iterable[Item], description: str, total: int | None = None) -> Iterable[Item]:
     """`items`, with a bar and an estimate while they last, on a terminal."""
-    return track(items, description, total, console=log, transient=True) if log.is_terminal else items
+    if not log.is_terminal:
+        return items
+    return _with_bar(items, visible(description), total)
 
 
-def escape(text: str) -> str:
-    """Text that may hold brackets, for rich."""
-    return text.replace("[", "\\[")
+class LogHandler(logging.Handler):
+    """Prints what is logged as everything else, so that it breaks no bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one record."""
+        log.print(self.format(record))
+
+
+log_handler = LogHandler()
+"""The one of this process, which is added once however often."""
+
+
+def _with_bar(items: Iterable[Item], description: str, total: int | None) -> Iterable[Item]:
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=log, transient=True) as bar:
+        yield from bar.track(items, total, description=description)
+
+
+def _is_hidden(character: str) -> bool:
+    return unicodedata.category(character) in _HIDDEN and character not in "\n\t\u200c\u200d"  # the joiners of scripts
+
+
+def _written_out(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")

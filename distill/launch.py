@@ -10,7 +10,7 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 
-from distill.console import log
+from distill.console import log, log_errors, remark
 from distill.errors import InputError, nearest_name
 
 _TARGET = ("--module", "distill.cli")
@@ -36,13 +36,13 @@ def launch(config: str, arguments: list[str], *, num_processes: int | None = Non
     launched = load_config_from_file(str(path))
     wants_gpus = launched.distributed_type == DistributedType.MULTI_GPU and not launched.use_cpu
     if wants_gpus and not torch.accelerator.is_available():
-        log.print("[yellow]![/] no GPU here: the processes compute on the CPU")
+        log.print(remark("no GPU here: the processes compute on the CPU"))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path)]
     command += [] if num_processes is None else [f"--num_processes={num_processes}"]
     command += [*_TARGET, *arguments]
     status = _run(command)
     if status:
-        log.print("[red]error:[/] a process stopped (see above), and with it the others")
+        log_errors(["a process stopped (see above), and with it the others"])
         if arguments[0] == "run":
             log.print("the same command goes on from the last checkpoint")
     return 1 if status else 0

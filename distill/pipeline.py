@@ -15,7 +15,7 @@ import yaml
 
 from distill.benchmark import environment
 from distill.card import inherited, write_model_card
-from distill.console import escape, log
+from distill.console import log
 from distill.errors import InputError, nearest_name
 from distill.folders import written_whole
 from distill.hardware import allocator
@@ -250,4 +250,4 @@ def _parameters(planned: PlannedStep) -> str:
 
 def _say(text: str) -> None:
     if process_state().is_main_process:
-        log.print(escape(text))
+        log.print(text)

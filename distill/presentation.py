@@ -8,7 +8,7 @@ from rich import box
 from rich.table import Table
 
 from distill.benchmark import remarks_on
-from distill.console import results
+from distill.console import remark, results, styled
 from distill.intervals import interval_method
 from distill.plan import Plan
 
@@ -35,11 +35,11 @@ def print_report(report: dict[str, Any]) -> None:
     for row in rows:
         table.add_row(*(row[index] for index in shown))
     results.print(table)
-    results.print(f"[dim]{_units(report)}[/]")
+    results.print(styled((_units(report), "dim")))
     for line in _comparison_lines(report):
         results.print(line)
-    for remark in remarks(report):
-        results.print(f"[yellow]![/] {remark}")
+    for said in remarks(report):
+        results.print(remark(said))
 
 
 def as_markdown(plan: Plan, report: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from distill.benchmark import as_row, benchmark_models, environment
 from distill.card import write_model_card
-from distill.console import log
+from distill.console import log, remark
 from distill.errors import InputError
 from distill.evaluation import Evaluation, evaluate_model
 from distill.intervals import agreement, divergence_from, paired_difference, won_back
@@ -44,10 +44,8 @@ def write_report(plan: Plan) -> dict[str, Any]:
         raise InputError(f"{plan.recipe.output_dir}: no step of the recipe is finished there; `distill run` it first")
     stale = [name for name, planned in plan.steps.items() if name not in finished and read_record(planned.folder)]
     if stale:
-        log.print(
-            f"[yellow]![/] left out, as they are not what the recipe would make now: {', '.join(stale)}; "
-            "`distill run` makes them anew"
-        )
+        said = f"left out, as they are not what the recipe would make now: {', '.join(stale)}; "
+        log.print(remark(f"{said}`distill run` makes them anew"))
     names = finished if plan.baseline in plan.steps else [plan.baseline, *finished]
     locations = {name: _location(plan, name) for name in names}
     fingerprints = {name: _model_fingerprint(plan, name) for name in names}

@@ -19,7 +19,7 @@ import datasets
 import numpy as np
 import torch
 
-from distill.console import escape, log, results
+from distill.console import log, log_errors, remark, results
 from distill.data import tokenize
 from distill.errors import InputError
 from distill.evaluation import predict_rows
@@ -69,8 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = {name: read_test_rows(file, given.data_root) for name, file in FILES.items()}
         files = predict_files(given.models, rows)
     except InputError as error:
-        for problem in error.problems:
-            log.print(f"[red]error:[/] {escape(problem)}")
+        log_errors(error.problems)
         return 2
     given.output.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(given.output, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -78,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             archive.writestr(name, text)
     for name, file in FILES.items():
         if len(rows[name]) != file.num_rows:
-            log.print(f"[yellow]![/] {name}: {len(rows[name]):,} rows, but the server expects {file.num_rows:,}")
+            log.print(remark(f"{name}: {len(rows[name]):,} rows, but the server expects {file.num_rows:,}"))
     results.print(f"→ {given.output}")
     return 0
 

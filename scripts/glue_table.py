@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.config import TrainingConfig
-from distill.console import escape, log, results
+from distill.console import log, log_errors, results, styled
 from distill.data import load_data
 from distill.errors import InputError, nearest_name
 from distill.leaderboard import NAMES, Leaderboard, as_csv, as_json, as_markdown, make_leaderboard
@@ -62,8 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         most_steps = _most_steps(given.most_steps)
         runs = _prepare(given, others, most_steps)
     except InputError as error:
-        for problem in error.problems:
-            log.print(f"[red]error:[/] {escape(problem)}")
+        log_errors(error.problems)
         return 2
     try:
         _run_all(runs, others)
@@ -75,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _write(given.output_dir, make_leaderboard(reports, given.tasks, given.seeds), runs)
     for run in runs:
         if run.problem is not None:
-            log.print(f"[red]failed:[/] {run.name}: {escape(run.problem)}")
+            log.print(styled(("failed:", "red"), f" {run.name}: {run.problem}"))
     return 1 if any(run.problem for run in runs) else 0
 
 
@@ -166,11 +165,11 @@ def _run_all(runs: list[Run], others: Sequence[str]) -> None:
         left = sum(each.steps or 1 for each in todo[number - 1 :])
         estimate = f", about {(time.perf_counter() - started) / spent * left / 60:.0f} min left" if spent else ""
         steps = f"{run.steps} steps a model" if run.steps else "steps as in the recipe"
-        log.print(f"[bold]\\[{number}/{len(todo)}] {run.name}[/]: {steps}{estimate}")
+        log.print(styled((f"[{number}/{len(todo)}] {run.name}", "bold"), f": {steps}{estimate}"))
         run.problem = _run(run, others)
         spent += run.steps or 1
         if run.problem is not None:
-            log.print(f"[red]failed:[/] {run.name}: {escape(run.problem)}")
+            log.print(styled(("failed:", "red"), f" {run.name}: {run.problem}"))
 
 
 def _is_done(run: Run) -> bool:
@@ -223,7 +222,7 @@ def _write(folder: Path, board: Leaderboard, runs: Sequence[Run]) -> None:
     table = as_markdown(board, *more, *problems)
     for suffix, text in (("md", table), ("json", as_json(board)), ("csv", as_csv(board))):
         write_atomically(folder / f"glue.{suffix}", text)
-    results.print(escape(table))
+    results.print(table)
     results.print(f"→ {folder / 'glue.md'}, .json, .csv")
 
 
