@@ -218,8 +218,8 @@ def _eval(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
         block, _, key = path.partition(".")
         if block != "data" or not key:
             raise InputError(f"--{path}: no such option; {_EVAL_OPTIONS}")
-        values[key] = parse_value(text)
-    label_map = parse_value(arguments.label_map) if arguments.label_map else None
+        values[key] = parse_value(text, f"--{path}")
+    label_map = parse_value(arguments.label_map, "--label_map") if arguments.label_map else None
     if label_map is not None and not isinstance(label_map, dict):
         raise InputError(f"--label_map: should be a mapping like '{{LABEL_0: negative}}', got {arguments.label_map!r}")
     if label_map is not None:
@@ -246,7 +246,10 @@ def _eval(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
 def _bench(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     if overrides:
         raise InputError(f"--{next(iter(overrides))}: no such option of bench")
-    given = {field.name: parse_value(getattr(arguments, field.name) or "null") for field in fields(BenchmarkOptions)}
+    given = {
+        field.name: parse_value(getattr(arguments, field.name) or "null", f"--{field.name}")
+        for field in fields(BenchmarkOptions)
+    }
     problems: list[str] = []
     options = parse_options(BenchmarkOptions, {k: v for k, v in given.items() if v is not None}, "bench", problems)
     if problems:

@@ -23,7 +23,7 @@ def visible(text: str) -> str:
 
 
 def styled(*parts: str | tuple[str, str]) -> Text:
-    """Text of which some parts, pairs of a text and a style of rich's, look otherwise: `styled(("error:", "red"), …)`."""
+    """Text of which some parts, pairs of a text and a style of rich's, look otherwise: `styled(("error:", "red"))`."""
     pairs = [(part, "") if isinstance(part, str) else part for part in parts]
     return Text.assemble(*((visible(text), style) for text, style in pairs))
 

@@ -11,8 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from distill.benchmark import environment
 from distill.card import inherited, write_model_card
 from distill.console import log
@@ -27,6 +25,7 @@ from distill.recipe import Recipe
 from distill.records import read_record
 from distill.representations import show_pairs
 from distill.steps import Made, run_step
+from distill.yaml12 import dump_yaml
 
 
 def run_plan(plan: Plan, *, only: list[str] | None = None, force: bool = False, profile: bool = False) -> list[str]:
@@ -98,7 +97,7 @@ def save_recipe(recipe: Recipe) -> None:
         step.name: {"run": step.run, **{key: value for key, value in step.given.items() if not key.endswith("_token")}}
         for step in recipe.steps.values()
     }
-    text = yaml.safe_dump(json.loads(json.dumps(content, default=str)), sort_keys=False, allow_unicode=True)
+    text = dump_yaml(json.loads(json.dumps(content, default=str)))
     try:
         recipe.output_dir.mkdir(parents=True, exist_ok=True)
         write_atomically(recipe.output_dir / "recipe.yaml", text)

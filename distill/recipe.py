@@ -16,6 +16,7 @@ from distill.data import DataOptions
 from distill.errors import InputError, near_name, nearest_name
 from distill.options import VERBS, Options
 from distill.sources import repo_id_problem
+from distill.yaml12 import parse_yaml, yaml_problem
 
 _TOP_LEVEL = (
     *("task", "data", "output_dir", "baseline", "benchmark", "steps"),
@@ -158,20 +159,31 @@ def parse_options(options_class: type, given: Any, where: str, problems: list[st
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file as a mapping, scalars by YAML 1.2's core schema (`no` is a word, `2e-5` a number).
+    """A YAML file as a mapping (see `parse_yaml`).
 
     Raises:
-        InputError: no such file, no mapping, a key twice, or not YAML at all.
+        InputError: no such file, one that can't be read, no mapping, a key twice, or not YAML at all.
     """
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; name a recipe, a YAML file{_recipe_inside(path)}")
     if not path.is_file():
         raise InputError(f"{path}: no such recipe{_near_recipe(path)}")
     try:
-        content = parse_value(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+        content = parse_yaml(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not readable as YAML: no text in UTF-8 from byte {error.start} on") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not readable as YAML: {yaml_problem(error)}") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: a recipe is a mapping with task (or data), output_dir and steps")
     return content
+
+
+def _recipe_inside(folder: Path) -> str:
+    """The recipe that a run has left in its folder."""
+    return f"; did you mean {str(folder / 'recipe.yaml')!r}?" if (folder / "recipe.yaml").is_file() else ""
 
 
 def _near_recipe(path: Path) -> str:
@@ -256,9 +268,9 @@ def _apply_overrides(content: dict[str, Any], overrides: Mapping[str, str], prob
     for path, text in overrides.items():
         first, _, rest = path.partition(".")
         try:
-            value = parse_value(text)
-        except yaml.YAMLError:
-            problems.append(f"--{path}: {text!r} is no YAML value; quote it")
+            value = parse_value(text, f"--{path}")
+        except InputError as error:
+            problems += error.problems
             continue
         if first in ("data", "benchmark", "push") and rest:
             block = content.get(first)
@@ -319,47 +331,18 @@ def _required(options_class: type) -> set[str]:
     return {field.name for field in without} - set(SET_BY_THE_RUN)
 
 
+def parse_value(text: str, flag: str) -> Any:
+    """One YAML value, as a flag of the command line gives it.
+
+    Raises:
+        InputError: it is none.
+    """
+    try:
+        return parse_yaml(text)
+    except yaml.YAMLError:
+        raise InputError(f"{flag}: {text!r} is no YAML value; quote it") from None
+
+
 @cache
 def _annotations(options_class: type) -> dict[str, Any]:
     return typing.get_type_hints(options_class, include_extras=True)
-
-
-class _CoreSchemaLoader(yaml.SafeLoader):
-    """PyYAML follows YAML 1.1, where `no` is false, `2e-5` a string and `1:30` ninety; this follows YAML 1.2."""
-
-    yaml_implicit_resolvers: dict = {}  # noqa: RUF012  (as PyYAML declares it)
-
-    def compose_mapping_node(self, anchor: Any) -> Any:
-        node = super().compose_mapping_node(anchor)
-        seen = set()
-        for key_node, _ in node.value:  # as written: what `<<` brings in may be overridden
-            if key_node.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key_node.value!r} stands there twice", key_node.start_mark
-                )
-            seen.add(key_node.value)
-        return node
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        self.flatten_mapping(node)
-        return {str(key.value): self.construct_object(value, deep=deep) for key, value in node.value}
-
-
-_INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
-_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
-_CoreSchemaLoader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"(~|null|Null|NULL|)$"), None)
-_CoreSchemaLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"(true|True|TRUE|false|False|FALSE)$"), None
-)
-_CoreSchemaLoader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(rf"({_INT.pattern})$"), None)
-_CoreSchemaLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(rf"({_FLOAT.pattern})$"), None)
-_CoreSchemaLoader.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile(r"<<$"), None)
-_CoreSchemaLoader.add_constructor(
-    "tag:yaml.org,2002:int",
-    lambda loader, node: int(node.value, {"0o": 8, "0x": 16}.get(node.value[:2], 10)),
-)
-
-
-def parse_value(text: str) -> Any:
-    """One YAML value, as an override on the command line gives it."""
-    return yaml.load(text, Loader=_CoreSchemaLoader)

@@ -7,7 +7,8 @@ import transformers
 from distill.config import TrainingConfig
 from distill.errors import InputError
 from distill.options import DistillOptions, FinetuneOptions, QuantizeOptions
-from distill.recipe import load_recipe, parse_value
+from distill.recipe import load_recipe
+from distill.yaml12 import parse_yaml
 
 RECIPE = """
 task: sst2
@@ -80,8 +81,8 @@ def test_overrides_by_path(tmp_path):
     ],
 )  # fmt: skip
 def test_scalars_follow_yaml_1_2(text, value):
-    assert parse_value(text) == value
-    assert type(parse_value(text)) is type(value)
+    assert parse_yaml(text) == value
+    assert type(parse_yaml(text)) is type(value)
 
 
 def test_every_problem_is_told_at_once_with_the_nearest_name(tmp_path):
