@@ -9,11 +9,13 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from distill.adapters import base_of
+from distill.markdown import code, escaped
 from distill.quantize import METHOD
 from distill.readers import GLUE_ON_THE_HUB
 from distill.records import read_record
 from distill.sources import split_revision
 from distill.usages import USAGES, usage_code
+from distill.yaml12 import dump_yaml
 
 TAG = "distill"
 """In the front matter of every card that is written here."""
@@ -69,9 +71,9 @@ def model_card(
     data = _metadata(record, recipe, entry, name=name, is_adapter=is_adapter, adapted=adapted)
     template = Template((Path(__file__).parent / "card_template.md").read_text(encoding="utf-8"))
     return template.substitute(
-        front_matter=data.to_yaml(),
-        title=name.rpartition("/")[2],
-        summary=f"A model for {_task_sentence(record, recipe)}, {_what(record)}.",
+        front_matter=dump_yaml(data.to_dict()).strip(),
+        title=escaped(name.rpartition("/")[2]),
+        summary=f"A model for {escaped(_task_sentence(record, recipe))}, {_what(record)}.",
         usage=usage_code(record["kind"], name, pairs=len(record["text"]) == 2, quantized=_is_quantized(folder)),
         making=_making(record, folder.parent),
         results=_results(record, report, folder.parent, plots) if report and entry else _UNMEASURED,
@@ -145,6 +147,8 @@ def _eval_results(record: dict[str, Any], recipe: dict[str, Any], entry: dict[st
         data = {"dataset_type": "local", "dataset_name": _base_name(path)}
     found = []
     for key, value in entry["metrics"].items():
+        if value is None:  # no number
+            continue
         # A key belongs to the split whose prefix and suffix are the longest that fit.
         split, prefix, suffix = max(
             (each for each in record["scored"] if key.startswith(each[1]) and key.endswith(each[2])),
@@ -213,11 +217,11 @@ def _formats(options: dict[str, Any]) -> str:
 def _shown(record: dict[str, Any], reference: str) -> str:
     """A model as a card names it: one from a local folder by the folder's name alone."""
     is_local = record["sources"].get(reference, reference) is None
-    return f"`{_base_name(reference) if is_local else reference}`"
+    return code(_base_name(reference) if is_local else reference)
 
 
 def _base_name(path: str) -> str:
-    return path if path.startswith("package:") else Path(path.partition("#")[0]).name
+    return path if path.startswith("package:") else Path(path.partition("#sha256=")[0]).name
 
 
 def _is_quantized(folder: Path) -> bool:
@@ -292,11 +296,11 @@ def _results(record: dict[str, Any], report: dict[str, Any], output_dir: Path, p
     Models from local folders appear by their folders' names alone.
     """
     text = (output_dir / "report.md").read_text(encoding="utf-8").partition("\n\n")[2].strip()
-    others = {model["name"] for model in report["models"]} - {record["name"]}
+    others = {escaped(model["name"]) for model in report["models"] if model["name"] != record["name"]}
     text = "\n".join(line for line in text.splitlines() if not _is_of_others(line, others))
     for reference, revision in record["sources"].items():
         if revision is None:
-            text = text.replace(reference, _base_name(reference))
+            text = text.replace(escaped(reference), escaped(_base_name(reference)))
     return text.replace("](report.png)", f"]({plots}report.png)")
 
 

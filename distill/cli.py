@@ -1,7 +1,6 @@
 """The command line: `distill check | run | eval | bench | report | push`."""
 
 import argparse
-import json
 import logging
 import sys
 import warnings
@@ -30,6 +29,7 @@ from distill.plan import Plan, make_plan
 from distill.presentation import print_report
 from distill.processes import check_launch, on_main_process
 from distill.recipe import SET_BY_THE_RUN, Recipe, load_recipe, located, parse_options, parse_value
+from distill.records import json_text
 from distill.report import write_report
 from distill.scoring import rows_to_score
 from distill.tasks import GLUE
@@ -240,7 +240,7 @@ def _eval(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     results.print(", ".join(f"{split}: {count} rows" for split, count in rows.items()))
     found = {"metrics": evaluation.metrics, "interval": list(evaluation.interval), "rows": rows}
     task = data.task.name if data.task.name in GLUE else data.task.kind
-    print(json.dumps({"model": arguments.model, "task": task, **found}))
+    print(json_text({"model": arguments.model, "task": task, **found}, indent=None))
 
 
 def _bench(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
@@ -274,7 +274,8 @@ def _bench(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     for row in rows[1:]:
         for said in remarks_on(row, rows[0], variants):
             results.print(remark(said))
-    print(json.dumps({"environment": around, "options": asdict(options), "models": rows, "variants": variants}))
+    found = {"environment": around, "options": asdict(options), "models": rows, "variants": variants}
+    print(json_text(found, indent=None))
 
 
 def _report(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:

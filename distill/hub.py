@@ -29,7 +29,7 @@ from distill.adapters import ADAPTER_CONFIG
 from distill.card import TAG, model_card
 from distill.console import log
 from distill.errors import InputError
-from distill.records import read_record
+from distill.records import json_text, read_record
 from distill.sources import causes, reason_of, repo_id_problem, split_revision
 
 PUSHED = "pushed.json"
@@ -99,7 +99,7 @@ def push_folder(
             parent_commit=found.sha,
         )
         pushed = Pushed(repo_id, commit.oid, f"{constants.ENDPOINT}/{repo_id}", revision)
-        (folder / PUSHED).write_text(json.dumps(asdict(pushed), indent=1) + "\n", encoding="utf-8")
+        (folder / PUSHED).write_text(json_text(asdict(pushed)) + "\n", encoding="utf-8")
         if collection is not None:
             api.add_collection_item(collection, repo_id, "model", exists_ok=True)
     return pushed, commit.oid != found.sha

@@ -2,11 +2,13 @@
 
 import csv
 import io
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from distill.markdown import escaped, table
+from distill.records import json_text
 
 NAMES = {
     **{"cola": "CoLA", "sst2": "SST-2", "mrpc": "MRPC", "stsb": "STS-B", "qqp": "QQP", "mnli": "MNLI"},
@@ -94,7 +96,9 @@ def make_leaderboard(
         for model in report["models"]:
             found.setdefault(model["name"], {})[task, seed] = model
     runs = [(task, seed) for task in tasks for seed in seeds]
-    whole = [task for task in tasks if all((task, seed) in models for models in found.values() for seed in seeds)]
+    whole = [
+        task for task in tasks if all(_scores(models, task, [seed]) for models in found.values() for seed in seeds)
+    ]
     baseline = next((report["baseline"] for report in reports.values()), "")
     best = _average(found[baseline], whole, seeds) if baseline in found else None
     rows = []
@@ -132,12 +136,12 @@ def _median(ratios: list[float]) -> float | None:
 
 
 def _scores(models: Models, task: str, seeds: Sequence[int]) -> dict[str, Spread]:
-    """The task's metrics that were measured (MNLI's mismatched rows may be missing)."""
+    """The task's metrics that were measured (MNLI's mismatched rows may be missing), and are numbers."""
     measured = [models[task, seed]["metrics"] for seed in seeds if (task, seed) in models]
     return {
         metric: _spread([100 * metrics[metric] for metrics in measured])
         for metric in METRICS[task]
-        if all(metric in metrics for metrics in measured)
+        if measured and all(metrics.get(metric) is not None for metrics in measured)
     }
 
 
@@ -161,7 +165,7 @@ def _spread(values: list[float]) -> Spread:
 
 def as_json(board: Leaderboard) -> str:
     """Everything, every seed's value too."""
-    return json.dumps({"schema": 1, **asdict(board)}, indent=1, ensure_ascii=False) + "\n"
+    return json_text({"schema": 1, **asdict(board)}) + "\n"
 
 
 def as_markdown(board: Leaderboard, *more: str) -> str:
@@ -169,7 +173,7 @@ def as_markdown(board: Leaderboard, *more: str) -> str:
     header = ["model", *(_header(board, task) for task in board.tasks), "average"]
     header += ["average without WNLI"] * ("wnli" in board.averaged_tasks)
     header += ["retention", "params", "MB on disk", "speed-up, 1 row", "32 rows"]
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1)]
+    lines = [header]
     for row in board.rows:
         cells = [row.name, *(_cell(row.tasks.get(task)) for task in board.tasks), _shown(row.average)]
         cells += [_shown(row.average_without_wnli)] * ("wnli" in board.averaged_tasks)
@@ -177,13 +181,13 @@ def as_markdown(board: Leaderboard, *more: str) -> str:
         cells += ["–" if row.size_on_disk_bytes is None else f"{row.size_on_disk_bytes / 1e6:.1f}"]
         ratios = ("–" if ratio is None else f"{ratio:.2f}×" for ratio in (row.speed_up, row.throughput_ratio))
         lines.append([*cells, *ratios])
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     seeds = f"seed {board.seeds[0]}" if len(board.seeds) == 1 else f"mean ± deviation over seeds {board.seeds}"
+    baseline = escaped(board.baseline)
     about = (
         f"GLUE's own metrics × 100 on the validation rows, {seeds}; the average is the mean of the tasks' scores, "
-        f"retention that average over {board.baseline}'s, speed-up the time of {board.baseline} over the model's."
+        f"retention that average over {baseline}'s, speed-up the time of {baseline} over the model's."
     )
-    return "\n\n".join([table, about, *board.notes, *more]) + "\n"
+    return "\n\n".join([table(lines), about, *map(escaped, (*board.notes, *more))]) + "\n"
 
 
 def as_csv(board: Leaderboard) -> str:

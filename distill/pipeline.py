@@ -22,7 +22,7 @@ from distill.options import StudentOptions
 from distill.plan import Plan, PlannedStep
 from distill.processes import forget_precision, on_main_process, process_state, wait_for_everyone
 from distill.recipe import Recipe
-from distill.records import read_record
+from distill.records import json_text, read_record
 from distill.representations import show_pairs
 from distill.steps import Made, run_step
 from distill.yaml12 import dump_yaml
@@ -182,7 +182,7 @@ def _finish(plan: Plan, planned: PlannedStep, made: Made, *, started: datetime, 
 
 
 def _write_record(planned: PlannedStep, record: dict[str, Any]) -> None:
-    write_atomically(planned.folder / "step.json", json.dumps(record, indent=1, default=str, ensure_ascii=False) + "\n")
+    write_atomically(planned.folder / "step.json", json_text(record) + "\n")
 
 
 def _record(plan: Plan, planned: PlannedStep) -> dict[str, Any]:

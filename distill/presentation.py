@@ -10,6 +10,7 @@ from rich.table import Table
 from distill.benchmark import remarks_on
 from distill.console import remark, results, styled
 from distill.intervals import interval_method
+from distill.markdown import bullets, escaped, table
 from distill.plan import Plan
 
 _TWO_LINES = {
@@ -27,14 +28,14 @@ def print_report(report: dict[str, Any]) -> None:
     header, *rows = _rows(report)
     left_out = ("divergence", "params", "GFLOPs")  # so that it fits 80 columns
     shown = [index for index, column in enumerate(header) if column not in left_out]
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    shown_table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for index in shown:
-        table.add_column(
+        shown_table.add_column(
             _TWO_LINES.get(header[index], header[index]), justify="right" if index else "left", no_wrap=True
         )
     for row in rows:
-        table.add_row(*(row[index] for index in shown))
-    results.print(table)
+        shown_table.add_row(*(row[index] for index in shown))
+    results.print(shown_table)
     results.print(styled((_units(report), "dim")))
     for line in _comparison_lines(report):
         results.print(line)
@@ -44,27 +45,25 @@ def print_report(report: dict[str, Any]) -> None:
 
 def as_markdown(plan: Plan, report: dict[str, Any]) -> str:
     """What report.md holds."""
-    header, *rows = _rows(report)
-    table = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
     environment_line = ", ".join(f"{key} {value}" for key, value in report["environment"].items() if key != "benchmark")
     rows_scored = len(plan.data.splits[plan.data.task.validation_splits[0][0]])
     lines = [
-        f"# {plan.recipe.output_dir.resolve().name}",
+        f"# {escaped(plan.recipe.output_dir.resolve().name)}",
         f"{report['metric'].replace('_', ' ')} on {rows_scored} validation rows, with its 95 % interval "
         f"({interval_method(plan.data.task)}); "
         f"retention, agreement and divergence (KL in nats; of scores the squared difference) are against "
-        f"{report['baseline']}; {_units(report)}.",
-        "\n".join(f"| {' | '.join(row)} |" for row in table),
+        f"{escaped(report['baseline'])}; {_units(report)}.",
+        table(_rows(report)),
         "![accuracy against size and latency](report.png)",
         *(
-            [f"On the same rows (paired bootstrap):\n\n{_as_list(_comparison_lines(report))}"]
+            [f"On the same rows (paired bootstrap):\n\n{bullets(_comparison_lines(report))}"]
             if _comparison_lines(report)
             else []
         ),
-        _as_list(remarks(report))
+        bullets(remarks(report))
         or "No compressed model is larger than the one it was made from, and none more than 5 % slower.",
-        *([f"Data: {'; '.join(plan.data.notes)}."] if plan.data.notes else []),
-        f"Measured on {report['models'][0]['device']} in alternating rounds, medians: {environment_line}.",
+        *([f"Data: {escaped('; '.join(plan.data.notes))}."] if plan.data.notes else []),
+        f"Measured on {report['models'][0]['device']} in alternating rounds, medians: {escaped(environment_line)}.",
     ]
     return "\n\n".join(lines) + "\n"
 
@@ -86,11 +85,14 @@ def draw(report: dict[str, Any], path: Path) -> None:
     for axis, (label, values) in zip(axes, panels, strict=True):
         labels = []
         for model, value in zip(models, values, strict=True):
-            score = model["metrics"][report["metric"]]
-            reach = [[max(score - model["interval"][0], 0)], [max(model["interval"][1] - score, 0)]]
+            score, low, high = (
+                math.nan if number is None else number
+                for number in (model["metrics"][report["metric"]], *model["interval"])
+            )
+            reach = [[max(score - low, 0)], [max(high - score, 0)]]
             marker = "*" if model["name"] == report["baseline"] else "o"
             axis.errorbar(value, score, yerr=reach, fmt=marker, markersize=9, capsize=3, elinewidth=1)
-            if not math.isnan(value):
+            if not math.isnan(value + score):
                 labels.append((value, score, model["name"]))
         axis.set_xlabel(label)
         axis.set_xlim(0, 1.3 * max(value for value in values if not math.isnan(value)) if any(values) else 1)
@@ -100,7 +102,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     figure.draw_without_rendering()  # the scales are known from here on
     for axis, labels in zip(axes, panel_labels, strict=True):
         _write_apart(axis, labels)
-    axes[0].set_ylabel(f"{report['metric'].replace('_', ' ')} (95 % interval)")
+    axes[0].set_ylabel(f"{report['metric'].replace('_', ' ')} (95 % interval)", parse_math=False)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
@@ -122,7 +124,7 @@ def _write_apart(axis: Any, labels: list[tuple[float, float, str]]) -> None:
 
         offset = next((each for step in range(12) for each in (5 + 9 * step, 5 - 9 * step) if is_free(each)), 5)
         taken.append((left, left + width, middle + offset * pixels_per_point))
-        axis.annotate(name, (x, y), xytext=(6, offset), textcoords="offset points", fontsize=8)
+        axis.annotate(name, (x, y), xytext=(6, offset), textcoords="offset points", fontsize=8, parse_math=False)
 
 
 def remarks(report: dict[str, Any]) -> list[str]:
@@ -147,8 +149,8 @@ def _rows(report: dict[str, Any]) -> list[list[str]]:
     for model in report["models"]:
         row = [
             model["name"],
-            f"{model['metrics'][report['metric']]:.4f}",
-            "–".join(f"{bound:.3f}" for bound in model["interval"]),
+            _shown(model["metrics"][report["metric"]], ".4f"),
+            "–" if None in model["interval"] else "–".join(f"{bound:.3f}" for bound in model["interval"]),
             _shown(model["retention"], ".3f"),
             _shown(model["agreement"], ".3f"),
             _shown((model["divergence"] or {}).get("mean"), ".4f"),
@@ -169,6 +171,9 @@ def _comparison_lines(report: dict[str, Any]) -> list[str]:
     lines = []
     for each in report["comparisons"]:
         low, high = each["interval"]
+        if None in (each["difference"], low, high):
+            lines.append(f"{each['model']} − {each['over']}: no number, as the metric of one of them is none")
+            continue
         verdict = " (a tie)" if low <= 0 <= high else ""
         interval = f"95 % interval {low:+.4f} to {high:+.4f}"
         lines.append(f"{each['model']} − {each['over']}: {each['difference']:+.4f}, {interval}{verdict}")
@@ -194,7 +199,3 @@ def _units(report: dict[str, Any]) -> str:
 
 def _shown(value: float | None, form: str, factor: float = 1) -> str:
     return "–" if value is None else format(value * factor, form)
-
-
-def _as_list(lines: list[str]) -> str:
-    return "\n".join(f"- {line}" for line in lines)

@@ -1,13 +1,39 @@
-"""What a run folder says of itself: step.json."""
+"""What a run folder says of itself, step.json, and JSON as we write it."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+from distill.errors import InputError
+
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """A run folder's step.json; empty where there is none."""
+    """A run folder's step.json; empty where there is none, or what is left of one.
+
+    Raises:
+        InputError: it may not be read.
+    """
+    file = folder / "step.json"
     try:
-        return json.loads((folder / "step.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # no JSON, no text
         return {}
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror})") from None
+    return content if isinstance(content, dict) else {}
+
+
+def json_text(content: Any, *, indent: int | None = 1) -> str:
+    """JSON that every reader takes: null for numbers that are not finite, half surrogates written out."""
+    text = json.dumps(finite(content), indent=indent, ensure_ascii=False, allow_nan=False, default=str)
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def finite(content: Any) -> Any:
+    """The same with None for each number that is not finite, which JSON has no word for."""
+    if isinstance(content, dict):
+        return {key: finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content

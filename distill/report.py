@@ -17,7 +17,7 @@ from distill.options import QuantizeOptions
 from distill.pipeline import is_finished, lineage, write_atomically
 from distill.plan import Plan, PlannedStep, code_fingerprint
 from distill.presentation import as_markdown, draw
-from distill.records import read_record
+from distill.records import finite, json_text, read_record
 
 _SCORING_CODE = (
     *("readers", "data", "encoding", "masking", "tasks", "metrics", "entities", "questions", "models", "linears"),
@@ -55,7 +55,7 @@ def write_report(plan: Plan) -> dict[str, Any]:
     evaluations = {name: _evaluation(plan, name, locations[name], fingerprints[name], cache) for name in names}
     benchmarks = _benchmarks(plan, locations, fingerprints, cache)
     models = [_entry(plan, name, evaluations, benchmarks[name]) for name in names]
-    report = {
+    report: dict[str, Any] = {
         "schema": 1,
         "task": plan.recipe.task or plan.data.task.kind,
         "metric": plan.data.task.primary_metric,
@@ -66,7 +66,8 @@ def write_report(plan: Plan) -> dict[str, Any]:
         "comparisons": _comparisons(plan, evaluations, fingerprints, cache),
         "recoveries": _recoveries(plan, evaluations, benchmarks),
     }
-    write_atomically(plan.recipe.output_dir / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    report = finite(report)  # a correlation with constant predictions is no number
+    write_atomically(plan.recipe.output_dir / "report.json", json_text(report) + "\n")
     draw(report, plan.recipe.output_dir / "report.png")
     write_atomically(plan.recipe.output_dir / "report.md", as_markdown(plan, report))
     for entry in models:
@@ -195,6 +196,7 @@ def _read_cache(file: Path, key: str) -> Any:
 
 
 def _write_cache(file: Path, key: str, value: Any) -> None:
+    # For ourselves alone: numbers that are not finite stand in it as Python writes them, and come back as they were.
     write_atomically(file, json.dumps({"key": key, "value": value}))
 
 
@@ -228,8 +230,9 @@ def _divergence(plan: Plan, evaluation: Evaluation, baseline: Evaluation | None)
 
 
 def retention(metric: str, value: float, baseline: float) -> float | None:
-    """The primary metric over the baseline's (the other way round where lower is better); None for a baseline ≤ 0."""
-    if baseline <= 0:
+    """The primary metric over the baseline's (the other way round where lower is better); None for a baseline ≤ 0, or
+    one that is no number."""
+    if not baseline > 0:
         return None
     if metric in _LOWER_IS_BETTER:
         return baseline / value

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ from distill.linears import Int8Linear, dequantized
 from distill.metrics import divergences
 from distill.predictions import ProblemType, counted_logits, logits_of, problem_type
 from distill.quantize import quantized_module
+from distill.records import json_text
 from distill.representations import accepted_inputs
 
 _FORMATS = ("none", "int8", "nf4")
@@ -236,7 +236,7 @@ def write_sensitivity(folder: Path, budget: int, mixes: list[Mix], measured: lis
         "mixes": [asdict(mix) for mix in mixes],
         "modules": [asdict(each) | {"chosen": mixes[0].formats[each.module] == each.format} for each in measured],
     }
-    (folder / "sensitivity.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    (folder / "sensitivity.json").write_text(json_text(content) + "\n", encoding="utf-8")
     _draw(mixes[0], measured, folder / "sensitivity.png")
 
 

@@ -1,11 +1,14 @@
+import html
 import json
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 
 from distill.card import inherited, model_card
 from distill.options import VERBS
+from distill.yaml12 import parse_yaml
 
 REPORT = """# run
 
@@ -64,12 +67,12 @@ def card(tmp_path):
     (tmp_path / "student" / "config.json").write_text("{}")
     (tmp_path / "report.md").write_text(REPORT)
 
-    def write(recipe=None, metrics=None, name="me/it", **changes):
+    def write(recipe=None, metrics=None, name="me/it", form=ModelCard, **changes):
         (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe or {}))
         step = record(**changes)
         models = [{"name": name, "metrics": metrics or {"accuracy": 0.8}} for name in (step["name"], *OTHERS)]
         report = {"models": models}
-        return ModelCard(model_card(tmp_path / "student", step, report, name=name))
+        return form(model_card(tmp_path / "student", step, report, name=name))
 
     return write
 
@@ -180,3 +183,25 @@ def test_names_with_brackets_and_dollars_stay_as_they_are(card):
     found = card(labels=["$usage", "{x}"])
     assert "($usage, {x})" in found.text
     assert json.dumps(found.data.to_dict())
+
+
+@pytest.mark.parametrize(
+    "name", ["no", "1", "1e5", "a: b", "# a", "[ham]", "a|b", "`a`", "<b>", "*a*", "null", "x\n---\ny", "é", "{}"]
+)
+def test_odd_names_leave_valid_metadata_and_markdown(card, name):
+    text = card(labels=[name, "b"], data={**record()["data"], "path": f"/home/someone/{name}"}, form=str)
+    found = ModelCard(text)
+    (result,) = found.data.eval_results  # as the Hub's own client reads it
+    assert result.dataset_name == name
+    front_matter = text.split("\n---\n")[0].removeprefix("---\n")
+    assert parse_yaml(front_matter) == yaml.safe_load(front_matter)
+    shown = MarkdownIt().render(found.text.strip().split("\n\n")[1])
+    assert html.unescape(shown) == (
+        f"<p>A model for classification of {name} ({name}, b), distilled from the teacher <code>teacher</code>.</p>\n"
+    ).replace("\n---\n", " --- ")
+
+
+def test_a_metric_that_is_no_number_is_left_out_of_the_metadata(card):
+    data = card(metrics={"pearson": None, "spearmanr": 0.5}).data
+    assert [each.metric_type for each in data.eval_results] == ["spearmanr"]
+    assert card(metrics={"pearson": None}).data.get("eval_results") is None
