@@ -9,9 +9,11 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from distill.adapters import base_of
+from distill.local_names import base_name
 from distill.markdown import code, escaped
 from distill.quantize import METHOD
 from distill.readers import GLUE_ON_THE_HUB
+from distill.recipe import read_yaml
 from distill.records import read_record
 from distill.sources import split_revision
 from distill.usages import USAGES, usage_code
@@ -65,7 +67,7 @@ def model_card(
         plots: stands before the plots' names.
         adapted: for a folder of adapters, the repository of the model that they adapt.
     """
-    recipe = yaml.safe_load((folder.parent / "recipe.yaml").read_text(encoding="utf-8"))
+    recipe = read_yaml(folder.parent / "recipe.yaml")
     entry = next((each for each in (report or {}).get("models", []) if each["name"] == record["name"]), None)
     is_adapter = base_of(folder) is not None
     data = _metadata(record, recipe, entry, name=name, is_adapter=is_adapter, adapted=adapted)
@@ -221,7 +223,7 @@ def _shown(record: dict[str, Any], reference: str) -> str:
 
 
 def _base_name(path: str) -> str:
-    return path if path.startswith("package:") else Path(path.partition("#sha256=")[0]).name
+    return path if path.startswith("package:") else base_name(path.partition("#sha256=")[0])
 
 
 def _is_quantized(folder: Path) -> bool:

@@ -28,6 +28,7 @@ from distill.pipeline import run_plan
 from distill.plan import Plan, make_plan
 from distill.presentation import print_report
 from distill.processes import check_launch, on_main_process
+from distill.publishing import left_out
 from distill.recipe import SET_BY_THE_RUN, Recipe, load_recipe, located, parse_options, parse_value
 from distill.records import json_text
 from distill.report import write_report
@@ -292,6 +293,7 @@ def _push(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     if arguments.dry_run is not None:
         content = to_push(arguments.folder, arguments.repo_id)
         write_content(content, arguments.dry_run)
+        _print_left_out(arguments.folder)
         results.print(f"{arguments.dry_run}: {len(content)} files, as they would be pushed to {arguments.repo_id}")
         return
     _push_one(
@@ -319,7 +321,14 @@ def _push_one(
     folder: Path, repo_id: str, *, private: bool = False, revision: str | None = None, collection: str | None = None
 ) -> None:
     pushed, is_new = push_folder(folder, repo_id, private=private, revision=revision, collection=collection)
+    _print_left_out(folder)
     results.print(f"→ {pushed.url}{'' if is_new else ' (nothing had changed)'}")
+
+
+def _print_left_out(folder: Path) -> None:
+    names = left_out(folder)
+    if names:
+        results.print(f"note: not pushed, as no files of a model that others load: {', '.join(names)}")
 
 
 def _measurable_plan(path: Path, overrides: dict[str, str] | None) -> Plan:

@@ -28,15 +28,22 @@ from huggingface_hub.utils import disable_progress_bars
 from distill.adapters import ADAPTER_CONFIG
 from distill.card import TAG, model_card
 from distill.console import log
+from distill.credentials import known_secrets, refuse_secrets
 from distill.errors import InputError
+from distill.local_names import LocalNames
+from distill.publishing import published
+from distill.recipe import read_yaml
 from distill.records import json_text, read_record
 from distill.sources import causes, reason_of, repo_id_problem, split_revision
 
 PUSHED = "pushed.json"
 """In a run folder: where its model was pushed to."""
 
-_MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.png", "*.csv")
-_NOT_PUSHED = ("step.json", PUSHED, "profile.json")
+_READ_OF_A_RECORD = (
+    *("name", "run", "kind", "text", "labels", "parents", "ancestors", "sources", "root", "options", "environment"),
+    *("data", "data_revision", "rows", "scored", "layers", "layer_pairs", "train_seconds", "started", "wall_seconds"),
+)
+_READ_OF_A_REPORT = {"baseline", "metric", "models"}
 _WEIGHTS = re.compile(r"[^/]*\.safetensors(\.index\.json)?|adapter_config\.json")
 _FILES_OF_ANY_REPOSITORY = re.compile(r"\.git.*|README\.md|LICENSE.*")
 _CACHED_MODEL = re.compile(r".*/models--(?P<id>[^/]+)/snapshots/(?P<revision>[0-9a-f]{40})/?")
@@ -94,7 +101,7 @@ def push_folder(
                 *(CommitOperationAdd(name, source) for name, source in content.items()),
                 *(CommitOperationDelete(name) for name in stale),
             ],
-            commit_message=f"Push {folder.resolve().name}",
+            commit_message=f"Push {read_record(folder)['name']}",
             revision=revision,
             parent_commit=found.sha,
         )
@@ -106,24 +113,23 @@ def push_folder(
 
 
 def to_push(folder: Path, repo_id: str) -> dict[str, Path | bytes]:
-    """What is pushed: for each path in the repository a file, or its content.
+    """What is pushed, and the same by a dry run: for each path in the repository a file, or its content.
 
     Raises:
-        InputError: a wrong name, an unfinished folder, a report that is missing or old, or adapters of a local model.
+        InputError: a wrong name, an unfinished folder, a report that is missing or old, adapters of a local model, or
+            what looks like a token in what would be pushed.
     """
     problem = repo_id_problem(repo_id)
     if problem:
         raise InputError(f"--repo-id: {problem}")
     record, report = _finished(folder)
-    run = folder.resolve().parent
-    names = [path for pattern in _MODEL_FILES for path in sorted(folder.glob(pattern)) if path.name not in _NOT_PUSHED]
-    content: dict[str, Path | bytes] = {path.name: path for path in names}
-    content |= {name: run / name for name in ("recipe.yaml", "report.json", "report.png") if (run / name).is_file()}
-    adapted = None
-    if ADAPTER_CONFIG in content:
-        adapted, config = _adapted(folder)
-        content[ADAPTER_CONFIG] = (json.dumps(config, indent=2) + "\n").encode()
-    card = model_card(folder.resolve(), record, report, name=repo_id, adapted=adapted)
+    names = LocalNames(folder, read_yaml(folder.resolve().parent / "recipe.yaml"), report)
+    adapted, config = _adapted(folder) if (folder / ADAPTER_CONFIG).is_file() else (None, {})
+    content = published(folder, names, report)
+    if adapted is not None:
+        content[ADAPTER_CONFIG] = (json_text(names.rewritten(config), indent=2) + "\n").encode()
+    card = names.in_markdown(model_card(folder.resolve(), record, report, name=repo_id, adapted=adapted))
+    refuse_secrets("README.md", card, known_secrets())
     return content | {"README.md": card.encode()}
 
 
@@ -131,13 +137,16 @@ def write_content(content: dict[str, Path | bytes], folder: Path) -> None:
     """Write what would be pushed into a folder.
 
     Raises:
-        InputError: there is something already.
+        InputError: there is something already, or it can't be written.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"--dry-run: {folder} is not empty; name a new folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, source in content.items():
-        (folder / name).write_bytes(source if isinstance(source, bytes) else source.read_bytes())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, source in content.items():
+            (folder / name).write_bytes(source if isinstance(source, bytes) else source.read_bytes())
+    except OSError as error:
+        raise InputError(f"--dry-run: {folder} cannot be written ({error.strerror})") from None
 
 
 def require_token() -> None:
@@ -165,13 +174,19 @@ def _finished(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         steps = [path.parent.name for path in sorted(folder.glob("*/step.json"))]
         hint = f"; name a step of it: {', '.join(str(folder / name) for name in steps)}" if steps else ""
         raise InputError(f"{folder}: no run folder (no step.json){hint}")
-    if record["status"] != "finished":
+    if record.get("status") != "finished":
         raise InputError(f"{folder}: the step is not finished; `distill run` finishes it")
     file = folder.resolve().parent / "report.json"
     remedy = "`distill report` writes it, and the card shows its numbers"
     if not file.is_file():
         raise InputError(f"{folder}: its run has no report.json; {remedy}")
-    report = json.loads(file.read_text(encoding="utf-8"))
+    report = _read_report(file, remedy)
+    missing = [key for key in _READ_OF_A_RECORD if key not in record]
+    if missing:
+        raise InputError(
+            f"{folder}: its step.json lacks {', '.join(missing)}, as another version of distill wrote it; "
+            "`distill run` the step again"
+        )
     ended = datetime.fromisoformat(record["started"]) + timedelta(seconds=record["wall_seconds"])
     known = [model["name"] for model in report["models"]]
     if file.stat().st_mtime < ended.timestamp():
@@ -181,6 +196,16 @@ def _finished(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f"{folder}: report.json leaves it out, as it is not what the recipe would make now; `distill run` it again"
         )
     return record, report
+
+
+def _read_report(file: Path, remedy: str) -> dict[str, Any]:
+    try:
+        report = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: cannot be read ({reason_of(error)}); {remedy}") from None
+    if not isinstance(report, dict) or not report.keys() >= _READ_OF_A_REPORT:
+        raise InputError(f"{file}: no report of this version of distill; {remedy}")
+    return report
 
 
 def _adapted(folder: Path) -> tuple[str, dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from rich import box
 from rich.table import Table
@@ -68,8 +68,8 @@ def as_markdown(plan: Plan, report: dict[str, Any]) -> str:
     return "\n\n".join(lines) + "\n"
 
 
-def draw(report: dict[str, Any], path: Path) -> None:
-    """The metric against bytes and against latency."""
+def draw(report: dict[str, Any], path: Path | BinaryIO) -> None:
+    """The metric against bytes and against latency, as a PNG image."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 from huggingface_hub import ModelCard
 
 from distill.errors import InputError
@@ -406,6 +407,69 @@ def test_adapters_of_a_model_that_was_not_pushed_are_refused(run, adapters, tmp_
         written = json.loads(to_push(folder, "me/adapted")["adapter_config.json"])
         assert written["base_model_name_or_path"] == "acme/base"
     assert written["revision"] == "a" * 40
+
+
+LOCAL_RECIPE = """
+output_dir: {place}/runs/quiet
+data: {{kind: classification, path: {place}/rows-of-erika.quux, max_length: 24}}
+benchmark: {{sequence_length: 16, throughput_batch_size: 2, rounds: 1}}
+steps:
+  student: {{run: distill, teacher: {place}/teachers/big, num_layers: 1, max_steps: 2, run_name: erika.quux-on-quuxbox}}
+  mixed: {{run: quantize, model: student, bits_budget: 6}}
+  adapted: {{run: finetune, model: mixed, lora: {{r: 2}}, max_steps: 2}}
+"""
+
+
+def test_a_push_tells_no_path_user_or_host(hub, worker, tmp_path):
+    """A run whose model, rows and folders lie where nobody else should look."""
+    place = tmp_path / "zanzibar" / "erika.quux" / "secret-clients"
+    names = {"id2label": {0: "ham", 1: "spam"}, "label2id": {"ham": 0, "spam": 1}}
+    tiny_bert(**names).save_pretrained(place / "teachers" / "big")
+    make_tokenizer().save_pretrained(place / "teachers" / "big")
+    rows = [{"text": row["sentence"], "label": ["ham", "spam"][row["label"]]} for row in sentences(60)]
+    write_rows(place / "rows-of-erika.quux" / "train.jsonl", rows)
+    (place / "r.yaml").write_text(LOCAL_RECIPE.format(place=place))
+    of_erika = f"import os, socket\nbefore = {{key: os.environ.get(key) for key in ('HOME', 'LOGNAME')}}\nname = socket.gethostname\n"
+    of_erika += (
+        f"os.environ.update(HOME={str(place.parent)!r}, LOGNAME='erika.quux')\nsocket.gethostname = lambda: 'quuxbox'"
+    )
+    worker(code=of_erika)
+    try:
+        reply = worker("run", place / "r.yaml")
+        assert reply.status == 0, reply.err
+        run = place / "runs" / "quiet"
+        (run / "mixed" / "notes-of-erika.md").write_text("a secret")
+        before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+        for name in ("student", "mixed", "adapted"):
+            reply = worker("push", run / name, "--repo-id", f"me/quiet-{name}")
+            assert reply.status == 0, reply.err
+            assert ("not pushed, as no files of a model that others load: notes-of-erika.md" in reply.out) is (
+                name == "mixed"
+            )
+            assert worker("push", run / name, "--repo-id", f"me/quiet-{name}", "--dry-run", tmp_path / name).status == 0
+    finally:
+        worker(
+            code="os.environ.update({key: value for key, value in before.items() if value})\nsocket.gethostname = name"
+        )
+    assert {path: path.read_bytes() for path in before} == before
+    assert before[run / "recipe.yaml"].count(b"secret-clients") > 2  # there was something to hide
+    assert before[run / "report.json"].count(b"secret-clients") > 2
+    for name in ("student", "mixed", "adapted"):
+        repository = hub.model(f"me/quiet-{name}")
+        for content in (content for files in repository.commits.values() for content in files.values()):
+            for word in ("zanzibar", "erika", "secret-clients", "quuxbox", str(tmp_path), str(worker.home)):
+                assert word.encode() not in content.lower()
+        files = {file: content for file, content in repository.files().items() if file != ".gitattributes"}
+        assert {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} == files
+        recipe = yaml.safe_load(files["recipe.yaml"])
+        assert (recipe["output_dir"], recipe["data"]["path"]) == ("runs/quiet", "rows-of-user")
+        assert recipe["steps"]["student"] == {"run": "distill", "teacher": "big", "num_layers": 1, "max_steps": 2}
+        report = json.loads(files["report.json"])
+        assert report["baseline"] == report["models"][0]["name"] == report["models"][1]["parents"][0] == "big"
+        assert files["report.png"] != before[run / "report.png"]  # there the path was drawn
+    assert files["adapter_config.json"].count(b'"me/quiet-mixed"') == 1
+    assert "notes-of-erika.md" not in hub.model("me/quiet-mixed").files()
+    assert "sensitivity.json" in hub.model("me/quiet-mixed").files()
 
 
 METRIC = """
