@@ -20,6 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from distill.console import progress
 from distill.errors import InputError
+from distill.hardware import accelerator_name, compute_device, wait_for
 from distill.linears import Int8Linear
 from distill.models import load_config, longest_input, quiet_loading, size_on_disk
 from distill.quantize import weight_memory
@@ -76,7 +77,7 @@ def benchmark_models(
     Raises:
         InputError: a model is too short for `sequence_length`.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = compute_device()
     models = {name: _load(location).to(device).eval() for name, location in locations.items()}
     if device.type == "cpu":
         models |= _variants(models, made_from or {})
@@ -153,7 +154,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": accelerator_name(),
     }
 
 
@@ -250,12 +251,10 @@ def _random_inputs(
 
 
 def _seconds(model: PreTrainedModel, inputs: dict[str, torch.Tensor], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    wait_for(device)
     start = time.perf_counter()
     model(**inputs)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    wait_for(device)
     return time.perf_counter() - start
 
 

@@ -20,6 +20,7 @@ from distill.console import log, log_errors, log_handler, remark, results
 from distill.data import DataOptions
 from distill.errors import InputError, MainProcessFailed, TrainingDiverged
 from distill.evaluation import evaluate_model
+from distill.hardware import available_cores
 from distill.hub import push_folder, require_token, to_push, write_content
 from distill.launch import check_config, find_config, launch
 from distill.models import fetch_weights, find_model, load_classifier, load_processor
@@ -55,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if unknown:
             command = next(word for word in plain if not word.startswith("-"))
             parser.error(f"unrecognized arguments: {' '.join(unknown)}\n{_hint(command, unknown[0])}")
-        return known.command(known, overrides) or 0
+        with available_cores():
+            return known.command(known, overrides) or 0
     except InputError as error:
         log_errors(error.problems)
         return 2

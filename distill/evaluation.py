@@ -20,6 +20,7 @@ from transformers import (
 from distill.console import progress
 from distill.data import Data
 from distill.encoding import Processor
+from distill.hardware import compute_device
 from distill.intervals import score_interval, token_losses
 from distill.metrics import compute_metrics, language_scores, predict, words_of
 from distill.predictions import IGNORED, logits_of
@@ -47,8 +48,7 @@ def evaluate_model(
     model: PreTrainedModel, tokenizer: Processor, data: Data, *, name: str = "model", batch_size: int = 64
 ) -> Evaluation:
     """Metrics on every scored split (`test_…` for a labelled test split, which chooses nothing)."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = model.to(device).eval()
+    model = model.to(compute_device()).eval()
     metrics: dict[str, float] = {}
     interval = (0.0, 0.0)
     predictions: list = []

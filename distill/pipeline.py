@@ -177,6 +177,8 @@ def _finish(plan: Plan, planned: PlannedStep, made: Made, *, started: datetime, 
         shutil.copymode(planned.folder / "step.json", weights)
     record = _record(plan, planned) | asdict(made)
     record |= {"started": started.isoformat(timespec="seconds"), "wall_seconds": round(seconds, 2)}
+    if made.learning_rate is not None:
+        record["options"]["learning_rate"] = made.learning_rate
     write_model_card(planned.folder, record)
     _write_record(planned, {**record, "status": "finished"})
 

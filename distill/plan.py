@@ -51,7 +51,7 @@ _TRAINING_CODE = (
     *_MODEL_CODE,
     *("readers", "columns", "unlabelled", "tasks", "data", "encoding", "masking", "batches", "cache", "hardware"),
     *("packing", "config", "losses", "predictions", "representations", "teacher", "objective", "monitoring"),
-    *("adapters", "trainer"),
+    *("adapters", "arguments", "conditions", "trainer"),
 )
 _CODE = {
     "finetune": _TRAINING_CODE,

@@ -1,7 +1,8 @@
 """The processes of a run: how many there are, and work that one of them does while the others wait."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
 from typing import TypeVar
@@ -38,6 +39,38 @@ def process_state() -> PartialState:
 def forget_precision() -> None:
     """Let the next trainer of this process choose its own: Accelerate keeps the first one's, and refuses another."""
     AcceleratorState._reset_state()
+
+
+def forget_other_precision(mixed_precision: str) -> None:
+    """`forget_precision`, where the one that Accelerate keeps is another."""
+    if AcceleratorState._shared_state.get("_mixed_precision", mixed_precision) != mixed_precision:
+        forget_precision()
+
+
+class AcceleratorSnapshot:
+    """Accelerate's state, one for the whole process, as a trainer found it.
+
+    Another trainer's precision, or a mere `TrainingArguments` made since, has replaced it by the time that this trainer
+    runs.
+    """
+
+    def __init__(self) -> None:
+        self._states = [(kind._shared_state, dict(kind._shared_state)) for kind in (PartialState, AcceleratorState)]
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """The state as it was, for the time of a run."""
+        now = AcceleratorSnapshot()
+        self._put()
+        try:
+            yield
+        finally:
+            now._put()
+
+    def _put(self) -> None:
+        for shared, values in self._states:
+            shared.clear()
+            shared.update(values)
 
 
 def runs_on_cpu() -> bool:

@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.profiler import ProfilerActivity, profile, record_function, schedule
+from torch.profiler import ProfilerActivity, profile, record_function, schedule, supported_activities
 from transformers import TrainerCallback
 
 from distill.console import log
@@ -41,7 +40,7 @@ class StepProfile(TrainerCallback):
         skipped = min(_FIRST_STEPS, max(left - 2, 0))
         self._steps = max(1, min(_STEPS, left - skipped - 1))
         self._profiler = profile(
-            activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])],
+            activities=supported_activities(),
             schedule=schedule(wait=skipped, warmup=1, active=self._steps, repeat=1),
             on_trace_ready=self._write,
         )
@@ -75,7 +74,8 @@ class StepProfile(TrainerCallback):
 
 def _table(profiler: profile, steps: int) -> str:
     """Milliseconds of each phase in a step; on a GPU those that it computes, which the host does not wait for."""
-    name = "device_time_total" if torch.cuda.is_available() else "cpu_time_total"
+    on_accelerator = supported_activities() != {ProfilerActivity.CPU}
+    name = "device_time_total" if on_accelerator else "cpu_time_total"
     totals = {event.key: getattr(event, name) / 1000 / steps for event in profiler.key_averages()}
     whole = sum(event.cpu_time_total for event in profiler.key_averages() if event.key.startswith("ProfilerStep"))
     whole = whole / 1000 / steps

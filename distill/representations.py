@@ -1,15 +1,18 @@
 """What the losses compare: which layers of a model, read in one forward, projected where widths differ."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from distill.errors import InputError
+from distill.hardware import attention_of
 from distill.losses import mean_pool
 from distill.packing import unpacked
 from distill.predictions import SPAN_LABELS, logits_of, plain_model
@@ -160,30 +163,56 @@ class Reader:
     """Runs a model and reads representations from it.
 
     Queries, keys and values are caught by hooks, so they are there under every attention implementation; attention
-    maps exist in eager attention alone, to which the model is switched.
+    maps exist in eager attention alone, to which the model is switched while it is read (see `attached`).
 
     Raises:
         InputError: the model gives no attention maps, or its projections have names that are not known here.
     """
 
-    def __init__(self, model: PreTrainedModel, wanted: Sequence[Wanted]):
+    def __init__(self, model: PreTrainedModel | PeftModel, wanted: Sequence[Wanted]):
         self.model = model
         self.wanted = wanted
         self._caught: dict[int, dict[str, Tensor]] | None = None
         self._names: tuple[str, ...] = ()
-        if any(each.attention for each in wanted):
+        self._attached = False
+        self._needs_maps = any(each.attention for each in wanted)
+        if self._needs_maps:
             try:
-                model.set_attn_implementation("eager")
+                with attention_of([model], "eager"):
+                    pass
             except ValueError as error:
                 raise InputError(
                     f"attention_weight: {type(model).__name__} has no eager attention ({error})"
                 ) from error
         layers = sorted({layer for each in wanted for layer in each.relations})
-        if layers:
-            self._hook(layers)
+        self._projections = self._find_projections(layers) if layers else []
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """The model with hooks and in the attention that reading needs; a call does so by itself outside of this.
+
+        Around a training it lets a backward that computes blocks again find the same attention.
+        """
+        if self._attached:
+            yield
+            return
+        with ExitStack() as stack:
+            if self._needs_maps:
+                stack.enter_context(attention_of([self.model], "eager"))
+            for layer, name, module in self._projections:
+                stack.callback(module.register_forward_hook(self._catcher(layer, name)).remove)
+            self._attached = True
+            stack.callback(setattr, self, "_attached", False)
+            yield
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, list[Representations]]:
         """The logits, and what each of `wanted` names; of a batch's tensors the model gets those that it takes."""
+        if self._attached:
+            return self._read(inputs)
+        with self.attached():
+            return self._read(inputs)
+
+    def _read(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, list[Representations]]:
         self._caught = {}
         try:
             outputs = self.model(
@@ -220,8 +249,10 @@ class Reader:
         heads = self.model.config.num_attention_heads if states[1].shape != states[0].shape else 1
         return [_for_every_query(state, states[0].shape[-1], heads) for state in states]
 
-    def _hook(self, layers: list[int]) -> None:
+    def _find_projections(self, layers: list[int]) -> list[tuple[int, str, nn.Module]]:
+        """The modules that compute the queries, keys and values of these layers, with their layer and name."""
         _, blocks = find_blocks(self.model)
+        found = []
         for layer in layers:
             inside = {name.rpartition(".")[2]: module for name, module in blocks[layer - 1].named_modules()}
             names = next((names for names in _PROJECTION_NAMES if all(name in inside for name in names)), None)
@@ -231,8 +262,8 @@ class Reader:
                     "are not known; set relation_weight: 0"
                 )
             self._names = names
-            for name in names:
-                inside[name].register_forward_hook(self._catcher(layer, name))
+            found += [(layer, name, inside[name]) for name in names]
+        return found
 
     def _catcher(self, layer: int, name: str) -> Any:
         def catch(module: nn.Module, arguments: tuple, output: Tensor) -> None:

@@ -18,6 +18,7 @@ from distill.encoding import Processor, beside
 from distill.evaluation import input_batches, metrics_while_training
 from distill.formats import Format, choose_formats
 from distill.gptq import compensate
+from distill.hardware import compute_device
 from distill.models import load_classifier, load_for_finetuning, load_processor
 from distill.options import (
     DistillOptions,
@@ -53,6 +54,8 @@ class Made:
     device: str | None = None
     effective_batch_size: int | None = None
     """Rows of an optimizer step, all processes together; null where batches are made by their tokens."""
+    learning_rate: float | None = None
+    """The highest; by default it follows from the student's width."""
     log: list[dict[str, float]] = field(default_factory=list)
     """Trainer's log lines."""
 
@@ -100,7 +103,7 @@ def distill(
     if "model" in inputs:
         source = load_for_finetuning(inputs["model"], data.task, from_scratch=options.from_scratch)
     else:
-        source = next(teacher for teacher, _ in teachers if isinstance(teacher, PreTrainedModel))
+        source = next(teacher for teacher, _ in teachers if not isinstance(teacher, str))
     return _train(_cut_student(source, options), teachers, options, data, started_from, folder, profile)
 
 
@@ -110,7 +113,7 @@ def quantize(options: QuantizeOptions, inputs: dict[str, str], data: Data, folde
     def work() -> None:
         model = load_classifier(inputs["model"], data.task, label_map=options.label_map, dtype=torch.float32)
         processor = load_processor(inputs["model"], data.task.kind, data.max_length)
-        model.to("cuda" if torch.cuda.is_available() and options.reads_rows else "cpu")
+        model.to(compute_device() if options.reads_rows else "cpu")
         if options.bits_budget is None:
             formats = choose_formats(model, options)
         else:
@@ -231,6 +234,7 @@ def _train(
         world_size=trainer.accelerator.num_processes,
         device=trainer.args.device.type,
         effective_batch_size=rows_of_a_step,
+        learning_rate=trainer.args.learning_rate,
         log=trainer.state.log_history,
     )
 

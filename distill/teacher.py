@@ -7,14 +7,16 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from torch.profiler import record_function
 from transformers import PretrainedConfig, PreTrainedModel
 
 from distill.cache import TEACHER_OUTPUTS, Layout, TeacherCache, restored
+from distill.conditions import evaluating
 from distill.config import PARTS, DistillationConfig, is_on
 from distill.errors import InputError
-from distill.predictions import ProblemType, predicting_alone, problem_type
+from distill.predictions import ProblemType, plain_model, predicting_alone, problem_type
 from distill.representations import (
     Reader,
     Representations,
@@ -30,7 +32,7 @@ FROM_DATA = "data"
 
 STORED_COLUMNS = STORED_LOGITS, STORED_PROBABILITIES = "teacher_logits", "teacher_probabilities"
 
-AnyTeacher: TypeAlias = PreTrainedModel | Literal["data"]
+AnyTeacher: TypeAlias = PreTrainedModel | PeftModel | Literal["data"]
 
 
 @dataclass
@@ -42,7 +44,7 @@ class Teacher:
     """Of the teachers' weight; the shares of all teachers sum to 1."""
     number: int = 0
     """Its position among the teachers."""
-    model: PreTrainedModel | None = None
+    model: PreTrainedModel | PeftModel | None = None
     """None for predictions that the rows carry."""
     student_wants: Wanted = field(default_factory=Wanted)
     """What of the student stands against this teacher, in the order of what is read from the teacher."""
@@ -74,9 +76,8 @@ class Teacher:
         stored, layout = batch.get(TEACHER_OUTPUTS, {}).get(str(self.number)), self.layout
         if stored is not None and layout is not None:
             return restored(stored, layout, batch["attention_mask"])
-        self.model.eval()  # whatever was called on it since
         predicting = predicting_alone(self.model, counted)
-        with record_function("teacher"), torch.inference_mode(), self.autocast(), predicting:
+        with record_function("teacher"), torch.inference_mode(), evaluating(self.model), self.autocast(), predicting:
             logits, (shown,) = self.reader(self.inputs(batch))
         # Outside of inference mode, as the student's backward may keep them.
         return logits.clone(), shown.cloned()
@@ -119,7 +120,7 @@ def fillers_of(teachers: Sequence["Teacher"]) -> dict[str, int]:
 
 
 def match_teachers(
-    student: PreTrainedModel,
+    student: PreTrainedModel | PeftModel,
     teachers: Sequence[AnyTeacher],
     config: DistillationConfig,
     *,
@@ -238,8 +239,8 @@ def comparable(config: DistillationConfig, models: Sequence[PretrainedConfig], *
 
 
 def _match(
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
+    student: PreTrainedModel | PeftModel,
+    teacher: PreTrainedModel | PeftModel,
     problem: ProblemType,
     config: DistillationConfig,
     on: Sequence[str],
@@ -274,7 +275,8 @@ def _match(
             )
     shared_words = None
     if problem_type(teacher) != problem:
-        problems.append(f"teacher: {type(teacher).__name__} does not predict what {type(student).__name__} does")
+        names = [type(plain_model(model)).__name__ for model in (teacher, student)]
+        problems.append(f"teacher: {names[0]} does not predict what {names[1]} does")
     elif student.config.num_labels != teacher.config.num_labels:
         problems.append(f"teacher: has {teacher.config.num_labels} outputs and the student {student.config.num_labels}")
     elif problem in ("masked_lm", "causal_lm") and student.config.vocab_size != teacher.config.vocab_size:
@@ -305,7 +307,7 @@ def _match(
         problem=problem,
         share=share,
         number=number,
-        model=teacher.requires_grad_(False),
+        model=teacher,
         student_wants=wanted(0),
         reader=Reader(teacher, [wanted(1)]),
         relation_heads=relation_heads,

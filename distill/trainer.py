@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,31 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.profiler import record_function
 from torch.utils.data import DataLoader, RandomSampler, Sampler, SequentialSampler
-from transformers import DataCollatorForTokenClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    DataCollatorForTokenClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
 from distill.adapters import with_adapters
+from distill.arguments import check_given, own_arguments
 from distill.batches import COUNTED_ROWS, Reader, length_loader, row_lengths, with_columns
 from distill.cache import TEACHER_OUTPUTS, CachePlan, Outputs, build_cache, plan_cache
-from distill.config import DistillationConfig, TrainingConfig, default_learning_rate, is_on, value_at
+from distill.conditions import (
+    checkpointing_kept,
+    determinism,
+    frozen,
+    modes_kept,
+    on_device,
+    using_cache,
+    verbosity_of,
+)
+from distill.config import DistillationConfig, is_on, value_at
 from distill.console import log
 from distill.errors import InputError
-from distill.hardware import fast_attention, keep_freed_memory, use_available_cores
+from distill.hardware import available_cores, fast_attention, freed_memory_kept
 from distill.masking import masking_of
 from distill.models import quiet_loading
 from distill.monitoring import Announcement, DivergenceWatch, Sums
@@ -40,7 +55,7 @@ from distill.predictions import (
     predicting_alone,
     problem_type,
 )
-from distill.processes import wait_for_everyone
+from distill.processes import AcceleratorSnapshot, forget_other_precision, wait_for_everyone
 from distill.qat import FakeQuantization, check_quantizable, fake_quantized
 from distill.representations import ProjectedStudent, accepted_inputs, input_names, tokens_of_image, width_of
 from distill.student import dropout
@@ -61,30 +76,40 @@ class DistillationTrainer(transformers.Trainer):
     is multi-label learns sets of labels, any other learns classes. Rows without a label (−100, or NaN) count in every
     loss but the hard one.
 
+    But for the student's weights, all that it is given is as it was once a training or an evaluation has ended, however
+    it ended: the models' modes, attention, hooks and devices (the student's own aside, which stays on the trainer's),
+    the arguments, and the process's threads and memory.
+
     Args:
         model: the student.
-        teacher: its predictions and representations are the target; kept in eval mode, frozen, and out of every
-            checkpoint. Several teachers share the weights (`teacher_weights`). "data" stands for predictions in the
-            rows' column `teacher_logits` or `teacher_probabilities` (for the soft loss). None trains on labels alone
-            (fine-tuning), with a plain `TrainingConfig`.
-        args: a `DistillationConfig`.
+        teacher: its predictions and representations are the target; in eval mode while it predicts, never trained, and
+            in no checkpoint. A PEFT model predicts with its active adapters. Several teachers share the weights
+            (`teacher_weights`). "data" stands for predictions in the rows' column `teacher_logits` or
+            `teacher_probabilities` (for the soft loss). None trains on labels alone (fine-tuning), with a plain
+            `TrainingConfig`.
+        args: a `DistillationConfig`; of plain `TrainingArguments` every value is kept. The trainer has its own copy.
         peft_config: train adapters (PEFT) of the model alone; what is saved is then the adapter. A model that has
             adapters already (`get_peft_model`) will do as well.
+        trainer_arguments: the others of `transformers.Trainer`, but for `model_init` and `compute_loss_func`.
 
     Raises:
-        InputError: weights that need a teacher without one, a layer map out of range, or models that don't fit.
+        InputError: what is no model, no data set or no arguments; weights that need a teacher without one, a layer map
+            out of range, or models that don't fit.
         TrainingDiverged: while training, a loss that is NaN or infinite; the last checkpoint is from before.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel = None,  # type: ignore[assignment]  # told in one message
         teacher: AnyTeacher | Sequence[AnyTeacher] | None = None,
-        args: TrainingConfig | None = None,
+        args: TrainingArguments | None = None,
         peft_config: PeftConfig | None = None,
         **trainer_arguments: Any,
     ):
-        args = DistillationConfig(output_dir="distilled") if args is None else args
+        alone = isinstance(teacher, str | nn.Module)
+        teachers: list[Any] = [teacher] if alone else list(teacher or [])  # type: ignore[arg-type]
+        check_given(model, teachers, args, trainer_arguments)
+        args = own_arguments(args, model.config, with_teacher=bool(teachers))
         if peft_config is not None:
             transformers.set_seed(args.seed)  # adapters are drawn here
             model = with_adapters(model, peft_config)
@@ -98,7 +123,6 @@ class DistillationTrainer(transformers.Trainer):
         self.weights = args.loss_weights if isinstance(args, DistillationConfig) else {"hard": 1.0}
         self.teachers: list[Teacher] = []
         if isinstance(args, DistillationConfig):
-            teachers = [teacher] if isinstance(teacher, str | PreTrainedModel) else list(teacher or [])
             tokenizer = trainer_arguments.get("processing_class")
             self.teachers = match_teachers(
                 model,
@@ -107,36 +131,45 @@ class DistillationTrainer(transformers.Trainer):
                 columns=getattr(trainer_arguments.get("train_dataset"), "column_names", None) or [],
                 vocabulary=len(tokenizer) if isinstance(tokenizer, PreTrainedTokenizerBase) else None,
             )
-            if args.learning_rate is None:
-                args.learning_rate = default_learning_rate(width_of(model.config))
             transformers.set_seed(args.seed)  # projections are drawn here
         if args.quantization is not None:
             check_quantizable(model, args.quantization)
         self._quantized: FakeQuantization | None = None
-        if args.freeze_embeddings:
-            model.get_input_embeddings().requires_grad_(False)
         uses_logits = is_on(self.weights["hard"]) or is_on(self.weights.get("soft", 0))
         trained: nn.Module = model
         if self.teachers:
             wanted = [each.student_wants for each in self.teachers]
             widths = [width_of((each.model or model).config) for each in self.teachers]
             trained = ProjectedStudent(model, wanted, widths, uses_logits=uses_logits)
+            if trained.projections and (trainer_arguments.get("optimizers") or (None,))[0] is not None:
+                raise InputError(
+                    "optimizers: they lack the projections between the widths of student and teacher, which are made "
+                    "here; say optimizer_cls_and_kwargs, or optim in args"
+                )
         self._image_tokens = tokens_of_image(model, [each.student_wants for each in self.teachers])
         self._collates_otherwise = trainer_arguments.get("data_collator") is not None
         tokenizer = trainer_arguments.get("processing_class")
         if self.problem_type in OF_TOKENS and tokenizer is not None and not self._collates_otherwise:
             trainer_arguments["data_collator"] = DataCollatorForTokenClassification(tokenizer)
         self._fillers = fillers_of(self.teachers)
-        super().__init__(
-            model=trained,
-            args=args,
-            callbacks=[Announcement(self.teachers), *(trainer_arguments.pop("callbacks", None) or [])],
-            **trainer_arguments,
-        )
+        self._prepared_forward: dict[str, Any] = {}
+        self._runs = 0
+        self._use_cache = getattr(model.config, "use_cache", None)
+        with modes_kept([model]), verbosity_of(args), determinism(args.full_determinism):
+            forget_other_precision(args.mixed_precision)
+            super().__init__(
+                model=trained,
+                args=args,
+                callbacks=[Announcement(self.teachers), *(trainer_arguments.pop("callbacks", None) or [])],
+                **trainer_arguments,
+            )
+        self._accelerate = AcceleratorSnapshot()
+        if self._use_cache is not None:  # Trainer has switched it off for good, in what is saved too
+            model.config.use_cache = self._use_cache
         # Our losses are divided by the whole step's counts, so Trainer must not divide by the accumulation steps too.
         # (What it finds out by itself is wrong for BERT: a forward with **kwargs that returns a plain mean.)
         self.model_accepts_loss_kwargs = True
-        self.label_names = args.label_names or label_columns(self.problem_type)
+        self.label_names = label_columns(self.problem_type)
         if self._fillers:
             self.data_collator = with_columns(self.data_collator, self._fillers)  # type: ignore[has-type]
         self._masking = None
@@ -146,15 +179,14 @@ class DistillationTrainer(transformers.Trainer):
             self._masking = masking_of(self.processing_class, args, drawn_by_us=drawn)
         self._check_columns()
         for each in self.teachers:
-            if each.model is not None:
-                each.model.to(self.accelerator.device)
             each.autocast = self.accelerator.autocast
         self._logged = Sums()
         self._evaluated = Sums()
         self._watch = DivergenceWatch(args)
         for each in self.teachers:
             if each.student_wants.pooled:
-                each.negatives = self._read_negatives(each)
+                with self._running():
+                    each.negatives = self._read_negatives(each)
 
     def train(self, *arguments: Any, **options: Any) -> TrainOutput:
         """Trainer's, also after an evaluation; with teachers cached, and on a CPU with its attention and memory."""
@@ -163,9 +195,6 @@ class DistillationTrainer(transformers.Trainer):
             # no gradients, each training alone (seen with transformers 5.23, accelerate 1.15).
             self.model._is_accelerate_prepared = False
             self.accelerator._models.clear()
-        if self.args.device.type == "cpu":
-            use_available_cores()
-            keep_freed_memory()
         with self.training_conditions():
             self.cache_teachers()
             if self._uses_ddp and self.args.ddp_find_unused_parameters is None:
@@ -173,18 +202,75 @@ class DistillationTrainer(transformers.Trainer):
             return super().train(*arguments, **options)
 
     @contextmanager
+    def _running(self) -> Iterator[None]:
+        """What holds while student and teachers predict, in training and outside of it.
+
+        Teachers lie on the trainer's device, and what the losses compare can be read.
+        """
+        if self._runs:  # an evaluation in the middle of a training
+            yield
+            return
+        models = [each.model for each in self.teachers if each.model is not None]
+        readers = [each.reader for each in self.teachers if each.reader is not None]
+        if isinstance(self.model, ProjectedStudent):
+            readers.append(self.model.reader)
+        self._runs = 1
+        try:
+            with ExitStack() as stack:
+                stack.enter_context(self._accelerate.restored())
+                stack.enter_context(verbosity_of(self.args))
+                stack.enter_context(determinism(self.args.full_determinism))
+                if self.args.device.type == "cpu":
+                    stack.enter_context(available_cores())
+                stack.enter_context(modes_kept([self.student]))
+                stack.enter_context(using_cache(self.student.config, self.args.use_cache))
+                stack.enter_context(self._forward_as_prepared())
+                stack.enter_context(on_device(models, self.accelerator.device))
+                for reader in readers:
+                    stack.enter_context(reader.attached())
+                yield
+        finally:
+            self._runs = 0
+
+    @contextmanager
+    def _forward_as_prepared(self) -> Iterator[None]:
+        """A student without a teacher is what Accelerate puts its autocast around, for good; here for the run."""
+        vars(self.student).update(self._prepared_forward)
+        try:
+            yield
+        finally:
+            names = ("forward", "_original_forward", "_is_accelerate_prepared")
+            self._prepared_forward = {
+                name: vars(self.student).pop(name) for name in names if name in vars(self.student)
+            }
+
+    @contextmanager
     def training_conditions(self) -> Iterator[None]:
-        """Attention, dropout, packing and fake weights as they are in `train`."""
+        """Attention, dropout, packing, fake weights and memory as they are in `train`."""
         lengths = row_lengths(self.train_dataset, self.args.length_column_name)
         models = [self.student, *(each.model for each in self.teachers if each.model is not None)]
         longest = sys.maxsize if lengths is None else int(lengths.max())
         probability = self.args.dropout if isinstance(self.args, DistillationConfig) else None
         packing = packed(models) if self.args.packing else nullcontext()
+        embeddings = list(self.student.get_input_embeddings().parameters()) if self.args.freeze_embeddings else []
+        memory = freed_memory_kept() if self.args.device.type == "cpu" else nullcontext()
         with (
+            self._running(), memory, frozen(embeddings), checkpointing_kept(self.student),
             fast_attention(models, longest, self.args.device), dropout(self.student, probability), packing,
             self.as_quantized() as self._quantized,
         ):  # fmt: skip
             yield
+
+    def hyperparameter_search(self, *arguments: Any, **options: Any) -> Any:
+        """Refused: a trial is a trainer of its own.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(
+            "hyperparameter_search: a student is matched with its teacher once; make a DistillationTrainer, with a new "
+            "student, for each trial"
+        )
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
         """Trainer's, but windows of questions in their order, as answers are put together from several."""
@@ -506,7 +592,7 @@ class DistillationTrainer(transformers.Trainer):
         With `qat` the student is evaluated as quantizing it now would leave it.
         """
         self._evaluated = Sums()
-        with self.as_quantized():  # of its own: the weights have moved since the last step began
+        with self._running(), self.as_quantized():  # of its own: the weights have moved since the last step began
             output = super().evaluation_loop(
                 dataloader, description, *arguments, metric_key_prefix=metric_key_prefix, **options
             )
@@ -543,7 +629,8 @@ class DistillationTrainer(transformers.Trainer):
         if isinstance(model, ProjectedStudent):
             state = model.state_dict() if state_dict is None else state_dict
             state_dict = {k.removeprefix("student."): v for k, v in state.items() if k.startswith("student.")}
-        self.student.save_pretrained(folder, state_dict=state_dict, is_main_process=self.args.should_save)
+        with using_cache(self.student.config, self._use_cache):
+            self.student.save_pretrained(folder, state_dict=state_dict, is_main_process=self.args.should_save)
         if not self.args.should_save:
             return
         is_checkpoint = folder.name.startswith(PREFIX_CHECKPOINT_DIR)

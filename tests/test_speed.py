@@ -1,6 +1,7 @@
 """What makes training fast must not change what is trained, and must be undone."""
 
 import copy
+import ctypes
 import json
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from transformers import TrainerCallback
 
 from distill import DistillationConfig, DistillationTrainer
 from distill.config import TrainingConfig
-from distill.hardware import allocator, fast_attention, has_bf16, keep_freed_memory, use_available_cores
+from distill.hardware import allocator, available_cores, fast_attention, freed_memory_kept, has_bf16
 from distill.pipeline import run_plan
 from distill.student import dropout
 from tests.conftest import make_tokenizer, tiny_bert
@@ -211,10 +212,33 @@ def test_no_more_threads_than_a_container_may_use(tmp_path, monkeypatch, quota, 
     chosen = []
     monkeypatch.setattr("torch.get_num_threads", lambda: chosen[-1] if chosen else 4)
     monkeypatch.setattr("torch.set_num_threads", chosen.append)
-    use_available_cores()
-    assert torch.get_num_threads() == threads
+    with available_cores():
+        assert torch.get_num_threads() == threads
+    assert torch.get_num_threads() == 4
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc")
-def test_freed_memory_is_kept_where_the_c_library_can():
-    assert keep_freed_memory() == allocator().endswith("keeping what is freed")
+def test_freed_memory_is_kept_in_training_alone(monkeypatch):
+    """A large block that is freed is the process's no longer, but for the time of a training."""
+    libc = ctypes.CDLL(None)
+    if getattr(libc, "mallopt", None) is None:
+        pytest.skip("another C library")
+
+    names = ["arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"]
+    mallinfo2 = type("mallinfo2", (ctypes.Structure,), {"_fields_": [(name, ctypes.c_size_t) for name in names]})
+    libc.mallinfo2.restype = mallinfo2
+
+    def kept_of_a_freed_block() -> float:
+        """As a share of it."""
+        before, size = libc.mallinfo2(), 512 * 2**20
+        torch.empty(size, dtype=torch.uint8)
+        after = libc.mallinfo2()
+        return (after.arena + after.hblkhd - before.arena - before.hblkhd) / size
+
+    with freed_memory_kept():
+        assert kept_of_a_freed_block() > 0.9
+    assert abs(kept_of_a_freed_block()) < 0.1
+    assert allocator().endswith("in training keeping what is freed")
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1000")  # what the process has begun with, and stays
+    with freed_memory_kept():
+        assert abs(kept_of_a_freed_block()) < 0.1

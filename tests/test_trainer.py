@@ -39,8 +39,10 @@ def test_the_teacher_does_not_change_and_every_student_weight_does(tmp_path):
     trainer = DistillationTrainer(
         model=student, teacher=teacher, args=args, train_dataset=make_rows(), processing_class=make_tokenizer()
     )
+    modes = set()
+    teacher.register_forward_pre_hook(lambda module, inputs: modes.add(module.bert.encoder.training))
     trainer.train()
-    assert not teacher.training
+    assert modes == {False}
     assert all(torch.equal(weight, teacher_before[name]) for name, weight in teacher.state_dict().items())
     optimized = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
     assert not optimized & {id(parameter) for parameter in teacher.parameters()}
@@ -277,9 +279,14 @@ def test_queries_keys_and_values_are_those_that_attention_sees(family):
 def test_attention_switches_both_models_to_eager_and_says_so(tmp_path, capsys):
     teacher = tiny_bert()
     student = build_student(teacher, num_layers=2)
-    assert {model.config._attn_implementation for model in (teacher, student)} == {"sdpa"}
+    seen = {}
+    for model in (teacher, student):
+        model.register_forward_pre_hook(
+            lambda module, inputs: seen.update({module: module.config._attn_implementation})
+        )
     _, log = one_step(tmp_path, teacher, student, attention_weight=1.0)
-    assert {model.config._attn_implementation for model in (teacher, student)} == {"eager"}
+    assert seen == {teacher: "eager", student: "eager"}
+    assert {model.config._attn_implementation for model in (teacher, student)} == {"sdpa"}
     assert log["loss/attention"] > 0
     assert "run in eager attention" in capsys.readouterr().err
 
