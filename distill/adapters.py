@@ -1,5 +1,6 @@
 """LoRA adapters (PEFT): made from a recipe's options, found in a model folder."""
 
+import copy
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from pydantic import ConfigDict, Field
 from torch import nn
 from transformers import PreTrainedModel
@@ -136,6 +139,28 @@ def in_float32(model: PreTrainedModel | PeftModel) -> Iterator[None]:
 def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The plain model with its adapters added to its weights."""
     return model.merge_and_unload() if isinstance(model, PeftModel) else model
+
+
+def merged_copy(model: PeftModel) -> PreTrainedModel:
+    """The plain model with the active adapters added to its weights; the given one stays as it is.
+
+    Raises:
+        InputError: adapters that no weights can hold (prompts), or quantized weights, which would round them away.
+    """
+    if any(config.is_prompt_learning for config in model.peft_config.values()):
+        raise InputError("teacher: its prompts are no adapters of layers; take the model beneath them")
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise InputError("teacher: its adapters belong to quantized weights; take the float model that was quantized")
+    return copy.deepcopy(model).merge_and_unload()
+
+
+def adapter_states(model: PreTrainedModel | PeftModel) -> list[str]:
+    """What the adapters of each layer do beyond their weights: which are active, and how they are scaled."""
+    return [
+        f"{name} {layer.active_adapters} {layer.disable_adapters} {getattr(layer, 'scaling', None)}"
+        for name, layer in model.named_modules()
+        if isinstance(layer, BaseTunerLayer | AuxiliaryTrainingWrapper)
+    ]
 
 
 def base_of(folder: Path | str) -> str | None:

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from distill.adapters import adapter_states
 from distill.config import DistillationConfig
 from distill.console import log, progress
 from distill.errors import InputError
@@ -401,6 +402,7 @@ def _fingerprint(model: PreTrainedModel, layout: Layout, rows: datasets.Dataset,
         if key not in ("_name_or_path", "transformers_version")
     }
     digest.update(json.dumps([_VERSION, asdict(layout), precision, config], sort_keys=True, default=str).encode())
+    digest.update("".join(adapter_states(model)).encode())
     for name, weight in sorted(model.state_dict().items()):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
         digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())

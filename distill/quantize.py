@@ -69,6 +69,7 @@ def quantize_model(
         raise InputError("format, double_quant: stand in the settings; leave them out beside these")
     refuse_quantized(model)
     if isinstance(model, PeftModel):
+        choose_formats(model.get_base_model(), settings)  # before its adapters are taken off
         return on_another_base(model, lambda base: quantize_model(base, settings, calibration=calibration))
     formats = choose_formats(model, settings)
     if calibration is not None:

@@ -9,9 +9,11 @@ from typing import Literal
 
 import torch
 import transformers
+from peft import PeftModel
 from torch import nn
 from transformers import DistilBertConfig, PretrainedConfig, PreTrainedModel
 
+from distill.adapters import merged_copy
 from distill.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -71,7 +73,7 @@ def dropout(model: nn.Module, probability: float | None) -> Iterator[None]:
 
 
 def build_student(
-    teacher: PreTrainedModel,
+    teacher: PreTrainedModel | PeftModel,
     *,
     student_arch: StudentArch = "same",
     num_layers: int | None = None,
@@ -84,7 +86,8 @@ def build_student(
     weight with its meaning: such a student is freshly initialised (from torch's global generator), and the log says so.
 
     Args:
-        teacher: an encoder whose blocks stand in one `ModuleList`; a BERT for `distilbert`.
+        teacher: an encoder whose blocks stand in one `ModuleList`; a BERT for `distilbert`. It stays as it is; of a
+            PEFT model the student gets the weights with its active adapters added to them, and none of its own.
         student_arch: the teacher's architecture, or DistilBERT's (no token types; the first is folded into the
             position embeddings, so with all layers it gives the teacher's hidden states on one-segment input).
         num_layers: of the student; by default as many as `layers` names, else all.
@@ -92,8 +95,12 @@ def build_student(
         width: sizes of the student's blocks where they differ from the teacher's.
 
     Raises:
-        InputError: layers or sizes out of range, or a teacher of another family.
+        InputError: layers or sizes out of range, or a teacher that is quantized or of another family.
     """
+    if isinstance(teacher, PeftModel):
+        teacher = merged_copy(teacher)
+    if getattr(teacher.config, "quantization_config", None) is not None:
+        raise InputError("teacher: is quantized, and a student needs float weights; take the model that was quantized")
     width = width or Width()
     chosen = choose_layers(layers, num_layers, teacher.config.num_hidden_layers)
     config = student_config(teacher.config, student_arch, chosen, width)
