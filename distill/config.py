@@ -116,7 +116,11 @@ class TrainingConfig(TrainingArguments):
         default=0.01, metadata={"help": "AdamW's weight decay (not on biases and norms)."}
     )
     train_sampling_strategy: str = field(
-        default="group_by_length", metadata={"help": "How rows are drawn; rows of like length together by default."}
+        default="group_by_length",
+        metadata={
+            "help": "How rows are drawn; rows of like length together by default.",
+            "choices": TrainingArguments.__dataclass_fields__["train_sampling_strategy"].metadata["choices"],
+        },
     )
     logging_steps: float = field(default=0.1, metadata={"help": "Steps between log lines; below 1, a share of all."})
     save_steps: float = field(default=0.1, metadata={"help": "Steps between checkpoints; below 1, a share of all."})
@@ -126,6 +130,7 @@ class TrainingConfig(TrainingArguments):
     max_steps: Literal[-1] | Annotated[int, Field(ge=1)] = _inherited("max_steps")
     gradient_accumulation_steps: Annotated[int, Field(ge=1)] = _inherited("gradient_accumulation_steps")
     label_smoothing_factor: Annotated[float, Field(ge=0, lt=1)] = _inherited("label_smoothing_factor")
+    neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = _inherited("neftune_noise_alpha")
     max_grad_norm: Annotated[float, Field(ge=0)] = _inherited("max_grad_norm")
     class_weights: list[Annotated[float, Field(gt=0)]] | None = field(
         default=None, metadata={"help": "Weight of each class in the hard loss, in the order of the labels."}

@@ -24,6 +24,12 @@ class TrainingDiverged(RuntimeError):
     """A loss or a weight became NaN or infinite; what was saved before is good."""
 
 
+def in_one_line(error: Exception) -> str:
+    """What an exception says; its kind where that is next to nothing (`KeyError('x')`)."""
+    said = " ".join(str(error).split())
+    return said if " " in said else f"{type(error).__name__} {said}".strip()
+
+
 def nearest_name(name: str, known: Iterable[str]) -> str:
     """` Did you mean 'x'?` for the nearest of `known`, or the whole list when nothing is near."""
     known = list(known)

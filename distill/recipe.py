@@ -1,10 +1,8 @@
 """A recipe: YAML and overrides → typed steps, with every problem told at once."""
 
 import re
-import typing
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +11,10 @@ import yaml
 from distill.benchmark import BenchmarkOptions
 from distill.config import TrainingConfig, checked
 from distill.data import DataOptions
-from distill.errors import InputError, near_name, nearest_name
+from distill.errors import InputError, in_one_line, near_name, nearest_name
 from distill.options import VERBS, Options
 from distill.sources import repo_id_problem
+from distill.trainer_options import annotations_of, read_mapping, refusal
 from distill.yaml12 import parse_yaml, yaml_problem
 
 _TOP_LEVEL = (
@@ -28,10 +27,10 @@ _USUAL_NAMES = {
 }
 """What other tools call options, and their names here."""
 _FILES_OF_A_RUN = ("recipe.yaml", "report.json", "report.md", "report.png")
+_KEYED = re.compile(r"[a-z][a-z0-9_]*(\.[a-z_]+)*: ")
 _STEP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
 _LANGUAGE = re.compile(r"[a-z]{2,3}|code|multilingual")  # ISO 639-1, 639-2 or 639-3, and the Hub's two special words
-SET_BY_THE_RUN = ("output_dir", "resume_from_checkpoint", "do_train", "do_eval", "do_predict", "remove_unused_columns")
 
 
 @dataclass(frozen=True)
@@ -144,6 +143,11 @@ def located(problem: str, path: Path, flags: Collection[str]) -> str:
     if key in flags:
         return f"--{problem.removeprefix('steps.')}"
     return problem if problem.startswith("--") else f"{path}: {problem}"
+
+
+def problem_at(where: str, problem: str) -> str:
+    """A problem with the step that has it; one that begins with an option's name (`lora.r: …`) tells both as a path."""
+    return f"{where}.{problem}" if _KEYED.match(problem) else f"{where}: {problem}"
 
 
 def parse_options(options_class: type, given: Any, where: str, problems: list[str]) -> Any:
@@ -259,8 +263,10 @@ def _parse_step(name: str, given: Any, output_dir: Path, right: dict[str, Any], 
     missing = dict.fromkeys(_required(VERBS[verb]) - values.keys())  # so that the others are checked together
     try:
         options = VERBS[verb](**missing, **values, **fixed)
-    except (ValueError, NotImplementedError) as error:  # what TrainingArguments checks across its fields
-        problems += [f"{where}: {problem}" for problem in getattr(error, "problems", [error])]
+    except InputError as error:
+        problems += [problem_at(where, problem) for problem in error.problems]
+    except Exception as error:  # of whatever kind TrainingArguments and the packages it asks raise, it is about values
+        problems.append(f"{where}: {in_one_line(error)}")
     return Step(name, verb, options, values) if len(problems) == found else None
 
 
@@ -299,17 +305,19 @@ def _right_values(options_class: type, given: Any, where: str, problems: list[st
     if not isinstance(given, dict):
         problems.append(f"{where}: should be a mapping of options, got {given!r}")
         return {}
-    annotations = _annotations(options_class)
-    known = {field.name: field for field in fields(options_class) if field.init and field.name not in SET_BY_THE_RUN}
+    annotations = annotations_of(options_class)
+    known = {
+        field.name: field for field in fields(options_class) if field.init and not refusal(options_class, field.name)
+    }
     values = {}
     for key, value in given.items():
-        if key in SET_BY_THE_RUN:
-            problems.append(f"{where}.{key}: is set by the run itself; leave it out")
+        if refused := refusal(options_class, key):
+            problems.append(f"{where}.{key}: {refused}")
         elif key not in known:
             problems.append(f"{where}.{key}: unknown option; {_instead(key, known)}")
         else:
             try:
-                values[key] = checked(value, annotations[key])
+                values[key] = read_mapping(key, checked(value, annotations[key]), annotations[key])
             except InputError as error:
                 problems.append(f"{where}.{key}: {error}")
     for name in known:
@@ -328,7 +336,7 @@ def _instead(key: str, known: Collection[str]) -> str:
 
 def _required(options_class: type) -> set[str]:
     without = [field for field in fields(options_class) if field.default is field.default_factory is MISSING]
-    return {field.name for field in without} - set(SET_BY_THE_RUN)
+    return {field.name for field in without if not refusal(options_class, field.name)}
 
 
 def parse_value(text: str, flag: str) -> Any:
@@ -341,8 +349,3 @@ def parse_value(text: str, flag: str) -> Any:
         return parse_yaml(text)
     except yaml.YAMLError:
         raise InputError(f"{flag}: {text!r} is no YAML value; quote it") from None
-
-
-@cache
-def _annotations(options_class: type) -> dict[str, Any]:
-    return typing.get_type_hints(options_class, include_extras=True)
