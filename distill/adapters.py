@@ -2,7 +2,8 @@
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -25,7 +26,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from typing_extensions import TypedDict  # typing's own from Python 3.12 on
 
-from distill.errors import InputError, nearest_name
+from distill.errors import InputError, in_one_line, nearest_name
 from distill.tasks import TaskKind
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -60,6 +61,9 @@ _HEADS: dict[TaskKind, list[str]] = {
     "image-classification": ["classifier"],
 }
 
+_KNOWN_HEADS = {name for names in _HEADS.values() for name in names}
+"""Some of which any model lacks."""
+
 
 def lora_config(options: LoraOptions, kind: TaskKind) -> LoraConfig:
     """PEFT's config: rank 8, twice the rank as alpha, and all linear layers but the head, unless options say otherwise.
@@ -82,16 +86,52 @@ def lora_config(options: LoraOptions, kind: TaskKind) -> LoraConfig:
 def with_adapters(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     """A model with new adapters, drawn from torch's global generator.
 
+    Args:
+        model: may lie on meta.
+        config: its `target_modules` are names, or one pattern (a regular expression for whole names; all-linear).
+
     Raises:
-        InputError: a target that is none of the model's modules, which PEFT would pass over.
+        InputError: a target, or a module to save, that is none of the model's modules or gets no adapter.
     """
+    problems = _unmatched(model, config)
+    if problems:
+        raise InputError(*problems)
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:  # its own checks: no layer is left, or one of a kind that it has no adapter for
+        raise InputError(f"lora: {in_one_line(error)}") from None
+
+
+def _unmatched(model: PreTrainedModel, config: PeftConfig) -> list[str]:
+    """What of a config's names and pattern matches no module, which PEFT would pass over, or tell otherwise."""
+    modules = dict(model.named_modules())
+    linear = {name: None for name, module in modules.items() if isinstance(module, nn.Linear)}
+    known = sorted({name.rpartition(".")[2] for name in linear})
+
+    def unknown(option: str, targets: Iterable[str]) -> list[str]:
+        return [
+            f"lora.{option}: no module {target!r}; {nearest_name(target, known)}"
+            for target in targets
+            if not any(name == target or name.endswith(f".{target}") for name in modules)
+        ]
+
     targets = getattr(config, "target_modules", None)
-    for target in [] if targets is None or isinstance(targets, str) else targets:
-        names = [name for name, _ in model.named_modules()]
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            known = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-            raise InputError(f"lora.target_modules: no module {target!r}; {nearest_name(target, sorted(known))}")
-    return get_peft_model(model, config)
+    problems = unknown("modules_to_save", set(getattr(config, "modules_to_save", None) or []) - _KNOWN_HEADS)
+    if isinstance(targets, str) and targets.lower() != "all-linear":
+        try:
+            if not any(re.fullmatch(targets, name) for name in modules):
+                problems.append(
+                    f"lora.target_modules: the pattern {targets!r} matches no module; a text is a regular expression "
+                    f"for whole names, such as {next(iter(linear), 'none')}; for the last part of a name say a list "
+                    f"([{targets if targets in known else ', '.join(known[:2])}]), or all-linear"
+                )
+        except re.error as error:
+            problems.append(f"lora.target_modules: {targets!r} is no regular expression ({error})")
+    elif targets is not None and not isinstance(targets, str):
+        problems += unknown("target_modules", sorted(targets))
+        if not targets:
+            problems.append("lora.target_modules: names no module; leave it out for all linear layers")
+    return problems
 
 
 def on_another_base(model: PeftModel, change: Callable[[PreTrainedModel], PreTrainedModel]) -> PeftModel:
