@@ -314,6 +314,10 @@ class ProjectedStudent(nn.Module):
 
     gradient_checkpointing_enable = activation_checkpointing_enable
 
+    def get_input_embeddings(self) -> nn.Module:
+        """The student's, adapters or not; Trainer's NEFTune asks for them."""
+        return plain_model(self.student).get_input_embeddings()
+
     def forward(self, **batch: Tensor) -> dict[str, Any]:
         """`logits` B×C, and `representations`, one for each teacher."""
         logits, read = self.reader(batch)
