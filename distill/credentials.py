@@ -69,3 +69,19 @@ def _refuse_secret(file: str, place: str, text: str, secrets: Mapping[str, re.Pa
 
 def _secret_problem(file: str, place: str, kind: str) -> str:
     return f"{file}: {place} holds what looks like {kind}; take it out (nothing was pushed), and revoke it if it is one"
+
+
+class UnsavedToken(str):
+    """A token that any library may send, and that a pickle holds as an empty text.
+
+    Trainer writes its arguments, `hub_token` among them, as `training_args.bin`, and uploads that file.
+    """
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[type, tuple[str]]:
+        return str, ("",)
+
+    def __copy__(self) -> "UnsavedToken":
+        return self
+
+    def __deepcopy__(self, memo: dict) -> "UnsavedToken":
+        return self

@@ -38,6 +38,7 @@ from distill.conditions import (
 )
 from distill.config import DistillationConfig, is_on, value_at
 from distill.console import log
+from distill.credentials import UnsavedToken
 from distill.errors import InputError
 from distill.hardware import available_cores, fast_attention, freed_memory_kept
 from distill.masking import masking_of
@@ -110,6 +111,8 @@ class DistillationTrainer(transformers.Trainer):
         teachers: list[Any] = [teacher] if alone else list(teacher or [])  # type: ignore[arg-type]
         check_given(model, teachers, args, trainer_arguments)
         args = own_arguments(args, model.config, with_teacher=bool(teachers))
+        if args.hub_token is not None:
+            args.hub_token = UnsavedToken(args.hub_token)
         if peft_config is not None:
             transformers.set_seed(args.seed)  # adapters are drawn here
             model = with_adapters(model, peft_config)
