@@ -27,6 +27,7 @@ from distill.pipeline import is_finished
 from distill.plan import Plan, PlannedStep
 from distill.processes import forget_precision, process_state
 from distill.quantize import apply_formats, weight_memory
+from distill.recipe import located, problem_at
 from distill.representations import show_pairs
 from distill.steps import batch_of, read_rows
 from distill.tasks import TaskKind
@@ -149,7 +150,20 @@ def _inputs(plan: Plan, planned: PlannedStep) -> list[str]:
 
 
 def estimate_step(plan: Plan, planned: PlannedStep) -> Estimate:
-    """Sizes from the configs alone, time and memory from a few real batches through randomly initialised models."""
+    """Sizes from the configs alone, time and memory from a few real batches through randomly initialised models.
+
+    Raises:
+        InputError: with the step's name, what its training would stop at.
+    """
+    try:
+        return _estimate(plan, planned)
+    except InputError as error:
+        where, recipe = f"steps.{planned.step.name}", plan.recipe
+        problems = [problem_at(where, problem) for problem in error.problems]
+        raise InputError(*(located(problem, recipe.path, recipe.flags) for problem in problems)) from None
+
+
+def _estimate(plan: Plan, planned: PlannedStep) -> Estimate:
     options = planned.step.options
     with torch.device("meta"):
         skeleton = from_config(planned.config, plan.data.task.kind)

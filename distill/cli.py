@@ -14,14 +14,15 @@ import transformers
 from rich import box
 from rich.table import Table
 
-from distill.benchmark import BenchmarkOptions, as_row, benchmark_models, environment, refuse_too_short, remarks_on
+from distill.benchmark import BenchmarkOptions, as_row, benchmark_models, environment, remarks_on
 from distill.check import print_plan
 from distill.console import log, log_errors, log_handler, remark, results
 from distill.data import DataOptions
+from distill.dry_run import push_problems, runnable_plan
 from distill.errors import InputError, MainProcessFailed, TrainingDiverged
 from distill.evaluation import evaluate_model
 from distill.hardware import available_cores
-from distill.hub import push_folder, require_token, to_push, write_content
+from distill.hub import push_folder, to_push, write_content
 from distill.launch import check_config, find_config, launch
 from distill.models import fetch_weights, find_model, load_classifier, load_processor
 from distill.options import VERBS
@@ -30,11 +31,12 @@ from distill.plan import Plan, make_plan
 from distill.presentation import print_report
 from distill.processes import check_launch, on_main_process
 from distill.publishing import left_out
-from distill.recipe import SET_BY_THE_RUN, Recipe, load_recipe, located, parse_options, parse_value
+from distill.recipe import Recipe, load_recipe, parse_options, parse_value
 from distill.records import json_text
 from distill.report import write_report
 from distill.scoring import rows_to_score
 from distill.tasks import GLUE
+from distill.trainer_options import refusal
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -174,7 +176,10 @@ def _check(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
     if _is_launched(arguments):
         return _launch(arguments, overrides, ["check", str(arguments.recipe)])
     check_launch()
-    print_plan(_measurable_plan(arguments.recipe, overrides))
+    plan = runnable_plan(arguments.recipe, overrides)
+    print_plan(plan)
+    for problem in push_problems(plan.recipe):
+        results.print(f"note: {problem}")
     return 0
 
 
@@ -198,12 +203,8 @@ def run_recipe(
 ) -> None:
     """Run a recipe's unfinished steps, then (unless `only` some were asked for) report, and push what it says."""
     check_launch()
-    if only is None:  # before the hours, not after them
-        plan = _measurable_plan(path, overrides)
-        if plan.recipe.push:
-            require_token()
-    else:
-        plan = make_plan(load_recipe(path, overrides, draft=True))
+    # Before the hours, not after them.
+    plan = runnable_plan(path, overrides, only=only, force=force, pushes=only is None)
     run_plan(plan, only=only, force=force, profile=profile)
     if only is None:
         on_main_process(lambda: _report_and_push(plan))
@@ -333,19 +334,6 @@ def _print_left_out(folder: Path) -> None:
         results.print(f"note: not pushed, as no files of a model that others load: {', '.join(names)}")
 
 
-def _measurable_plan(path: Path, overrides: dict[str, str] | None) -> Plan:
-    """The plan of a recipe whose models can be measured at its end, too."""
-    plan = make_plan(load_recipe(path, overrides, draft=True))
-    configs = {name: planned.config for name, planned in plan.steps.items()}
-    if plan.baseline in plan.sources:
-        configs[plan.baseline] = plan.sources[plan.baseline].config
-    try:
-        refuse_too_short(configs, plan.recipe.benchmark)
-    except InputError as error:
-        raise InputError(*(located(problem, path, plan.recipe.flags) for problem in error.problems)) from None
-    return plan
-
-
 def _is_launched(arguments: argparse.Namespace) -> bool:
     """Whether the command starts processes that do its work."""
     if arguments.num_processes is not None and not arguments.accelerate_config:
@@ -358,10 +346,8 @@ def _is_launched(arguments: argparse.Namespace) -> bool:
 def _launch(arguments: argparse.Namespace, overrides: dict[str, str], command: list[str]) -> int:
     """This same command by `accelerate launch`; what is wrong with the recipe is told once, here."""
     check_config(find_config(arguments.accelerate_config), arguments.num_processes)
-    if getattr(arguments, "only", None):
-        make_plan(load_recipe(arguments.recipe, overrides, draft=True))
-    else:
-        _measurable_plan(arguments.recipe, overrides)
+    only, force = getattr(arguments, "only", None), getattr(arguments, "force", False)
+    runnable_plan(arguments.recipe, overrides, only=only, force=force, launches=True)
     command += [part for key, value in overrides.items() for part in (f"--{key}", value)]
     return launch(arguments.accelerate_config, command, num_processes=arguments.num_processes)
 
@@ -369,7 +355,7 @@ def _launch(arguments: argparse.Namespace, overrides: dict[str, str], command: l
 def _print_options(name: str) -> None:
     options_class = {"data": DataOptions, "benchmark": BenchmarkOptions, **VERBS}[name]
     own = _own_fields(options_class)
-    shown = [field for field in fields(options_class) if field.init and field.name not in SET_BY_THE_RUN]
+    shown = [field for field in fields(options_class) if field.init and not refusal(options_class, field.name)]
     table = Table("option", "default", "help", box=box.SIMPLE_HEAD, pad_edge=False)
     for field in sorted(shown, key=lambda field: (_default(field) != "required", field.name not in own)):
         table.add_row(field.name, _default(field), " ".join(field.metadata.get("help", "").split()))

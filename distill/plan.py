@@ -4,7 +4,7 @@ import ast
 import copy
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -66,16 +66,7 @@ _NOT_IN_FINGERPRINT = {
     *("logging_strategy", "logging_steps", "logging_first_step", "report_to", "run_name", "project", "disable_tqdm"),
     *("log_level", "log_level_replica", "log_on_each_node", "save_strategy", "save_steps", "save_total_limit"),
     *("save_on_each_node", "per_device_eval_batch_size", "dataloader_num_workers", "dataloader_pin_memory"),
-    *(
-        "dataloader_prefetch_factor",
-        "cache_dir",
-        "cache_limit_gb",
-        "push_to_hub",
-        "hub_token",
-        "hub_model_id",
-        "hub_strategy",
-        "hub_private_repo",
-    ),
+    *("dataloader_prefetch_factor", "cache_dir", "cache_limit_gb"),
 }
 
 
@@ -114,11 +105,15 @@ class Plan:
     """Models outside the recipe, by the reference that the user wrote."""
 
 
-def make_plan(recipe: Recipe) -> Plan:
+StepCheck = Callable[[PlannedStep, Mapping[str, PretrainedConfig], TaskKind | None], list[str]]
+
+
+def make_plan(recipe: Recipe, *, check_step: StepCheck | None = None) -> Plan:
     """Resolve everything.
 
     Args:
         recipe: may be a draft.
+        check_step: tells more problems of a step, from its plan and the configs of the models that it refers to.
 
     Raises:
         InputError: with every problem of the recipe, its data, models, layers and labels.
@@ -135,7 +130,10 @@ def make_plan(recipe: Recipe) -> Plan:
     failed: set[str] = set()
     for name in recipe.given:
         try:
-            planned[name] = _plan_step(name, recipe, data, planned, failed, sources)
+            step = planned[name] = _plan_step(name, recipe, data, planned, failed, sources)
+            if check_step is not None:
+                configs = {each: (planned.get(each) or sources[each]).config for each in step.parents}
+                problems += check_step(step, configs, data.task.kind if data is not None else None)
         except _Unplannable as error:
             failed.add(name)
             problems += [f"steps.{name}.{problem}" for problem in error.problems]
