@@ -11,7 +11,9 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 import torch
+from filelock import ReadWriteLock, Timeout
 from huggingface_hub import constants
 from numpy.typing import NDArray
 from torch import Tensor
@@ -30,6 +33,7 @@ from distill.adapters import adapter_states
 from distill.config import DistillationConfig
 from distill.console import log, progress
 from distill.errors import InputError
+from distill.folders import told_of_a_full_disk
 from distill.predictions import OF_ROWS, ProblemType
 from distill.representations import Representations, Wanted, input_names
 
@@ -158,8 +162,9 @@ def show_bytes(size: float) -> str:
 class TeacherCache:
     """Stored outputs, by the rows' numbers."""
 
-    def __init__(self, folder: Path, layout: Layout, num_rows: int):
+    def __init__(self, folder: Path, layout: Layout, num_rows: int, *, in_use: ReadWriteLock | None = None):
         self.layout = layout
+        self._in_use = in_use
         self._chunks = []
         self._place = np.full((num_rows, 2), -1, dtype=np.int32)
         for number, path in enumerate(sorted(folder.glob("chunk-*.arrow"))):
@@ -174,6 +179,11 @@ class TeacherCache:
             raise InputError(
                 f"cache_teacher: {folder} lacks rows; all processes need one disk for cache_dir, or say none"
             )
+
+    def release(self) -> None:
+        """Let other jobs delete the files where they need their room; what is open here can still be read."""
+        if self._in_use is not None:
+            self._in_use.release(force=True)
 
     def read(self, numbers: Sequence[int]) -> dict[str, Tensor]:
         """What is stored of some rows: `logits` B×C (of tokens N×C), `states` N×S×D of their N tokens, `pooled` B×D.
@@ -252,7 +262,8 @@ def build_cache(
 ) -> TeacherCache:
     """Find a cache, or compute what is missing of it: each process its share, file by file; a killed one resumes.
 
-    The caches that are unused the longest are deleted where this one needs their room.
+    The caches that are unused the longest are deleted where this one needs their room, but none that another job uses.
+    Jobs that compute the same one at once each write files of their own, and the first that is whole counts.
 
     Args:
         outputs: of the rows with these numbers, and their attention mask.
@@ -265,28 +276,62 @@ def build_cache(
         raise ValueError("a plan to cache nothing")
     folder = plan.root / _fingerprint(model, layout, rows, precision, prefix)
     chunks = _chunks(lengths, layout)
-    missing = [number for number in range(len(chunks)) if not _path(folder, number).is_file()]
-    wait()  # before the first chunk is written, so that all see the same
     is_main = process_index == 0
-    if missing:
+    with told_of_a_full_disk(plan.root):
         if is_main:
-            _make_room(plan, folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        started = time.perf_counter()
-        mine = missing[process_index::num_processes]
-        for number in progress(mine, "Caching the teacher") if is_main else mine:
-            _write_chunk(_path(folder, number), chunks[number], outputs, layout, batch_size)
+            _drop_half_made(folder)
         wait()
-        if is_main:
-            seconds = time.perf_counter() - started
-            done = sum(len(chunks[number]) for number in missing)
-            log.print(f"      cached {done} rows in {seconds:.0f} s ({done / seconds:.0f} rows/s)")
-            for partial in folder.glob("*.partial"):  # of processes that were killed
-                partial.unlink(missing_ok=True)
-    elif is_main:
-        log.print("      found in the cache")
-        os.utime(folder)
-    return TeacherCache(folder, layout, len(lengths))
+        in_use = _lock(folder)
+        in_use.acquire_read()
+        missing = [number for number in range(len(chunks)) if not _path(folder, number).is_file()]
+        wait()  # before the first chunk is written, so that all see the same
+        if missing:
+            if is_main:
+                _make_room(plan, folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            started = time.perf_counter()
+            mine = missing[process_index::num_processes]
+            for number in progress(mine, "Caching the teacher") if is_main else mine:
+                if not _path(folder, number).is_file():  # another job may have been quicker
+                    _write_chunk(_path(folder, number), chunks[number], outputs, layout, batch_size)
+            wait()
+            if is_main:
+                seconds = time.perf_counter() - started
+                done = sum(len(chunks[number]) for number in missing)
+                log.print(f"      cached {done} rows in {seconds:.0f} s ({done / seconds:.0f} rows/s)")
+        elif is_main:
+            log.print("      found in the cache")
+            os.utime(folder)
+    return TeacherCache(folder, layout, len(lengths), in_use=in_use)
+
+
+def _lock(folder: Path) -> ReadWriteLock:
+    """Of a cache: those who use it read, and who deletes of it writes. The system frees it where a process dies."""
+    locks = folder.parent / ".locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    return ReadWriteLock(str(locks / f"{folder.name}.lock"), is_singleton=False)
+
+
+@contextmanager
+def _unused(folder: Path) -> Iterator[bool]:
+    """Whether nobody uses a cache; if so, nobody begins to within the block."""
+    lock = _lock(folder)
+    try:
+        lock.acquire_write(blocking=False)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+def _drop_half_made(folder: Path) -> None:
+    """Delete what processes that were killed left of their files."""
+    with _unused(folder) as unused:
+        for partial in folder.glob("*.partial") if unused else ():
+            partial.unlink(missing_ok=True)
 
 
 def _free_bytes(folder: Path) -> int:
@@ -331,10 +376,13 @@ def _write_chunk(
         values = np.concatenate([values for values, _ in parts])
         arrays.append(pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values)))
     batch = pa.RecordBatch.from_arrays(arrays, names=["row", *columns])  # one a file, so that columns are read in place
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, batch.schema) as writer:
-        writer.write_batch(batch)
-    os.replace(partial, path)
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, batch.schema) as writer:
+            writer.write_batch(batch)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _columns(found: Outputs, attention_mask: Tensor, layout: Layout) -> dict[str, tuple[NDArray, list[int]]]:
@@ -378,7 +426,7 @@ def _path(folder: Path, number: int) -> Path:
 
 
 def _make_room(plan: CachePlan, folder: Path) -> None:
-    """Delete the caches unused the longest until this one fits under the limit."""
+    """Delete the caches unused the longest until this one fits under the limit; none that is in use."""
     if not plan.root.is_dir():
         return
     others = [
@@ -386,12 +434,32 @@ def _make_room(plan: CachePlan, folder: Path) -> None:
         for path in plan.root.iterdir()
         if path.is_dir() and path != folder and len(path.name) == 64 and set(path.name) <= _HEX
     ]
-    sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in others}
-    for path in sorted(others, key=lambda path: path.stat().st_mtime):
+    sizes = {path: _size(path) for path in others}
+    for path in sorted(others, key=_last_use):
         if plan.size + sum(sizes.values()) <= plan.limit:
             return
-        shutil.rmtree(path, ignore_errors=True)
-        del sizes[path]
+        with _unused(path) as unused:
+            if unused:
+                shutil.rmtree(path, ignore_errors=True)
+                del sizes[path]
+    if plan.size + sum(sizes.values()) > plan.limit:
+        log.print("      other jobs use their caches, so all together are above cache_limit_gb for now")
+
+
+def _size(folder: Path) -> int:
+    """Bytes of a cache's files, some of which other jobs may be writing or deleting."""
+    found = 0
+    with suppress(FileNotFoundError):
+        for file in folder.iterdir():
+            with suppress(FileNotFoundError):
+                found += file.stat().st_size
+    return found
+
+
+def _last_use(folder: Path) -> float:
+    with suppress(FileNotFoundError):
+        return folder.stat().st_mtime
+    return 0.0
 
 
 def _fingerprint(model: PreTrainedModel, layout: Layout, rows: datasets.Dataset, precision: str, prefix: str) -> str:

@@ -1,4 +1,4 @@
-"""The one exception for input that is wrong: a recipe, data or a model."""
+"""The exception for input that is wrong (a recipe, data or a model), and those that are told in one line too."""
 
 import difflib
 from collections.abc import Iterable
@@ -28,6 +28,14 @@ def in_one_line(error: Exception) -> str:
     """What an exception says; its kind where that is next to nothing (`KeyError('x')`)."""
     said = " ".join(str(error).split())
     return said if " " in said else f"{type(error).__name__} {said}".strip()
+
+
+class FolderInUse(RuntimeError):
+    """Another process is at work in a folder."""
+
+
+class DiskFull(RuntimeError):
+    """There was no room to write something."""
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str:

@@ -1,5 +1,6 @@
 """The verbs of a recipe: for each one the plain function that makes its model folder."""
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,12 +33,12 @@ from distill.options import (
     width_of_student,
 )
 from distill.predictions import problem_type
-from distill.processes import on_main_process
+from distill.processes import on_main_process, wait_for_everyone
 from distill.profiling import StepProfile
 from distill.quantize import apply_formats
 from distill.representations import depth_of
 from distill.sensitivity import budget_in_bytes, calibration_logits, choose_mix, write_sensitivity
-from distill.sessions import Clock, ProgressLines, last_checkpoint, with_step_counts
+from distill.sessions import Clock, ProgressLines, last_checkpoint, other_batches, with_step_counts
 from distill.student import build_student
 from distill.teacher import FROM_DATA, AnyTeacher, own_columns
 from distill.trainer import DistillationTrainer
@@ -191,7 +192,7 @@ def _train(
     kind = data.task.kind
     rows = read_rows(data, processor_from, [location for _, location in teachers])
     clock = Clock()
-    checkpoint = last_checkpoint(Path(options.output_dir))
+    checkpoint = _checkpoint_to_go_on_from(options)
     trained = options
     if checkpoint is not None:
         trained = with_step_counts(options, checkpoint)
@@ -237,6 +238,23 @@ def _train(
         learning_rate=trainer.args.learning_rate,
         log=trainer.state.log_history,
     )
+
+
+def _checkpoint_to_go_on_from(options: FinetuneOptions | DistillOptions) -> Path | None:
+    """The last one, if rows were dealt to its steps as they are now; with others in place the step starts anew."""
+    folder = Path(options.output_dir)
+    checkpoint = last_checkpoint(folder)
+    different = None if checkpoint is None else other_batches(checkpoint, options)
+    wait_for_everyone()  # nothing is deleted before all have looked
+    if checkpoint is None or different is None:
+        return checkpoint
+
+    def start_anew() -> None:
+        log.print(f"      {checkpoint.name} can't be gone on from ({different}): started anew")
+        shutil.rmtree(folder)
+
+    on_main_process(start_anew)
+    return None
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """`DistillationTrainer`: transformers' Trainer with teachers, and with losses that add up exactly."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -21,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainingArguments,
 )
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, get_last_checkpoint
 
 from distill.adapters import with_adapters
 from distill.arguments import check_given, own_arguments
@@ -59,6 +60,7 @@ from distill.predictions import (
 from distill.processes import AcceleratorSnapshot, forget_other_precision, wait_for_everyone
 from distill.qat import FakeQuantization, check_quantizable, fake_quantized
 from distill.representations import ProjectedStudent, accepted_inputs, input_names, tokens_of_image, width_of
+from distill.sessions import note_batches, other_batches
 from distill.student import dropout
 from distill.teacher import STORED_COLUMNS, AnyTeacher, Teacher, fillers_of, match_teachers
 
@@ -191,8 +193,16 @@ class DistillationTrainer(transformers.Trainer):
                 with self._running():
                     each.negatives = self._read_negatives(each)
 
-    def train(self, *arguments: Any, **options: Any) -> TrainOutput:
-        """Trainer's, also after an evaluation; with teachers cached, and on a CPU with its attention and memory."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *arguments: Any, **options: Any) -> TrainOutput:
+        """Trainer's, also after an evaluation; with teachers cached, and on a CPU with its attention and memory.
+
+        Raises:
+            InputError: a checkpoint whose training dealt rows to optimizer steps otherwise.
+        """
+        last = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
+        checkpoint = os.path.expanduser(last) if last else None
+        if checkpoint is not None:
+            self._refuse_other_batches(Path(checkpoint))
         if self.model_wrapped is self.model:
             # An evaluation has marked the model as prepared, and Accelerate would leave out DDP: processes that share
             # no gradients, each training alone (seen with transformers 5.23, accelerate 1.15).
@@ -202,7 +212,18 @@ class DistillationTrainer(transformers.Trainer):
             self.cache_teachers()
             if self._uses_ddp and self.args.ddp_find_unused_parameters is None:
                 self.accelerator.ddp_handler.find_unused_parameters = self._has_idle_weights()
-            return super().train(*arguments, **options)
+            try:
+                return super().train(checkpoint or resume_from_checkpoint, *arguments, **options)
+            finally:
+                for each in self.teachers:
+                    if each.cache is not None:
+                        each.cache.release()
+
+    def _refuse_other_batches(self, checkpoint: Path) -> None:
+        """Trainer would train with the checkpoint's batch size, and skip as many batches as were done of others."""
+        different = other_batches(checkpoint, self.args)
+        if different is not None:
+            raise InputError(f"{checkpoint}: can't be gone on from ({different}); say the same, or start anew")
 
     @contextmanager
     def _running(self) -> Iterator[None]:
@@ -618,6 +639,9 @@ class DistillationTrainer(transformers.Trainer):
             self._watch.stop(f"a weight was NaN or infinite at step {self.state.global_step}", self.state)
         if self._quantized is not None:
             self._quantized.average_ranges(self.accelerator.gather)
+        if self.args.should_save:
+            folder = self._get_output_dir(trial=trial)
+            note_batches(Path(folder) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}", self.args)
         super()._save_checkpoint(model, trial)
 
     # --- checkpoints ------------------------------------------------------------------------------------------------

@@ -1,12 +1,15 @@
 """Cached teachers: the same losses as live ones, found again, resumed, refused above a limit."""
 
+import os
+import resource
+
 import numpy as np
 import pytest
 import torch
 
 from distill import DistillationConfig, DistillationTrainer
 from distill.cache import Layout, TeacherCache, top_words, with_tail
-from distill.errors import InputError
+from distill.errors import DiskFull, InputError
 from distill.representations import Wanted
 from distill.teacher import Teacher
 from tests.conftest import make_tokenizer
@@ -37,6 +40,10 @@ def make_trainer(folder, case="default", count=40, **options):
         model=student, teacher=teacher, args=args, train_dataset=make_rows(kind, count),
         processing_class=make_tokenizer(),
     )  # fmt: skip
+
+
+def caches(folder):
+    return [path for path in (folder / "cache").iterdir() if len(path.name) == 64]
 
 
 def losses(trainer):
@@ -100,7 +107,7 @@ def test_what_changes_the_outputs_changes_the_cache(tmp_path, changed, monkeypat
 def test_a_killed_build_resumes(tmp_path, monkeypatch):
     monkeypatch.setattr("distill.cache._CHUNK_BYTES", 4096)
     make_trainer(tmp_path, "hidden").train()
-    (folder,) = (tmp_path / "cache").iterdir()
+    (folder,) = caches(tmp_path)
     chunks = sorted(folder.glob("chunk-*.arrow"))
     assert len(chunks) > 3
     whole = {path.name: path.read_bytes() for path in chunks}
@@ -113,10 +120,58 @@ def test_a_killed_build_resumes(tmp_path, monkeypatch):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
 
 
+def test_two_jobs_that_compute_the_same_cache_leave_each_others_files_alone(tmp_path, monkeypatch):
+    """The second one does all of its work while the first one is about to give its first file a name."""
+    monkeypatch.setattr("distill.cache._CHUNK_ROWS", 7)
+    replace = os.replace
+
+    def while_another_works(source, target):
+        monkeypatch.setattr("distill.cache.os.replace", replace)
+        make_trainer(tmp_path, "hidden").train()
+        replace(source, target)
+
+    monkeypatch.setattr("distill.cache.os.replace", while_another_works)
+    calls = count_forwards(monkeypatch)
+    make_trainer(tmp_path, "hidden").train()
+    assert sum(calls) == 40 + 7  # what the second has computed is found
+    (folder,) = caches(tmp_path)
+    assert [path.name for path in sorted(folder.iterdir())] == [f"chunk-0000{number}.arrow" for number in range(6)]
+
+
+def test_what_another_job_uses_is_not_deleted(tmp_path, capsys):
+    user = make_trainer(tmp_path, "hidden")
+    user.cache_teachers()
+    (used,) = caches(tmp_path)
+    half = used / "chunk-00001.arrow.5.partial"
+    half.write_bytes(b"half")
+    size = sum(path.stat().st_size for path in used.iterdir())
+    make_trainer(tmp_path, "hidden").train()
+    assert half.is_file()
+    make_trainer(tmp_path, "hidden", count=39, cache_limit_gb=1.5 * size / 1e9).train()
+    assert used in caches(tmp_path)
+    assert "other jobs use their caches, so all together are above cache_limit_gb" in capsys.readouterr().err
+    user.train()
+    make_trainer(tmp_path, "hidden", count=38, cache_limit_gb=1.5 * size / 1e9).train()
+    assert used not in caches(tmp_path)
+
+
+def test_a_full_disk_under_a_cache_is_told(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    trainer = make_trainer(tmp_path, "hidden")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(DiskFull, match=rf"{tmp_path / 'cache'}: no room to write there \(File too large\)"):
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [list(folder.iterdir()) for folder in caches(tmp_path)] == [[]]
+    trainer.train()
+
+
 def test_a_cache_is_found_again_whatever_the_batch_size(tmp_path, monkeypatch):
     monkeypatch.setattr("distill.cache._CHUNK_ROWS", 7)
     make_trainer(tmp_path).train()
-    (folder,) = (tmp_path / "cache").iterdir()
+    (folder,) = caches(tmp_path)
     assert len(list(folder.iterdir())) == 6
     sorted(folder.iterdir())[2].unlink()
     calls = count_forwards(monkeypatch)
@@ -164,26 +219,25 @@ def test_a_limit_makes_room_by_deleting_the_oldest(tmp_path):
     stranger = tmp_path / "cache" / "notes"
     stranger.mkdir(parents=True)
     make_trainer(tmp_path, "hidden").train()
-    (first,) = [path for path in (tmp_path / "cache").iterdir() if path != stranger]
+    (first,) = caches(tmp_path)
     size = sum(path.stat().st_size for path in first.iterdir())
     make_trainer(tmp_path, "hidden", count=39, cache_limit_gb=1.5 * size / 1e9).train()
-    left = set((tmp_path / "cache").iterdir())
-    assert stranger in left
-    assert first not in left
-    assert len(left) == 2
+    assert stranger.is_dir()
+    (left,) = caches(tmp_path)
+    assert left != first
 
 
 def test_size_is_predicted(tmp_path):
     trainer = make_trainer(tmp_path, "hidden", 400)
     ((_, plan),) = trainer.planned_caches()
     trainer.train()
-    (folder,) = (tmp_path / "cache").iterdir()
+    (folder,) = caches(tmp_path)
     assert sum(path.stat().st_size for path in folder.iterdir()) == pytest.approx(plan.size, rel=0.02)
 
 
 def test_a_cache_that_lacks_rows_is_told(tmp_path):
     make_trainer(tmp_path).train()
-    (folder,) = (tmp_path / "cache").iterdir()
+    (folder,) = caches(tmp_path)
     with pytest.raises(InputError, match="lacks rows"):
         TeacherCache(folder, Layout(Wanted(), 2, 64), 41)
 
