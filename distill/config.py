@@ -183,6 +183,9 @@ class TrainingConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        for name in _PATHS & {each.name for each in fields(self)}:
+            if isinstance(getattr(self, name), str):
+                setattr(self, name, os.path.expanduser(getattr(self, name)))
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()  # a moving bar fills a log file with its every move
         if runs_on_cpu():
@@ -213,6 +216,9 @@ class TrainingConfig(TrainingArguments):
             return None
         return QuantizationSettings(format=self.qat, embeddings=self.qat_embeddings, double_quant=self.qat_double_quant)
 
+
+_PATHS = {"cache_dir", "deepspeed", "fsdp_config", "accelerator_config", "resume_from_checkpoint"}
+"""Options that name files, or may; Trainer itself expands `~` in output_dir alone."""
 
 _QAT_OPTIONS = ("qat", "qat_embeddings", "qat_double_quant", "qat_activations", "qat_delay")
 

@@ -54,7 +54,7 @@ def find_config(name: str) -> Path:
     Raises:
         InputError: none of that name.
     """
-    candidates = [Path(name), *(folder / f"{name}.yaml" for folder in _FOLDERS)]
+    candidates = [Path(name).expanduser(), *(folder / f"{name}.yaml" for folder in _FOLDERS)]
     found = next((path for path in candidates if path.is_file()), None)
     if found is None:
         known = [path.stem for folder in _FOLDERS for path in folder.glob("*.yaml")]

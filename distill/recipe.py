@@ -13,6 +13,7 @@ from distill.config import TrainingConfig, checked
 from distill.data import DataOptions
 from distill.errors import InputError, in_one_line, near_name, nearest_name
 from distill.options import VERBS, Options
+from distill.sessions import CHECKPOINTS
 from distill.sources import repo_id_problem
 from distill.trainer_options import annotations_of, read_mapping, refusal
 from distill.yaml12 import parse_yaml, yaml_problem
@@ -98,6 +99,7 @@ def load_recipe(path: Path, overrides: Mapping[str, str] | None = None, *, draft
     if not isinstance(output_dir, str):
         found = "missing" if output_dir is None else f"{output_dir!r} is no path"
         problems.append(f"output_dir: {found}; say where the run folders go, like runs/{path.stem}")
+    folder = Path(str(output_dir)).expanduser()
     names = {}
     for key in ("task", "baseline"):
         names[key] = content.get(key)
@@ -109,7 +111,7 @@ def load_recipe(path: Path, overrides: Mapping[str, str] | None = None, *, draft
     parsed = {}
     for name, options in steps.items():
         given[name] = {}
-        step = _parse_step(name, options, Path(str(output_dir)), given[name], problems)
+        step = _parse_step(name, options, folder, given[name], problems)
         if step is not None:
             parsed[name] = step
     push = _checked_push(content.get("push"), steps, problems)
@@ -122,7 +124,7 @@ def load_recipe(path: Path, overrides: Mapping[str, str] | None = None, *, draft
         path=path,
         task=names.get("task"),
         data=data or DataOptions(),
-        output_dir=Path(str(output_dir)),
+        output_dir=folder,
         baseline=names.get("baseline"),
         benchmark=benchmark or BenchmarkOptions(),
         steps=parsed,
@@ -259,7 +261,7 @@ def _parse_step(name: str, given: Any, output_dir: Path, right: dict[str, Any], 
         return None
     values = _right_values(VERBS[verb], given, where, problems)
     right |= {"run": verb, **values}
-    fixed = {"output_dir": str(output_dir / name / "checkpoints")} if issubclass(VERBS[verb], TrainingConfig) else {}
+    fixed = {"output_dir": str(output_dir / name / CHECKPOINTS)} if issubclass(VERBS[verb], TrainingConfig) else {}
     missing = dict.fromkeys(_required(VERBS[verb]) - values.keys())  # so that the others are checked together
     try:
         options = VERBS[verb](**missing, **values, **fixed)

@@ -58,7 +58,11 @@ def rows_to_score(
 def _trained_on(record: Mapping[str, Any], data: Data, options: DataOptions) -> bool:
     """Whether more rows are scored than the model's run held out of the same file or folder."""
     path = record.get("data", {}).get("path")
-    if path is None or options.path is None or Path(path).resolve() != Path(options.path).resolve():
+    if path is None or options.path is None or _resolved(path) != _resolved(options.path):
         return False
     held_out = sum(record["rows"].get(split, 0) for split, _, _ in record["scored"])
     return sum(len(data.splits[split]) for split, _, _ in data.scored_splits()) > held_out
+
+
+def _resolved(path: str) -> Path:
+    return Path(path).expanduser().resolve()
