@@ -20,10 +20,10 @@ from distill.cache import show_bytes
 from distill.config import TrainingConfig
 from distill.console import log, results, styled
 from distill.errors import InputError
+from distill.finished import is_finished, remarks_on
 from distill.formats import QuantizationSettings, choose_formats
 from distill.models import from_config, label_order, size_on_disk
 from distill.options import DistillOptions, FinetuneOptions, QuantizeOptions, StudentOptions, is_adapter, teachers_of
-from distill.pipeline import is_finished
 from distill.plan import Plan, PlannedStep
 from distill.processes import forget_precision, process_state
 from distill.quantize import apply_formats, weight_memory
@@ -108,7 +108,8 @@ def print_plan(plan: Plan) -> None:
             for part, layers in pairs.items():
                 results.print(f"  {part} loss: {show_pairs(layers)} (student→{teacher}; 0 is the embeddings)")
         if is_finished(planned):
-            results.print("  finished already")
+            for line in ["finished already", *remarks_on(planned)]:
+                results.print(f"  {line}")
         elif estimate.seconds is None:
             results.print(f"  about {estimate.memory}")
         else:

@@ -19,8 +19,9 @@ from distill.check import print_plan
 from distill.console import log, log_errors, log_handler, remark, results
 from distill.data import DataOptions
 from distill.dry_run import push_problems, runnable_plan
-from distill.errors import InputError, MainProcessFailed, TrainingDiverged
+from distill.errors import DiskFull, FolderInUse, InputError, MainProcessFailed, TrainingDiverged
 from distill.evaluation import evaluate_model
+from distill.folders import locked, told_of_a_full_disk
 from distill.hardware import available_cores
 from distill.hub import push_folder, to_push, write_content
 from distill.launch import check_config, find_config, launch
@@ -63,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         log_errors(error.problems)
         return 2
-    except (TrainingDiverged, MainProcessFailed) as error:
+    except (TrainingDiverged, FolderInUse, DiskFull, MainProcessFailed) as error:
         log_errors([str(error)])
         return 1
     except KeyboardInterrupt:
@@ -80,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser(
         "check", allow_abbrev=False, help="tell what a recipe will do, and everything that is wrong with it"
     )
-    check.add_argument("recipe", nargs="?", type=Path)
+    check.add_argument("recipe", nargs="?", type=_path)
     check.add_argument(
         "--help-options", choices=[*VERBS, "data", "benchmark"], help="list the options of a verb or block"
     )
@@ -90,10 +91,13 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser(
         "run", allow_abbrev=False, help="run the steps that are not finished, then report", epilog=_OVERRIDES
     )
-    run.add_argument("recipe", type=Path)
+    run.add_argument("recipe", type=_path)
     run.add_argument("--only", nargs="+", metavar="STEP", help="run these steps alone, without a report")
     run.add_argument("--profile", action="store_true", help="write where the steps' time goes into their run folders")
-    run.add_argument("--force", action="store_true", help="run finished steps again")
+    run.add_argument(
+        "--rerun", nargs="+", metavar="STEP", help="make these steps anew, and what depends on them, though finished"
+    )
+    run.add_argument("--force", action="store_true", help="make every step anew")
     _add_launch(run)
     run.set_defaults(command=_run)
 
@@ -122,18 +126,22 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser(
         "report", allow_abbrev=False, help="rebuild report.json, report.md and the plot of a run"
     )
-    report.add_argument("directory", type=Path)
+    report.add_argument("directory", type=_path)
     report.set_defaults(command=_report)
 
     push = commands.add_parser("push", allow_abbrev=False, help="upload a run folder with its model card to the Hub")
-    push.add_argument("folder", type=Path, metavar="RUN_FOLDER", help="output_dir/<step> of a run with a report")
+    push.add_argument("folder", type=_path, metavar="RUN_FOLDER", help="output_dir/<step> of a run with a report")
     push.add_argument("--repo-id", required=True, metavar="ORG/NAME", help="the repository; made if it does not exist")
     push.add_argument("--private", action="store_true", help="make the repository private")
     push.add_argument("--revision", metavar="BRANCH", help="push to a branch; made if it does not exist")
     push.add_argument("--collection", metavar="ORG/SLUG", help="add the model to this collection")
-    push.add_argument("--dry-run", type=Path, metavar="FOLDER", help="write what would be uploaded to a new folder")
+    push.add_argument("--dry-run", type=_path, metavar="FOLDER", help="write what would be uploaded to a new folder")
     push.set_defaults(command=_push)
     return parser
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
 
 
 def _add_launch(command: argparse.ArgumentParser) -> None:
@@ -160,7 +168,7 @@ _EVAL_OPTIONS = "eval takes --task, --label_map and --data.<option>"
 def _hint(command: str, flag: str) -> str:
     """What to write instead of an unknown flag."""
     name = flag.lstrip("-").partition("=")[0]
-    if command == "check" and name in ("only", "force", "profile"):
+    if command == "check" and name in ("only", "rerun", "force", "profile"):
         return f"--{name} belongs to distill run; check goes over every step"
     if command in ("run", "check", "report") and flag.startswith("--"):
         return f"a step's option is --STEP.{name}, the data's --data.{name}; for all others: distill {command} --help"
@@ -185,11 +193,20 @@ def _check(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
 
 def _run(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
     if _is_launched(arguments):
-        command = ["run", str(arguments.recipe), *(["--only", *arguments.only] if arguments.only else [])]
+        command = ["run", str(arguments.recipe)]
+        for flag, steps in (("--only", arguments.only), ("--rerun", arguments.rerun)):
+            command += [flag, *steps] if steps else []
         return _launch(
             arguments, overrides, [*command, *["--force"] * arguments.force, *["--profile"] * arguments.profile]
         )
-    run_recipe(arguments.recipe, overrides, only=arguments.only, force=arguments.force, profile=arguments.profile)
+    run_recipe(
+        arguments.recipe,
+        overrides,
+        only=arguments.only,
+        rerun=arguments.rerun,
+        force=arguments.force,
+        profile=arguments.profile,
+    )
     return 0
 
 
@@ -198,20 +215,22 @@ def run_recipe(
     overrides: dict[str, str] | None = None,
     *,
     only: list[str] | None = None,
+    rerun: list[str] | None = None,
     force: bool = False,
     profile: bool = False,
 ) -> None:
     """Run a recipe's unfinished steps, then (unless `only` some were asked for) report, and push what it says."""
     check_launch()
     # Before the hours, not after them.
-    plan = runnable_plan(path, overrides, only=only, force=force, pushes=only is None)
-    run_plan(plan, only=only, force=force, profile=profile)
+    plan = runnable_plan(path, overrides, only=only, rerun=rerun, force=force, pushes=only is None)
+    run_plan(plan, only=only, rerun=rerun, force=force, profile=profile)
     if only is None:
         on_main_process(lambda: _report_and_push(plan))
 
 
 def _report_and_push(plan: Plan) -> None:
-    print_report(write_report(plan))
+    with told_of_a_full_disk(plan.recipe.output_dir), locked(plan.recipe.output_dir):
+        print_report(write_report(plan))
     results.print(f"→ {plan.recipe.output_dir / 'report.md'}")
     _push_all(plan.recipe)
 
@@ -287,7 +306,8 @@ def _report(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     if not recipe.is_file():
         raise InputError(f"{arguments.directory}: no run lies there (no recipe.yaml, which `distill run` writes)")
     plan = make_plan(load_recipe(recipe, {"output_dir": str(arguments.directory), **overrides}, draft=True))
-    print_report(write_report(plan))
+    with told_of_a_full_disk(plan.recipe.output_dir):
+        print_report(write_report(plan))
 
 
 def _push(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
@@ -346,8 +366,12 @@ def _is_launched(arguments: argparse.Namespace) -> bool:
 def _launch(arguments: argparse.Namespace, overrides: dict[str, str], command: list[str]) -> int:
     """This same command by `accelerate launch`; what is wrong with the recipe is told once, here."""
     check_config(find_config(arguments.accelerate_config), arguments.num_processes)
-    only, force = getattr(arguments, "only", None), getattr(arguments, "force", False)
-    runnable_plan(arguments.recipe, overrides, only=only, force=force, launches=True)
+    only, rerun = getattr(arguments, "only", None), getattr(arguments, "rerun", None)
+    force = getattr(arguments, "force", False)
+    plan = runnable_plan(arguments.recipe, overrides, only=only, rerun=rerun, force=force, launches=True)
+    if command[0] == "run":
+        with locked(plan.recipe.output_dir):
+            pass  # else every process would tell of the run that has it
     command += [part for key, value in overrides.items() for part in (f"--{key}", value)]
     return launch(arguments.accelerate_config, command, num_processes=arguments.num_processes)
 

@@ -202,12 +202,12 @@ def load_data(task_name: str | None, options: DataOptions, *, to_score: bool = F
         notes.append(f"{len(pairs)} unlabelled pairs sampled from the {len(splits['train'])} training rows")
         known = [splits["unlabelled"]] if "unlabelled" in splits else []
         splits["unlabelled"] = datasets.concatenate_datasets([*known, pairs])
-    source = [task_name, source_fingerprint, asdict(task)]
+    learned = [task_name, source_fingerprint, task.kind, task.text, task.label, task.label_names]
     return Data(
         task=task,
         splits=splits,
-        fingerprint=_fingerprint([*source, asdict(options)]),
-        train_fingerprint=_fingerprint([*source, asdict(replace(options, max_eval_rows=None))]),
+        fingerprint=_fingerprint([*learned, asdict(task), _changed(options)]),
+        train_fingerprint=_fingerprint([*learned, _changed(replace(options, max_eval_rows=None))]),
         notes=tuple(notes),
         max_length=options.max_length,
         stride=options.stride,
@@ -225,6 +225,12 @@ def tokenizer_fingerprint(tokenizer: Processor) -> str:
     else:
         description = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
     return _fingerprint(description)
+
+
+def _changed(options: DataOptions) -> dict[str, Any]:
+    """The options that are not their defaults: an option that is new in a version changes no fingerprint."""
+    defaults = asdict(DataOptions())
+    return {name: value for name, value in asdict(options).items() if value != defaults[name]}
 
 
 def _fingerprint(content: Any) -> str:

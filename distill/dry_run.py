@@ -23,12 +23,12 @@ from transformers.utils import is_liger_kernel_available
 from distill.adapters import lora_config
 from distill.benchmark import refuse_too_short
 from distill.errors import InputError, in_one_line, nearest_name
+from distill.finished import is_finished
 from distill.hub import require_token
 from distill.models import from_config
 from distill.objective import COUNTS
 from distill.options import DistillOptions, FinetuneOptions, teachers_of
 from distill.packing import packed
-from distill.pipeline import is_finished
 from distill.plan import Plan, PlannedStep, make_plan
 from distill.processes import forget_precision
 from distill.recipe import Recipe, load_recipe, located, problem_at
@@ -47,6 +47,7 @@ def runnable_plan(
     overrides: Mapping[str, str] | None = None,
     *,
     only: Collection[str] | None = None,
+    rerun: Collection[str] | None = None,
     force: bool = False,
     pushes: bool = False,
     launches: bool = False,
@@ -55,7 +56,8 @@ def runnable_plan(
 
     Args:
         only: the steps that will run; with all of them the report is written too.
-        force: finished steps run, too.
+        rerun: these run though they are finished, and what depends on them.
+        force: all finished steps run, too.
         pushes: the models that `push:` names will be pushed.
         launches: the steps will run in other processes, which look at what FSDP and DeepSpeed need themselves.
 
@@ -64,9 +66,13 @@ def runnable_plan(
     """
     recipe = load_recipe(path, overrides, draft=True)
     problems = [located(problem, path, recipe.flags) for problem in push_problems(recipe)] if pushes else []
+    again = set(rerun or ())
 
     def check_step(planned: PlannedStep, configs: Mapping[str, PretrainedConfig], kind: TaskKind | None) -> list[str]:
-        runs = (only is None or planned.step.name in only) and (force or not is_finished(planned))
+        if again & set(planned.parents):
+            again.add(planned.step.name)
+        todo = force or planned.step.name in again or not is_finished(planned)
+        runs = todo and (only is None or planned.step.name in only)
         shards = launches and any(getattr(planned.step.options, name, None) for name in _SHARDING)
         return training_problems(planned, configs, kind) if runs and not shards else []
 

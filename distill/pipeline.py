@@ -1,10 +1,9 @@
 """Run a plan: skip what is finished, resume what was cut off, and leave one model folder per step."""
 
 import json
-import os
 import shutil
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from functools import partial
@@ -13,76 +12,119 @@ from typing import Any
 
 from distill.benchmark import environment
 from distill.card import inherited, write_model_card
+from distill.config import TrainingConfig
 from distill.console import log
 from distill.errors import InputError, nearest_name
-from distill.folders import written_whole
+from distill.finished import is_finished, remarks_on
+from distill.folders import locked, settle, told_of_a_full_disk, unfinished, write_atomically, written_whole
 from distill.hardware import allocator
-from distill.models import fetch_weights, size_on_disk
+from distill.models import fetch_weights
 from distill.options import StudentOptions
-from distill.plan import Plan, PlannedStep
+from distill.plan import FINGERPRINT_VERSION, Plan, PlannedStep, resolved_options
 from distill.processes import forget_precision, on_main_process, process_state, wait_for_everyone
 from distill.recipe import Recipe
 from distill.records import json_text, read_record
 from distill.representations import show_pairs
+from distill.sessions import CHECKPOINTS, drop_half_made, last_checkpoint
 from distill.steps import Made, run_step
 from distill.yaml12 import dump_yaml
 
+_BEGUN = ".begun"
+"""In a step's folder: what its checkpoints are of."""
+_RERUNS = ".rerun"
+"""In the output folder: the steps that are still to be made anew, as they were asked for."""
 
-def run_plan(plan: Plan, *, only: list[str] | None = None, force: bool = False, profile: bool = False) -> list[str]:
+
+def run_plan(
+    plan: Plan,
+    *,
+    only: list[str] | None = None,
+    rerun: list[str] | None = None,
+    force: bool = False,
+    profile: bool = False,
+) -> list[str]:
     """Make every model of the plan that is not finished.
+
+    A finished model stays until its successor is whole. What a run that was cut off was to make anew (`rerun`) is made
+    anew by the next one.
 
     Args:
         only: run these steps alone; what they start from must be finished.
-        force: run them even if they are finished, from their beginning.
+        rerun: run these steps, and those that depend on them, from their beginning even if they are finished.
+        force: the same for all steps that are run.
         profile: write where the time of their training steps goes into the run folders.
 
     Returns:
         Names of the steps that ran.
 
     Raises:
-        InputError: unknown names in `only`, an unfinished input of theirs, or a folder that no run made.
+        InputError: unknown names in `only` or `rerun`, an unfinished input, or a folder that no run made.
+        FolderInUse: another process runs into the same folder.
+        DiskFull: the steps so far are whole, and the next run goes on.
     """
-    steps = _chosen(plan, only)
-    _check_folders(plan.recipe.output_dir, steps)
-    _fetch_weights(plan, [planned for planned in steps if force or not is_finished(planned)])
-    on_main_process(lambda: save_recipe(plan.recipe))
-    ran = []
-    for number, planned in enumerate(steps, start=1):
-        name = planned.step.name
-        todo = force or not is_finished(planned)
-        wait_for_everyone()  # nobody writes step.json before all have read it
-        if not todo:
-            _say(f"[{number}/{len(steps)}] {name}: finished already")
-            continue
-        _say(f"[{number}/{len(steps)}] {name}: {planned.step.run}{_parameters(planned)}")
-        if read_record(planned.folder).get("status") == "finished" and not force:
-            _say("      made anew: its options, inputs, rows or code have changed since")
-        clock = time.perf_counter()
-        whole = planned.step.run == "quantize" and process_state().is_main_process  # no checkpoints to resume from
-        with written_whole(planned.folder) if whole else nullcontext(planned.folder) as folder:
-            _run(plan, replace(planned, folder=folder), discard=force, profile=profile)
-        _say(f"      {name}: finished in {time.perf_counter() - clock:.0f} s → {planned.folder}")
-        wait_for_everyone()
-        ran.append(name)
-    return ran
+    folder = plan.recipe.output_dir
+    steps, again = _chosen(plan, only, (only or list(plan.steps)) if force else rerun or [])
+    _check_folders(folder, steps)
+    _fetch_weights(plan, [planned for planned in steps if planned.step.name in again or not is_finished(planned)])
+    with told_of_a_full_disk(folder), ExitStack() as held:
+        on_main_process(lambda: held.enter_context(locked(folder)))
+        on_main_process(lambda: _begin(plan, again))
+        reruns = _reruns(folder)
+        todo = {planned.step.name: planned.step.name in reruns or not is_finished(planned) for planned in steps}
+        wait_for_everyone()  # nobody writes before all have read
+        for number, planned in enumerate(steps, start=1):
+            name, place = planned.step.name, f"[{number}/{len(steps)}]"
+            if not todo[name]:
+                _say("\n      ".join([f"{place} {name}: finished already", *remarks_on(planned)]))
+                continue
+            _say(f"{place} {name}: {planned.step.run}{_parameters(planned)}")
+            if read_record(planned.folder).get("status") == "finished":
+                reason = "" if name in reruns else ": its options, inputs or rows have changed since"
+                _say(f"      made anew{reason}; the model that is there stays until this one is whole")
+            clock = time.perf_counter()
+            _run(plan, planned, profile=profile)
+            on_main_process(partial(_note_reruns, folder, _reruns(folder) - {name}))
+            _say(f"      {name}: finished in {time.perf_counter() - clock:.0f} s → {planned.folder}")
+    return [name for name, ran in todo.items() if ran]
 
 
-def _run(plan: Plan, planned: PlannedStep, *, discard: bool, profile: bool) -> None:
-    """One step, from an empty folder to a record that it is finished."""
+def _run(plan: Plan, planned: PlannedStep, *, profile: bool) -> None:
+    """One step, beside what is in its folder, which it replaces once it is whole."""
     started, clock = datetime.now(timezone.utc), time.perf_counter()
-    on_main_process(partial(_prepare_folder, planned, discard=discard))
+    code = on_main_process(partial(_prepare_folder, planned))
     forget_precision()
-    made = run_step(planned.step.options, planned.inputs, plan.data, planned.folder, profile=profile)
+    folder = unfinished(planned.folder)
+    with written_whole(planned.folder) if process_state().is_main_process else nullcontext():
+        wait_for_everyone()
+        made = run_step(planned.step.options, planned.inputs, plan.data, folder, profile=profile)
+        wait_for_everyone()
+        seconds = time.perf_counter() - clock
+        finish = partial(_finish, plan, replace(planned, folder=folder), made)
+        on_main_process(lambda: finish(code=code, started=started, seconds=seconds))
     wait_for_everyone()
-    seconds = time.perf_counter() - clock
-    on_main_process(partial(_finish, plan, planned, made, started=started, seconds=seconds))
 
 
-def is_finished(planned: PlannedStep) -> bool:
-    """Whether the step's folder holds the model that the plan would make."""
-    record = read_record(planned.folder)
-    same = record.get("status") == "finished" and record.get("fingerprint") == planned.fingerprint
-    return same and size_on_disk(planned.folder) > 0
+def _begin(plan: Plan, again: set[str]) -> None:
+    """What stands in the output folder before the first step: the recipe, and which steps will be made anew."""
+    for planned in plan.steps.values():
+        settle(planned.folder)
+        if planned.step.name in again:
+            shutil.rmtree(planned.folder / CHECKPOINTS, ignore_errors=True)
+    save_recipe(plan.recipe)
+    _note_reruns(plan.recipe.output_dir, again | _reruns(plan.recipe.output_dir) & plan.steps.keys())
+
+
+def _reruns(output_dir: Path) -> set[str]:
+    """Steps that a run was asked to make anew, and has not yet."""
+    file = output_dir / _RERUNS
+    return set(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else set()
+
+
+def _note_reruns(output_dir: Path, names: set[str]) -> None:
+    if names:
+        write_atomically(output_dir / _RERUNS, json.dumps(sorted(names)))
+    else:
+        (output_dir / _RERUNS).unlink(missing_ok=True)
 
 
 def save_recipe(recipe: Recipe) -> None:
@@ -98,36 +140,34 @@ def save_recipe(recipe: Recipe) -> None:
         for step in recipe.steps.values()
     }
     text = dump_yaml(json.loads(json.dumps(content, default=str)))
-    try:
-        recipe.output_dir.mkdir(parents=True, exist_ok=True)
-        write_atomically(recipe.output_dir / "recipe.yaml", text)
-    except OSError as error:
-        raise InputError(f"output_dir: {recipe.output_dir} cannot be written ({error.strerror})") from None
+    recipe.output_dir.mkdir(parents=True, exist_ok=True)
+    write_atomically(recipe.output_dir / "recipe.yaml", text)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
-def _chosen(plan: Plan, only: list[str] | None) -> list[PlannedStep]:
-    if only is None:
-        return list(plan.steps.values())
+def _chosen(plan: Plan, only: list[str] | None, rerun: list[str]) -> tuple[list[PlannedStep], set[str]]:
+    """The steps to run, and the names of those among them that are made anew whatever is there."""
+    given = {"--only": only or [], "--rerun": rerun}
     problems = [
-        f"--only {name}: no such step; {nearest_name(name, plan.steps)}" for name in only if name not in plan.steps
+        f"{flag} {name}: no such step; {nearest_name(name, plan.steps)}"
+        for flag, names in given.items()
+        for name in names
+        if name not in plan.steps
     ]
-    chosen = [planned for name, planned in plan.steps.items() if name in only]
+    chosen = [planned for name, planned in plan.steps.items() if only is None or name in only]
+    names = {planned.step.name for planned in chosen}
+    problems += [f"--rerun {name}: is not among --only" for name in rerun if name in plan.steps and name not in names]
+    again: set[str] = set()
     for planned in chosen:
+        if planned.step.name in rerun or again & set(planned.parents):
+            again.add(planned.step.name)
         for parent in planned.parents:
-            if parent in plan.steps and parent not in only and not is_finished(plan.steps[parent]):
+            if parent in plan.steps and parent not in names and not is_finished(plan.steps[parent]):
                 problems.append(
                     f"--only {planned.step.name}: starts from {parent}, which is not finished; add it to --only"
                 )
     if problems:
         raise InputError(*problems)
-    return chosen
+    return chosen, again
 
 
 def _check_folders(output_dir: Path, steps: list[PlannedStep]) -> None:
@@ -157,45 +197,62 @@ def _fetch_weights(plan: Plan, steps: list[PlannedStep]) -> None:
             fetch_weights(source)
 
 
-def _prepare_folder(planned: PlannedStep, *, discard: bool) -> None:
-    """An empty folder marked as running; checkpoints of the same step stay, for it to resume from."""
-    record = read_record(planned.folder)
-    same = record.get("fingerprint") == planned.fingerprint and record.get("status") == "running"
-    if planned.folder.is_dir():
-        for path in planned.folder.iterdir():
-            if path.name == "checkpoints" and same and not discard:
-                continue
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    planned.folder.mkdir(parents=True, exist_ok=True)
-    _write_record(planned, {"name": planned.step.name, "fingerprint": planned.fingerprint, "status": "running"})
+def _prepare_folder(planned: PlannedStep) -> str:
+    """A folder that a training writes its checkpoints into, beside the finished model if there is one.
+
+    Returns:
+        The hash of the code that the step was begun with, if it goes on from a checkpoint; else of this one.
+    """
+    folder, checkpoints = planned.folder, planned.folder / CHECKPOINTS
+    if not isinstance(planned.step.options, TrainingConfig):
+        return planned.code
+    begun = read_record(folder, _BEGUN)
+    if [begun.get(key) for key in ("fingerprint", "fingerprint_version")] != [planned.fingerprint, FINGERPRINT_VERSION]:
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    drop_half_made(checkpoints)
+    resumes = last_checkpoint(checkpoints) is not None
+    code = begun["code"] if resumes else planned.code
+    if code != planned.code:
+        _say(f"      begun by other code; `distill run … --rerun {planned.step.name}` begins it anew")
+    if read_record(folder).get("status") != "finished" and folder.is_dir():
+        for path in folder.iterdir():
+            if path != checkpoints:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {"name": planned.step.name, "fingerprint": planned.fingerprint, "fingerprint_version": FINGERPRINT_VERSION}
+    record |= {"code": code, "status": "running"}
+    _write_record(folder / _BEGUN, record)
+    if read_record(folder).get("status") != "finished":
+        _write_record(folder / "step.json", record)
+    return code
 
 
-def _finish(plan: Plan, planned: PlannedStep, made: Made, *, started: datetime, seconds: float) -> None:
-    """A folder as others may take it: no checkpoints, a card, and the record that says it is finished."""
-    shutil.rmtree(planned.folder / "checkpoints", ignore_errors=True)
-    for weights in planned.folder.glob("*.safetensors"):  # safetensors writes them for the owner alone
-        shutil.copymode(planned.folder / "step.json", weights)
-    record = _record(plan, planned) | asdict(made)
-    record |= {"started": started.isoformat(timespec="seconds"), "wall_seconds": round(seconds, 2)}
+def _finish(
+    plan: Plan, planned: PlannedStep, made: Made, *, code: str | None, started: datetime, seconds: float
+) -> None:
+    """A folder as others may take it: a card, and the record that says it is finished."""
+    record = _record(plan, planned) | {"code": code} | asdict(made)
+    record |= {"started": started.isoformat(timespec="milliseconds"), "wall_seconds": round(seconds, 2)}
     if made.learning_rate is not None:
         record["options"]["learning_rate"] = made.learning_rate
     write_model_card(planned.folder, record)
-    _write_record(planned, {**record, "status": "finished"})
+    _write_record(planned.folder / "step.json", {**record, "status": "finished"})
+    for weights in planned.folder.glob("*.safetensors"):  # safetensors writes them for the owner alone
+        shutil.copymode(planned.folder / "step.json", weights)
 
 
-def _write_record(planned: PlannedStep, record: dict[str, Any]) -> None:
-    write_atomically(planned.folder / "step.json", json_text(record) + "\n")
+def _write_record(file: Path, record: dict[str, Any]) -> None:
+    write_atomically(file, json_text(record) + "\n")
 
 
 def _record(plan: Plan, planned: PlannedStep) -> dict[str, Any]:
-    options = planned.step.options
-    resolved = options.to_dict() if hasattr(options, "to_dict") else asdict(options)
-    resolved = {key: value for key, value in resolved.items() if not key.endswith("_token") and key != "output_dir"}
     return {
         "schema": 1,
         "name": planned.step.name,
         "run": planned.step.run,
         "fingerprint": planned.fingerprint,
+        "fingerprint_version": FINGERPRINT_VERSION,
+        "made_from": {parent.step.name: read_record(parent.folder)["started"] for parent in planned.made_from},
         "parents": list(planned.parents),
         "lineage": lineage(plan, planned),
         "ancestors": {name: plan.steps[name].step.run for name in lineage(plan, planned) if name in plan.steps},
@@ -211,7 +268,7 @@ def _record(plan: Plan, planned: PlannedStep) -> dict[str, Any]:
         "data": asdict(plan.recipe.data),
         "data_revision": plan.data.revision,
         "rows": {split: len(rows) for split, rows in plan.data.splits.items()},
-        "options": resolved,
+        "options": resolved_options(planned.step.options),
         "environment": {**environment(), "allocator": allocator()},
     }
 

@@ -5,7 +5,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from distill.models import (
 from distill.options import (
     DistillOptions,
     FinetuneOptions,
+    Options,
     QuantizeOptions,
     chosen_layers,
     cuts_student,
@@ -45,7 +46,11 @@ from distill.student import is_fresh, student_config
 from distill.tasks import TaskKind
 from distill.teacher import FROM_DATA, comparable, layer_pairs
 
-# The code that decides what a step makes; a change in it reruns the step.
+FINGERPRINT_VERSION = 2
+"""Of how fingerprints are made. Raise it with any change of that: folders made before are then compared with the plan
+by what their step.json says (`records.is_finished`), and not made anew."""
+
+# The code that decides what a step makes; where it has changed, `run` and `check` say so of a finished model.
 _MODEL_CODE = ("models", "student", "steps", "options")
 _TRAINING_CODE = (
     *_MODEL_CODE,
@@ -62,7 +67,7 @@ _GPTQ_CODE = ("gptq", "fake_weights")  # beside, where it is asked for
 _QAT_CODE = ("affine", "fake_weights", "qat", "formats", "embeddings")  # beside, where `qat` is given
 
 # Options that change what is shown or kept while a step runs, and not what it makes.
-_NOT_IN_FINGERPRINT = {
+NOT_IN_FINGERPRINT = {
     *("logging_strategy", "logging_steps", "logging_first_step", "report_to", "run_name", "project", "disable_tqdm"),
     *("log_level", "log_level_replica", "log_on_each_node", "save_strategy", "save_steps", "save_total_limit"),
     *("save_on_each_node", "per_device_eval_batch_size", "dataloader_num_workers", "dataloader_pin_memory"),
@@ -88,6 +93,14 @@ class PlannedStep:
     layer_pairs: dict[str, dict[str, list[tuple[int, int]]]]
     """For each teacher of a distill step the (student, teacher) layers that its losses match."""
     fingerprint: str
+    """Of options, inputs and rows."""
+    code: str
+    """A hash of the code that makes the step."""
+    described: dict[str, Any]
+    """Of options, inputs and rows what step.json will say, to be compared with one whose fingerprint is of another
+    version."""
+    made_from: tuple["PlannedStep", ...] = ()
+    """The earlier steps among `parents`."""
 
 
 @dataclass(frozen=True)
@@ -253,6 +266,9 @@ def _plan_step(
         layers=layers,
         layer_pairs=pairs,
         fingerprint=_fingerprint(step, {option: model.fingerprint for option, model in inputs.items()}, data),
+        code=_code(step),
+        described=_described(step, inputs, sources, recipe, data),
+        made_from=tuple(planned[model.reference] for model in inputs.values() if model.is_step),
     )
 
 
@@ -392,13 +408,13 @@ def _label_map_of(recipe: Recipe, reference: str) -> dict[str, str] | None:
 
 
 def _fingerprint(step: Step, inputs: dict[str, str], data: Data | None) -> str:
-    """Of everything that decides what the step makes: options, inputs, rows and code."""
+    """Of everything that a user decides of what the step makes: options, inputs and rows."""
     defaults = {
         field.name: field.default_factory() if field.default_factory is not MISSING else field.default
         for field in fields(type(step.options))
     }
     changed = {
-        key: value for key, value in step.given.items() if value != defaults[key] and key not in _NOT_IN_FINGERPRINT
+        key: value for key, value in step.given.items() if value != defaults[key] and key not in NOT_IN_FINGERPRINT
     }
     for name in ("teacher", "model"):
         changed.pop(name, None)  # their fingerprints stand for them
@@ -410,12 +426,40 @@ def _fingerprint(step: Step, inputs: dict[str, str], data: Data | None) -> str:
         rows = [data.task.label_names, data.max_length, *([data.train_fingerprint] if step.options.reads_rows else [])]
     else:
         rows = data.fingerprint if step.options.load_best_model_at_end else data.train_fingerprint
+    identity = json.dumps([FINGERPRINT_VERSION, step.run, changed, inputs, rows], sort_keys=True, default=str)
+    return hashlib.sha256(identity.encode()).hexdigest()
+
+
+def _described(
+    step: Step, inputs: Mapping[str, _Input], sources: Mapping[str, ModelSource], recipe: Recipe, data: Data | None
+) -> dict[str, Any]:
+    """Options, inputs and rows as step.json says them."""
+    parents = [model.reference for model in inputs.values()]
+    found: dict[str, Any] = {
+        "run": step.run,
+        "parents": parents,
+        "sources": {name: sources[name].revision for name in parents if name in sources},
+        "options": resolved_options(step.options),
+    }
+    if data is not None:
+        found |= {"task": data.task.name, "kind": data.task.kind, "text": data.task.text}
+        found |= {"labels": data.task.label_names, "data": asdict(recipe.data), "data_revision": data.revision}
+        found |= {"rows": {split: len(rows) for split, rows in data.splits.items()}}
+    return json.loads(json.dumps(found, default=str))
+
+
+def resolved_options(options: Options) -> dict[str, Any]:
+    """The options of a step, defaults too, without tokens and without its folder."""
+    resolved = asdict(options) if isinstance(options, QuantizeOptions) else options.to_dict()
+    return {key: value for key, value in resolved.items() if not key.endswith("_token") and key != "output_dir"}
+
+
+def _code(step: Step) -> str:
+    """A hash of the modules that make a step."""
     aware = isinstance(step.options, TrainingConfig) and step.options.qat is not None
     together = isinstance(step.options, QuantizeOptions) and step.options.gptq
     modules = (*_CODE[step.run], *(_QAT_CODE if aware else ()), *(_GPTQ_CODE if together else ()))
-    code = [code_fingerprint(module) for module in modules]
-    identity = json.dumps([step.run, changed, inputs, rows, code], sort_keys=True, default=str)
-    return hashlib.sha256(identity.encode()).hexdigest()
+    return hashlib.sha256(" ".join(code_fingerprint(module) for module in modules).encode()).hexdigest()
 
 
 @cache

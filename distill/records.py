@@ -8,13 +8,13 @@ from typing import Any
 from distill.errors import InputError
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    """A run folder's step.json; empty where there is none, or what is left of one.
+def read_record(folder: Path, name: str = "step.json") -> dict[str, Any]:
+    """A run folder's step.json, or another record in it; empty where there is none, or what is left of one.
 
     Raises:
         InputError: it may not be read.
     """
-    file = folder / "step.json"
+    file = folder / name
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError):  # no JSON, no text

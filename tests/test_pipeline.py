@@ -3,10 +3,13 @@
 import json
 import logging
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -16,7 +19,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipe
 
 import distill  # noqa: F401  (registers the quantized formats)
 from distill.errors import InputError
-from distill.pipeline import is_finished, read_record, run_plan
+from distill.finished import is_finished, remarks_on
+from distill.pipeline import read_record, run_plan
 from distill.plan import make_plan
 from distill.recipe import load_recipe
 from distill.report import write_report
@@ -177,7 +181,9 @@ def test_an_edited_step_reruns_with_what_depends_on_it(finished):
     assert fresh(**{"data.max_eval_rows": "20"}) == set()  # scores fewer rows, trains on the same
 
 
-def test_the_fingerprint_follows_the_code_but_not_its_comments(tmp_path, monkeypatch, finished):
+@pytest.fixture
+def change_code(tmp_path, monkeypatch):
+    """Changes the source of a module as the package's code is read for its hash."""
     from distill import plan as plan_module
 
     source = tmp_path / "distill"
@@ -185,16 +191,214 @@ def test_the_fingerprint_follows_the_code_but_not_its_comments(tmp_path, monkeyp
     for file in Path(plan_module.__file__).parent.glob("*.py"):
         (source / file.name).write_text(file.read_text())
     monkeypatch.setattr(plan_module, "__file__", str(source / "plan.py"))
-    fresh = lambda: [n for n, p in plan(finished[0]).steps.items() if not is_finished(p)]  # noqa: E731
 
-    losses = source / "losses.py"
-    losses.write_text(losses.read_text().replace('"""Distillation losses', '# a comment\n"""Other words'))
+    def change(module, old, new):
+        path = source / f"{module}.py"
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new))
+        plan_module.code_fingerprint.cache_clear()
+
+    yield change
     plan_module.code_fingerprint.cache_clear()
-    assert fresh() == []
-    losses.write_text(losses.read_text().replace("temperature**2", "temperature**3"))
-    plan_module.code_fingerprint.cache_clear()
-    assert fresh() == ["teacher", "student", "student-alone", "student-int8", "student-nf4"]
-    plan_module.code_fingerprint.cache_clear()
+
+
+def test_a_change_of_code_is_told_and_nothing_is_trained_again(finished, change_code, capsys):
+    path, report = finished
+    folders = finished[0].parent / "run"
+    before = {file: file.stat().st_mtime_ns for file in folders.rglob("*.safetensors")}
+    change_code("losses", '"""Distillation losses', '# a comment\n"""Other words')
+    assert run_plan(plan(path)) == []
+    assert "the code has changed" not in capsys.readouterr().err
+    change_code("losses", "temperature**2", "temperature**3")
+    made = plan(path)
+    assert run_plan(made) == []
+    assert {file: file.stat().st_mtime_ns for file in folders.rglob("*.safetensors")} == before
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("finished already") == 5
+    trained = ("teacher", "student", "student-alone")
+    for name in trained:
+        remark = f"kept: the code has changed since it was made; `distill run … --rerun {name}` makes it anew"
+        assert remark in said
+        assert remarks_on(made.steps[name]) == [remark]
+    assert said.count("the code has changed") == len(trained)  # losses make no quantized model
+    assert write_report(made)["models"] == report["models"]
+
+
+def as_made_before(folder):
+    """A run folder whose step.json says what earlier versions, whose fingerprints were of code too, wrote there."""
+    record = read_record(folder)
+    for key in ("fingerprint_version", "made_from", "code"):
+        del record[key]
+    started = datetime.fromisoformat(record["started"]).isoformat(timespec="seconds")
+    (folder / "step.json").write_text(json.dumps(record | {"fingerprint": "0" * 64, "started": started}))
+
+
+def test_a_run_of_an_earlier_version_is_kept_where_its_records_are_those_of_the_plan(finished, tmp_path, capsys):
+    path, run = finished[0], tmp_path / "run"
+    shutil.copytree(path.parent / "run", run)
+    for folder in run.glob("*/"):
+        if (folder / "step.json").is_file():
+            as_made_before(folder)
+    changed = lambda **overrides: {  # noqa: E731
+        n for n, p in plan(path, output_dir=str(run), **overrides).steps.items() if not is_finished(p)
+    }
+    assert changed() == set()
+    assert changed(**{"student.temperature": "4"}) == {"student", "student-int8", "student-nf4"}
+    assert changed(**{"student.hidden_weight": "1"}) == {"student", "student-int8", "student-nf4"}
+    assert changed(**{"student-nf4.double_quant": "false"}) == {"student-nf4"}
+    assert changed(**{"student.learning_rate": "null"}) == {"student", "student-int8", "student-nf4"}
+    assert changed(**{"data.max_train_rows": "50"}) == {
+        "teacher", "student", "student-alone", "student-int8", "student-nf4",
+    }  # fmt: skip
+    assert changed(**{"data.max_eval_rows": "20", "student.logging_steps": "1"}) == set()
+    assert run_plan(plan(path, output_dir=str(run))) == []
+    assert capsys.readouterr().err.count("made by an earlier version of distill") == 5
+
+
+def test_a_finished_model_stays_until_its_successor_is_whole(tmp_path, pretrained, sst2_folder, monkeypatch):
+    steps = "\n  teacher: {{run: finetune, model: {pretrained}, max_steps: 6, save_steps: 2}}\n"
+    path = write_recipe(tmp_path, pretrained, sst2_folder, steps)
+    run_plan(plan(path))
+    teacher = tmp_path / "run" / "teacher"
+    weights = (teacher / "model.safetensors").read_bytes()
+    changed = {"teacher.seed": "1"}
+
+    def stop(clock, args, state, control, **kwargs):
+        if state.global_step == 5:
+            raise RuntimeError("a cable")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("distill.sessions.Clock.on_step_end", stop)
+        with pytest.raises(RuntimeError, match="a cable"):
+            run_plan(plan(path, **changed))
+    assert (teacher / "model.safetensors").read_bytes() == weights
+    assert is_finished(plan(path).steps["teacher"])
+    assert not is_finished(plan(path, **changed).steps["teacher"])
+    assert [each.name for each in (teacher / "checkpoints").iterdir()] == ["checkpoint-4"]
+    assert not list((tmp_path / "run").glob(".teacher*"))
+    assert run_plan(plan(path, **changed)) == ["teacher"]
+    log = read_record(teacher)["log"]
+    assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3, 4, 5, 6]  # some from before
+    assert {each.name for each in teacher.iterdir()} == {
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md", "step.json",
+    }  # fmt: skip
+    assert (teacher / "model.safetensors").read_bytes() != weights
+
+
+def test_steps_are_made_anew_by_name_with_what_depends_on_them(tmp_path, pretrained, sst2_folder, monkeypatch, capsys):
+    steps = """
+  teacher: {{run: finetune, model: {pretrained}, max_steps: 2}}
+  student: {{run: distill, teacher: teacher, num_layers: 2, max_steps: 2}}
+  alone: {{run: finetune, model: {pretrained}, max_steps: 2}}
+  int8: {{run: quantize, model: student, format: int8}}
+"""
+    path = write_recipe(tmp_path, pretrained, sst2_folder, steps)
+    run_plan(plan(path))
+    with pytest.raises(InputError, match="--rerun studnet: no such step; did you mean 'student'"):
+        run_plan(plan(path), rerun=["studnet"])
+    with pytest.raises(InputError, match="--rerun student: is not among --only"):
+        run_plan(plan(path), only=["teacher"], rerun=["student"])
+    assert run_plan(plan(path), rerun=["student"]) == ["student", "int8"]
+    assert run_plan(plan(path)) == []
+    assert run_plan(plan(path), only=["teacher"], rerun=["teacher"]) == ["teacher"]
+    capsys.readouterr()
+    assert run_plan(plan(path)) == []
+    assert capsys.readouterr().err.count("kept: made from teacher before that was made anew") == 1
+
+    def stop(clock, args, state, control, **kwargs):
+        if "student" in args.output_dir:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("distill.sessions.Clock.on_step_end", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run_plan(plan(path), rerun=["teacher"])
+    assert run_plan(plan(path)) == ["student", "int8"]  # as it was asked for; the teacher is done
+    assert run_plan(plan(path), force=True) == ["teacher", "student", "alone", "int8"]
+    assert not (tmp_path / "run" / ".rerun").exists()
+
+
+def test_a_second_run_into_one_folder_is_refused(tmp_path, pretrained, sst2_folder, capsys):
+    from distill.cli import main
+
+    steps = "\n  teacher: {{run: finetune, model: {pretrained}, max_steps: 1}}\n"
+    path = write_recipe(tmp_path, pretrained, sst2_folder, steps)
+    run = tmp_path / "run"
+    hold = f"import pathlib, sys, time; from distill.folders import locked\nwith locked(pathlib.Path({str(run)!r})):\n"
+    hold += "    print('here', flush=True); time.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "here\n"
+    for command in (["run", str(path)], ["run", str(path), "--accelerate_config", "multi_cpu"]):
+        assert main(command) == 1
+        said = " ".join(capsys.readouterr().err.split())
+        assert said.startswith(f"error: {run}: another distill run is at work there (process {other.pid} on ")
+        assert said.count("error") == 1
+    assert {each.name for each in run.iterdir()} == {".lock"}
+    other.kill()
+    other.wait()
+    assert run_plan(plan(path)) == ["teacher"]
+
+
+def test_a_run_that_was_stopped_leaves_its_folder_to_the_next(tmp_path, pretrained, sst2_folder, monkeypatch):
+    steps = "\n  teacher: {{run: finetune, model: {pretrained}, max_steps: 2}}\n"
+    path = write_recipe(tmp_path, pretrained, sst2_folder, steps)
+
+    def stop(clock, args, state, control, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("distill.sessions.Clock.on_step_end", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run_plan(plan(path))
+    asked = "import pathlib, sys; from distill.folders import locked\nwith locked(pathlib.Path(sys.argv[1])): pass"
+    subprocess.run([sys.executable, "-c", asked, str(tmp_path / "run")], check=True)
+    assert run_plan(plan(path)) == ["teacher"]
+
+
+def test_a_resume_with_other_batches_is_noticed(tmp_path, pretrained, sst2_folder, monkeypatch, capsys):
+    def stop(clock, args, state, control, **kwargs):
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+
+    steps = "\n  teacher: {{run: finetune, model: {pretrained}, max_steps: 6, save_steps: 2}}\n"
+    path = write_recipe(tmp_path, pretrained, sst2_folder, steps)
+    with monkeypatch.context() as patch:
+        patch.setattr("distill.sessions.Clock.on_step_end", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run_plan(plan(path))
+    checkpoint = tmp_path / "run" / "teacher" / "checkpoints" / "checkpoint-4"
+    file = checkpoint / "batches.json"
+    dealt = json.loads(file.read_text())
+    assert dealt == {
+        "processes": 1, "rows of a batch": 32, "tokens of a batch": None, "batches of a step": 1,
+    }  # fmt: skip
+    file.write_text(json.dumps(dealt | {"processes": 2}))
+    assert run_plan(plan(path)) == ["teacher"]
+    said = capsys.readouterr().err
+    assert "checkpoint-4 can't be gone on from (processes: 2, now 1): started anew" in " ".join(said.split())
+    assert "resuming" not in said
+    assert read_record(tmp_path / "run" / "teacher")["log"][0]["step"] == 1
+
+
+@pytest.mark.parametrize("room", [20_000, 500_000])  # of the checkpoint no file fits; of the last one only weights
+def test_a_full_disk_ends_with_one_message_and_the_next_run_goes_on(tmp_path, pretrained, sst2_folder, room, capsys):
+    """By a limit on the size of files, in this process."""
+    from distill.cli import main
+
+    steps = "\n  teacher: {{run: finetune, model: {pretrained}, max_steps: 4, save_steps: 2}}\n"
+    path = write_recipe(tmp_path, pretrained, sst2_folder, steps)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        assert main(["run", str(path)]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("error:") == 1
+    assert f"{tmp_path / 'run'}: no room to write there (File too large)" in said
+    assert not is_finished(plan(path).steps["teacher"])
+    assert run_plan(plan(path)) == ["teacher"]
+    assert is_finished(plan(path).steps["teacher"])
 
 
 def test_steps_of_one_run_have_a_precision_each(tmp_path, sst2_folder, pretrained):
