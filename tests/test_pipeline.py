@@ -255,7 +255,9 @@ def test_a_run_of_an_earlier_version_is_kept_where_its_records_are_those_of_the_
     assert capsys.readouterr().err.count("made by an earlier version of distill") == 5
 
 
-def test_a_finished_model_stays_until_its_successor_is_whole(tmp_path, pretrained, sst2_folder, monkeypatch):
+def test_a_finished_model_stays_until_its_successor_is_whole(
+    tmp_path, pretrained, sst2_folder, monkeypatch, change_code, capsys
+):
     steps = "\n  teacher: {{run: finetune, model: {pretrained}, max_steps: 6, save_steps: 2}}\n"
     path = write_recipe(tmp_path, pretrained, sst2_folder, steps)
     run_plan(plan(path))
@@ -276,7 +278,11 @@ def test_a_finished_model_stays_until_its_successor_is_whole(tmp_path, pretraine
     assert not is_finished(plan(path, **changed).steps["teacher"])
     assert [each.name for each in (teacher / "checkpoints").iterdir()] == ["checkpoint-4"]
     assert not list((tmp_path / "run").glob(".teacher*"))
-    assert run_plan(plan(path, **changed)) == ["teacher"]
+    change_code("losses", "temperature**2", "temperature**3")
+    made = plan(path, **changed)
+    assert run_plan(made) == ["teacher"]
+    assert "begun by other code; `distill run … --rerun teacher` begins it anew" in capsys.readouterr().err
+    assert len(remarks_on(made.steps["teacher"])) == 1
     log = read_record(teacher)["log"]
     assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3, 4, 5, 6]  # some from before
     assert {each.name for each in teacher.iterdir()} == {

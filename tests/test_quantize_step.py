@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification
 import distill  # noqa: F401  (registers the quantized formats)
 from distill.check import estimate_step
 from distill.errors import InputError
-from distill.folders import written_whole
+from distill.folders import settle, written_whole
 from distill.models import size_on_disk
 from distill.pipeline import read_record, run_plan
 from distill.plan import make_plan
@@ -197,6 +197,23 @@ def test_a_block_that_fails_leaves_what_was_there(tmp_path):
         (folder / "other").write_text("third")
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["other"]
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("left", "there"),
+    [
+        ({".a.before": "old", ".a.partial": "new"}, {"a": "new"}),
+        ({".a.before": "old"}, {"a": "old"}),
+        ({".a.before": "old", "a": "new"}, {"a": "new"}),
+        ({".a.partial": "half", "a": "old"}, {".a.partial": "half", "a": "old"}),
+    ],
+)
+def test_a_folder_whose_successor_was_cut_off_on_its_way_is_there(tmp_path, left, there):
+    for name, content in left.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(content)
+    settle(tmp_path / "a")
+    assert {path.name: (path / "file").read_text() for path in tmp_path.iterdir()} == there
 
 
 _KILLS = """

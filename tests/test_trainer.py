@@ -24,6 +24,7 @@ from distill import DistillationConfig, DistillationTrainer, build_student
 from distill.config import TrainingConfig, value_at
 from distill.errors import InputError, TrainingDiverged
 from distill.representations import Reader, Wanted, resolve_layer_map
+from distill.sessions import other_batches
 from tests.conftest import make_tokenizer, tiny_bert
 from tests.test_exactness import OFF, make_rows
 
@@ -85,6 +86,13 @@ def test_a_narrow_student_is_projected_saved_alone_and_resumes_exactly(tmp_path)
         assert torch.equal(resumed.model.state_dict()[name], weight), name
     whole_log, resumed_log = ([log for log in t.state.log_history if "loss" in log] for t in (trainer, resumed))
     assert resumed_log == whole_log
+
+    checkpoint = tmp_path / "whole" / "checkpoint-3"
+    with pytest.raises(InputError, match=r"can't be gone on from \(batches of a step: 1, now 2\); say the same"):
+        train_narrow(tmp_path / "again", 6, resume=str(checkpoint), gradient_accumulation_steps=2)
+    (checkpoint / "batches.json").unlink()  # as of another Trainer, which tells its batch size alone
+    trainer.args.per_device_train_batch_size = 4
+    assert other_batches(checkpoint, trainer.args) == "rows of a batch: 3, now 4"
 
     trainer.save_model(tmp_path / "student")
     assert {path.name for path in (tmp_path / "student").iterdir()} == {
