@@ -11,6 +11,7 @@ from typing import Any
 
 import datasets
 import transformers
+from huggingface_hub import constants
 from rich import box
 from rich.table import Table
 
@@ -59,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if unknown:
             command = next(word for word in plain if not word.startswith("-"))
             parser.error(f"unrecognized arguments: {' '.join(unknown)}\n{_hint(command, unknown[0])}")
-        with available_cores():
+        # Where rows and models are kept; others are named before.
+        with available_cores(), told_of_a_full_disk(Path(constants.HF_HOME)):
             return known.command(known, overrides) or 0
     except InputError as error:
         log_errors(error.problems)

@@ -106,6 +106,9 @@ def locked(folder: Path) -> Iterator[None]:
 def told_of_a_full_disk(folder: Path) -> Iterator[None]:
     """Raise what a full disk, or a limit on files, makes of writing into a folder as one message.
 
+    Args:
+        folder: is named where the exception names no file.
+
     Raises:
         DiskFull: instead of the many exceptions of those who write.
     """
@@ -114,12 +117,14 @@ def told_of_a_full_disk(folder: Path) -> Iterator[None]:
     except DiskFull:
         raise
     except Exception as error:  # libraries in Rust and C++ raise their own kinds
-        reason = next(filter(None, map(_no_room, causes(error))), None)
-        if reason is None:
+        failed = next(filter(_no_room, causes(error)), None)
+        if failed is None:
             raise
+        file = getattr(failed, "filename", None)
+        where = Path(file).parent if isinstance(file, str) else folder
         raise DiskFull(
-            f"{folder}: no room to write there ({reason}). What was not whole does not count; make room, and the same "
-            "command goes on"
+            f"{where}: no room to write there ({_no_room(failed)}). What was not whole does not count; make room, and "
+            "the same command goes on"
         ) from error
 
 

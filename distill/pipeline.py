@@ -208,6 +208,8 @@ def _prepare_folder(planned: PlannedStep) -> str:
         return planned.code
     begun = read_record(folder, _BEGUN)
     if [begun.get(key) for key in ("fingerprint", "fingerprint_version")] != [planned.fingerprint, FINGERPRINT_VERSION]:
+        if last_checkpoint(checkpoints) is not None:
+            _say("      begun anew: the checkpoints are of other options, inputs or rows, or of an earlier version")
         shutil.rmtree(checkpoints, ignore_errors=True)
     drop_half_made(checkpoints)
     resumes = last_checkpoint(checkpoints) is not None

@@ -208,16 +208,16 @@ class DistillationTrainer(transformers.Trainer):
             # no gradients, each training alone (seen with transformers 5.23, accelerate 1.15).
             self.model._is_accelerate_prepared = False
             self.accelerator._models.clear()
-        with self.training_conditions():
-            self.cache_teachers()
-            if self._uses_ddp and self.args.ddp_find_unused_parameters is None:
-                self.accelerator.ddp_handler.find_unused_parameters = self._has_idle_weights()
-            try:
+        try:
+            with self.training_conditions():
+                self.cache_teachers()
+                if self._uses_ddp and self.args.ddp_find_unused_parameters is None:
+                    self.accelerator.ddp_handler.find_unused_parameters = self._has_idle_weights()
                 return super().train(checkpoint or resume_from_checkpoint, *arguments, **options)
-            finally:
-                for each in self.teachers:
-                    if each.cache is not None:
-                        each.cache.release()
+        finally:
+            for each in self.teachers:
+                if each.cache is not None:
+                    each.cache.release()
 
     def _refuse_other_batches(self, checkpoint: Path) -> None:
         """Trainer would train with the checkpoint's batch size, and skip as many batches as were done of others."""

@@ -86,13 +86,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("recipe", nargs="?", default=str(default), help="{task} in it stands for the task's name")
     parser.add_argument("--tasks", nargs="+", default=list(NAMES), metavar="TASK", help=f"of {', '.join(NAMES)}")
     parser.add_argument("--seeds", nargs="+", type=int, default=[42], metavar="SEED", help="of the training steps")
-    parser.add_argument("--data_root", type=Path, help="a folder of one folder per task; else the rows are the Hub's")
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/glue_table"))
+    parser.add_argument("--data_root", type=_path, help="a folder of one folder per task; else the rows are the Hub's")
+    parser.add_argument("--output_dir", type=_path, default=Path("runs/glue_table"))
     parser.add_argument("--epochs", type=float, help="each model trains for at most as many epochs")
     parser.add_argument(
         "--most_steps", nargs="+", metavar="N", help="and for at most as many steps: 600, or for a task sst2=1500"
     )
     return parser
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
 
 
 def _most_steps(given: Sequence[str] | None) -> dict[str, int]:
@@ -173,7 +177,7 @@ def _run_all(runs: list[Run], others: Sequence[str]) -> None:
 
 
 def _is_done(run: Run) -> bool:
-    """Whether all its models and its report are there, as today's code would make them."""
+    """Whether all its models and its report are there, as the recipe makes them."""
     if not (run.folder / "report.json").is_file():
         return False
     try:

@@ -30,7 +30,7 @@ def finished_run(monkeypatch) -> Path:
         missing("`make quickstart` has not run here")
     steps = make_plan(load_recipe(Path("recipes/quickstart.yaml"))).steps
     if not all(is_finished(planned) for planned in steps.values()):
-        missing("runs/quickstart was made by other code; `make quickstart` makes it anew")
+        missing("runs/quickstart is not what the recipe makes; `make quickstart` makes it anew")
     return RUN
 
 
