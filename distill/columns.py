@@ -1,45 +1,23 @@
-"""A user's columns of text and labels: what is wrong with them, and labels as class ids or scores."""
+"""A user's columns of text, words, images and answers: what is wrong with them, and the rows that are kept."""
 
-from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import datasets
-import numpy as np
 
 from distill.errors import nearest_name
-from distill.tasks import OF_CLASSES, OF_LANGUAGE, Task, TaskKind
+from distill.labels import is_missing
+from distill.tasks import Task, TaskKind
+from distill.teacher import STORED_COLUMNS
+
+LABEL = "label"
+"""Column of checked rows that holds class ids, float scores, zeros and ones, ids of words, or answers."""
 
 MERGED_LABELS = "labels of a row"
 """Column of lists that stands for several columns of zeros and ones."""
 
-
-def name_labels(task: Task, rows: datasets.Dataset, label_names: list[str] | None, problems: list[str]) -> Task:
-    """The task with its label names: GLUE's, the user's, the data set's own, or the values found."""
-    unnamed = ("regression", "question-answering", *OF_LANGUAGE)
-    if task.kind in unnamed or task.label_names or task.label not in rows.column_names:
-        return task
-    if label_names:
-        return task.with_label_names(tuple(label_names))
-    feature = rows.features[task.label]
-    if task.kind in ("multi-label", "token-classification"):
-        if not isinstance(feature, datasets.List):
-            return task  # told of each split
-        feature = feature.feature
-    elif isinstance(feature, datasets.List):
-        return task
-    if isinstance(feature, datasets.ClassLabel):
-        return task.with_label_names(tuple(feature.names))
-    given = rows[task.label] if task.kind in OF_CLASSES else [each for row in rows[task.label] for each in row or ()]
-    values = {value for value in given if value is not None}
-    if any(isinstance(value, float) and not value.is_integer() for value in values):
-        example = next(value for value in values if not float(value).is_integer())
-        problems.append(f"data.label: column {task.label!r} holds scores like {example}; say kind: regression")
-        return task
-    elif len(values) < 2:
-        problems.append(
-            f"data.label: column {task.label!r} holds {len(values)} class; classification needs two or more"
-        )
-    return task.with_label_names(tuple(str(value) for value in sorted(values, key=lambda v: (isinstance(v, str), v))))
+_YES_OR_NO = {"0": 0, "0.0": 0, "false": 0, "no": 0, "1": 1, "1.0": 1, "true": 1, "yes": 1}
 
 
 def merge_labels(rows: datasets.Dataset, columns: list[str], split: str, problems: list[str]) -> datasets.Dataset:
@@ -48,11 +26,23 @@ def merge_labels(rows: datasets.Dataset, columns: list[str], split: str, problem
     problems += [
         f"data.label: {split} has no column {name!r}; {nearest_name(name, rows.column_names)}" for name in missing
     ]
-    values = {column: rows[column] for column in columns if column not in missing}
-    for column, given in values.items():
-        wrong = next((value for value in given if value not in (0, 1)), None)
-        if wrong is not None:
-            problems.append(f"data.label: column {column!r} of {split} holds {wrong!r}; zeros and ones are right")
+    values: dict[str, list[int]] = {}
+    for column in [column for column in columns if column not in missing]:
+        given = list(rows[column])
+        empty = [row for row, value in enumerate(given) if is_missing(value)]
+        read = [_YES_OR_NO.get(str(value).strip().lower()) for value in given]
+        if empty:
+            problems.append(
+                f"data.label: column {column!r} of {split} has no label in {len(empty)} of {len(given)} rows (the "
+                f"first is row {empty[0]}); remove or fill them"
+            )
+        elif None in read:
+            wrong = given[read.index(None)]
+            problems.append(
+                f"data.label: column {column!r} of {split} holds {wrong!r}; zeros and ones are right (or true and "
+                "false, yes and no)"
+            )
+        values[column] = [value or 0 for value in read]
     if problems:
         return rows
     merged = [[column for column in columns if values[column][row]] for row in range(len(rows))]
@@ -61,8 +51,21 @@ def merge_labels(rows: datasets.Dataset, columns: list[str], split: str, problem
     return datasets.concatenate_datasets([rows, lists], axis=1)
 
 
-def checked_rows(rows: datasets.Dataset, split: str, task: Task, problems: list[str]) -> datasets.Dataset:
-    """The task's columns of one split with labels as ids or floats; what is wrong goes into `problems`."""
+def named_apart(task: Task) -> Task:
+    """The task with the names that checked rows give its text columns: none is called as a column of ours."""
+    ours = (LABEL, *STORED_COLUMNS)
+    return replace(task, text=tuple(f"{column} (text)" if column in ours else column for column in task.text))
+
+
+def checked_rows(
+    rows: datasets.Dataset, split: str, task: Task, labels: Sequence[Any] | None, problems: list[str]
+) -> datasets.Dataset:
+    """The task's columns of one split, the text as `named_apart` calls it; what is wrong goes into `problems`.
+
+    Args:
+        labels: of the rows, as they were read; None where the task has none, where they are answers, and where they
+            could not be read.
+    """
     missing = [column for column in (*task.text, task.label) if column and column not in rows.column_names]
     for column in missing:
         key = "label" if column == task.label else "text"
@@ -74,18 +77,16 @@ def checked_rows(rows: datasets.Dataset, split: str, task: Task, problems: list[
         if problem:
             problems.append(f"data.text: column {column!r} of {split} {problem}")
     chosen = rows.select_columns(list(task.text))
-    if not task.label:
-        return chosen
-    if task.kind == "token-classification":
-        labels, problem = _encode_words(rows[task.text[0]], rows[task.label], task)
-    elif task.kind == "question-answering":
+    apart = zip(task.text, named_apart(task).text, strict=True)
+    chosen = chosen.rename_columns({column: name for column, name in apart if column != name})
+    problem = None
+    if task.kind == "question-answering":
         labels, problem = _encode_answers(rows[task.text[1]], rows[task.label])
-    else:
-        labels, problem = _encode_labels(rows[task.label], task)
+    elif task.kind == "token-classification" and labels is not None:
+        problem = _counts_differ(rows[task.text[0]], labels)
     if problem:
         problems.append(f"data.label: column {task.label!r} of {split} {problem}")
-        return rows
-    return chosen.add_column("label", labels)  # type: ignore[call-arg]
+    return chosen if labels is None or problem else chosen.add_column(LABEL, list(labels))  # type: ignore[call-arg]
 
 
 def column_problem(rows: datasets.Dataset, column: str, kind: TaskKind) -> str | None:
@@ -100,7 +101,7 @@ def column_problem(rows: datasets.Dataset, column: str, kind: TaskKind) -> str |
 
 def text_problem(rows: datasets.Dataset, column: str) -> str | None:
     """What keeps a column from being text, or None."""
-    if getattr(rows.features[column], "dtype", None) not in ("string", "large_string"):
+    if not _is_text(rows.features[column]):
         return f"holds no text but {getattr(rows.features[column], 'dtype', 'nested values')}"
     texts = rows[column]
     empty = [index for index, text in enumerate(texts) if text is None]
@@ -113,30 +114,27 @@ def text_problem(rows: datasets.Dataset, column: str) -> str | None:
 
 def words_problem(rows: datasets.Dataset, column: str) -> str | None:
     """What keeps a column from being lists of words, or None."""
-    feature = rows.features[column]
-    if not isinstance(feature, datasets.List) or getattr(feature.feature, "dtype", None) not in (
-        "string",
-        "large_string",
-    ):
+    feature: Any = rows.features[column]
+    if not isinstance(feature, datasets.List | datasets.LargeList) or not _is_text(feature.feature):
         return "holds no lists of words, which token classification needs"
-    empty = [index for index, words in enumerate(rows[column]) if not words]
-    return f"has no words in {len(empty)} rows (the first is row {empty[0]}); remove them" if empty else None
+    texts = rows[column]
+    empty = [index for index, words in enumerate(texts) if not words]
+    if empty:
+        return f"has no words in {len(empty)} rows (the first is row {empty[0]}); remove them"
+    holes = [index for index, words in enumerate(texts) if None in words]
+    return f"has an empty word in {len(holes)} rows (the first is row {holes[0]}); fill it" if holes else None
 
 
-def _encode_words(texts: list[list[str]], values: list[Any], task: Task) -> tuple[list, str | None]:
-    """The label ids of each row's words."""
-    names = task.label_names or ()
-    ids = {name: index for index, name in enumerate(names)}
-    encoded = []
-    for row, (words, given) in enumerate(zip(texts, values, strict=True)):
-        if not isinstance(given, list) or len(given) != len(words or []):
-            count = len(given) if isinstance(given, list) else "no list of"
-            return [], f"has {count} labels in row {row}, which has {len(words or [])} words"
-        unknown = [each for each in given if each not in ids and each not in range(len(names))]
-        if unknown:
-            return [], f"holds {unknown[0]!r}, which is none of the labels ({', '.join(names)})"
-        encoded.append([ids.get(each, each) for each in given])
-    return encoded, None
+def _is_text(feature: Any) -> bool:
+    return getattr(feature, "dtype", None) in ("string", "large_string", "string_view")
+
+
+def _counts_differ(texts: Sequence[list[str]], labels: Sequence[list[int]]) -> str | None:
+    """What is wrong where a row has not as many labels as words, or None."""
+    for row, (words, of_words) in enumerate(zip(texts, labels, strict=True)):
+        if len(of_words) != len(words or []):
+            return f"has {len(of_words)} labels in row {row}, which has {len(words or [])} words"
+    return None
 
 
 def _encode_answers(contexts: list[str], values: list[Any]) -> tuple[list, str | None]:
@@ -153,57 +151,6 @@ def _encode_answers(contexts: list[str], values: list[Any]) -> tuple[list, str |
             return [], f"says where {wrong[0]!r} stands in the context of row {row}, but it does not stand there"
         encoded.append({"text": texts, "answer_start": starts})
     return encoded, None
-
-
-def _encode_labels(values: list[Any], task: Task) -> tuple[list, str | None]:
-    """Class ids or float scores, and what is wrong with the values."""
-    missing = [index for index, value in enumerate(values) if value is None]
-    if missing:
-        return [], f"has no label in {len(missing)} of {len(values)} rows (the first is row {missing[0]})"
-    if task.kind == "regression":
-        try:
-            scores = [float(value) for value in values]
-        except (TypeError, ValueError):
-            wrong = next(value for value in values if not isinstance(value, int | float))
-            return [], f"holds {wrong!r}, which is no number; regression needs scores"
-        if not np.isfinite(scores).all():
-            return [], "holds scores that are not finite"
-        return scores, None
-    names = task.label_names or ()
-    of_lists = any(isinstance(value, list) for value in values)
-    if of_lists != (task.kind == "multi-label"):
-        return [], "holds lists; say kind: multi-label" if of_lists else "holds no lists, which multi-label rows need"
-    if task.kind == "multi-label":
-        return _encode_sets(values, names)
-    ids = {name: index for index, name in enumerate(names)}
-    own_values = task.name == "own" and all(name in ids for name in map(_class_name, set(values)))
-    if own_values or all(isinstance(value, str) for value in values):
-        unknown = sorted({str(value) for value in values if _class_name(value) not in ids})
-        if unknown:
-            return [], f"holds {unknown[0]!r}, which is none of the classes ({', '.join(names)})"
-        return [ids[_class_name(value)] for value in values], None
-    outside = Counter(value for value in values if value not in range(len(names)))
-    if outside:
-        value, count = outside.most_common(1)[0]
-        return [], f"holds {value!r} ({count} rows); its ids go from 0 to {len(names) - 1} ({', '.join(names)})"
-    return [int(value) for value in values], None
-
-
-def _encode_sets(values: list[list], names: tuple[str, ...]) -> tuple[list, str | None]:
-    """Lists of label names or ids as zeros and ones, a float each (what binary cross-entropy takes)."""
-    ids = {name: index for index, name in enumerate(names)}
-    encoded = []
-    for row in values:
-        unknown = [each for each in row if _class_name(each) not in ids and each not in range(len(names))]
-        if unknown:
-            return [], f"holds {unknown[0]!r}, which is none of the labels ({', '.join(names)})"
-        of_row = {ids.get(_class_name(each), each) for each in row}
-        encoded.append([float(index in of_row) for index in range(len(names))])
-    return encoded, None
-
-
-def _class_name(value: Any) -> str:
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def all_hidden(rows: datasets.Dataset, task: Task) -> bool:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any
 
@@ -11,9 +12,10 @@ import numpy as np
 from pydantic import Field
 from transformers import BaseImageProcessor
 
-from distill.columns import MERGED_LABELS, all_hidden, checked_rows, merge_labels, name_labels
+from distill.columns import MERGED_LABELS, all_hidden, checked_rows, merge_labels, named_apart
 from distill.encoding import Processor, tokenize
 from distill.errors import InputError
+from distill.labels import read_labels
 from distill.readers import hub_revision, read_splits
 from distill.tasks import DEFAULT_COLUMNS, OF_CLASSES, Task, TaskKind, glue_task, own_task
 from distill.teacher import STORED_COLUMNS
@@ -130,12 +132,19 @@ class Data:
         return scored + [("test", "test_", "")] * ("test" in self.splits)
 
 
-def load_data(task_name: str | None, options: DataOptions, *, to_score: bool = False) -> Data:
+def load_data(
+    task_name: str | None,
+    options: DataOptions,
+    *,
+    to_score: bool = False,
+    model_labels: Sequence[str] | None = None,
+) -> Data:
     """The rows of a GLUE task, or of a user's own data.
 
     Args:
         task_name: a GLUE task; with `options.path` its columns and labels apply to the rows found there.
         to_score: the rows are only scored: a train split is not needed, and a single file is scored whole.
+        model_labels: names of the labels of a model to score, for rows that may have ids alone or not every class.
 
     Raises:
         InputError: with every problem of the options, columns, texts and labels.
@@ -156,20 +165,25 @@ def load_data(task_name: str | None, options: DataOptions, *, to_score: bool = F
             f"data.path: no train split in {options.path or task_name}; found {', '.join(found) or 'nothing'}"
         )
 
-    task = name_labels(task, found.get("train", next(iter(found.values()))), options.label_names, problems)
-    notes += _labels_by_id(task, found, options) + _labels_alike(task)
     splits: dict[str, datasets.Dataset] = {}
     stored = {name: getattr(options, name) for name in STORED_COLUMNS}
     wanted = ["train", *(split for split, _ in task.validation_splits), "test"]
+    used = {}
     for split in [name for name in wanted if name in found]:
         labels_hidden = split == "test" and task.label in found[split].column_names and all_hidden(found[split], task)
         if not labels_hidden:
-            splits[split] = checked_rows(found[split], split, task, problems)
-            splits[split] = with_stored(splits[split], found[split], split, task, stored, problems)
+            used[split] = found[split]
+    task, labels = read_labels(
+        task, used, label_names=options.label_names, model_labels=model_labels, notes=notes, problems=problems
+    )
+    for split, rows in used.items():
+        splits[split] = checked_rows(rows, split, task, labels.get(split), problems)
+        splits[split] = with_stored(splits[split], rows, split, task, stored, problems)
     if options.unlabelled is not None and not to_score and not problems:
         unlabelled, more = read_unlabelled(options.unlabelled, task, stored, problems)
         splits |= {} if unlabelled is None else {"unlabelled": unlabelled}
         source_fingerprint += f" unlabelled {more}"
+    task = named_apart(task)
     if task.kind not in ("classification", "multi-label", "regression", "token-classification"):
         for name in ("unlabelled", "sampled_pairs", *STORED_COLUMNS):
             if getattr(options, name) is not None:
@@ -264,8 +278,13 @@ def _task(task_name: str | None, options: DataOptions) -> Task:
     allowed = [1, 2] if options.kind in ("classification", "multi-label", "regression") else [len(columns)]
     if len(text) not in allowed:
         problems.append(f"data.text: {' or '.join(map(str, allowed))} for {options.kind}, not {len(text)} columns")
-    if (options.label or label) in text:
-        problems.append(f"data.text: {options.label or label!r} is the label; leave it out")
+    if len(set(text)) < len(text):
+        problems.append(f"data.text: {text[0]!r} stands there twice; name two columns, or one")
+    if options.label is None and label and text == [label]:
+        problems.append(f"data.label: missing, as {label!r} is the text; say which column is the label")
+    else:
+        labels = [options.label or label] if not isinstance(options.label, list) else options.label
+        problems += [f"data.text: {column!r} is the label; leave it out" for column in text if column in labels]
     if not label and options.label is not None:
         problems.append(f"data.label: {options.kind} predicts the text itself; leave it out")
     if problems:
@@ -275,26 +294,6 @@ def _task(task_name: str | None, options: DataOptions) -> Task:
             raise InputError(f"data.label: several columns are for kind: multi-label, not {options.kind}")
         return own_task(options.kind, tuple(text), MERGED_LABELS).with_label_names(tuple(options.label))
     return own_task(options.kind, tuple(text), options.label or label)
-
-
-def _labels_by_id(task: Task, found: dict[str, datasets.Dataset], options: DataOptions) -> list[str]:
-    """A note where own rows have whole numbers for labels that have names."""
-    names = options.label_names or []
-    of_rows = [rows.features.get(task.label) for rows in found.values()] if task.kind in OF_CLASSES else []
-    whole = any(str(getattr(feature, "dtype", "")).startswith("int") for feature in of_rows)
-    if not whole or isinstance(of_rows[0], datasets.ClassLabel) or any(name.isdigit() for name in names) or not names:
-        return []
-    pairs = ", ".join(f"{number} is {name}" for number, name in enumerate(names))
-    return [f"column {task.label!r} holds numbers, read as ids: {pairs}"]
-
-
-def _labels_alike(task: Task) -> list[str]:
-    """A note where names of classes differ by case and spaces alone."""
-    by_form: dict[str, list[str]] = defaultdict(list)
-    for name in task.label_names or ():
-        by_form[name.strip().lower()].append(name)
-    alike = [", ".join(map(repr, names)) for names in by_form.values() if len(names) > 1]
-    return [f"classes that differ by case or spaces alone: {'; '.join(alike)}"] if alike else []
 
 
 # --- choosing rows --------------------------------------------------------------------------------------------------

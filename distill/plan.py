@@ -54,7 +54,19 @@ by what their step.json says (`records.is_finished`), and not made anew."""
 _MODEL_CODE = ("models", "student", "steps", "options")
 _TRAINING_CODE = (
     *_MODEL_CODE,
-    *("readers", "columns", "unlabelled", "tasks", "data", "encoding", "masking", "batches", "cache", "hardware"),
+    *(
+        "readers",
+        "columns",
+        "labels",
+        "unlabelled",
+        "tasks",
+        "data",
+        "encoding",
+        "masking",
+        "batches",
+        "cache",
+        "hardware",
+    ),
     *("packing", "config", "losses", "predictions", "representations", "teacher", "objective", "monitoring"),
     *("adapters", "arguments", "conditions", "trainer"),
 )

@@ -10,7 +10,7 @@ from distill.errors import InputError
 from distill.models import ModelSource
 from distill.recipe import parse_options
 from distill.records import read_record
-from distill.tasks import GLUE, OF_CLASSES
+from distill.tasks import GLUE
 from distill.teacher import STORED_COLUMNS
 
 _OF_ITS_RUN = "the validation rows of the model's run, as its step.json says; for others give --task or --data.path"
@@ -39,11 +39,10 @@ def rows_to_score(
     options = parse_options(DataOptions, given, "--data", problems)
     if problems:
         raise InputError(*problems)
-    if task_name is None and options.kind in ("token-classification", *OF_CLASSES) and options.label_names is None:
-        names = [source.config.id2label[index] for index in range(source.config.num_labels)]
-        options.label_names = [(label_map or {}).get(name, name) for name in names]  # a part may not show every class
+    names = [source.config.id2label[index] for index in range(source.config.num_labels)]
+    model_labels = [(label_map or {}).get(name, name) for name in names]
     try:
-        data = load_data(task_name, options, to_score=not of_its_run)
+        data = load_data(task_name, options, to_score=not of_its_run, model_labels=model_labels)
     except InputError as error:
         raise InputError(*error.problems, *([f"these are {_OF_ITS_RUN}"] if of_its_run else [])) from None
     if of_its_run:

@@ -7,7 +7,7 @@ import datasets
 import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from distill.columns import column_problem
+from distill.columns import column_problem, named_apart
 from distill.errors import InputError, nearest_name
 from distill.readers import read_splits
 from distill.tasks import Task
@@ -85,7 +85,7 @@ def read_unlabelled(
                 for column in task.text
                 if (problem := column_problem(rows, column, task.kind))
             ]
-            part = unlabelled_rows(task, texts)
+            part = unlabelled_rows(named_apart(task), texts)
             parts.append(with_stored(part, rows, "unlabelled", task, stored, problems))
     return (datasets.concatenate_datasets(parts) if parts else None), fingerprint
 
