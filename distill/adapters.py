@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
+import safetensors
 import torch
 from bitsandbytes.nn import Int8Params, Params4bit
 from peft import (
@@ -174,6 +175,39 @@ def in_float32(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     finally:
         for parameter, dtype in before.items():
             parameter.data = parameter.data.to(dtype)
+
+
+def with_stored_adapters(model: PreTrainedModel, folder: Path, *, merge: bool = False) -> PreTrainedModel:
+    """A model with the adapters of a folder (and the head that is stored beside them) inside.
+
+    Args:
+        merge: add them to its weights instead.
+
+    Raises:
+        InputError: prompts, or adapters of another model.
+    """
+    try:
+        adapted = PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False)
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:  # a method that is not known, or other shapes
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{folder}: its adapters are not those of {model.name_or_path} ({reason})") from error
+    if adapted.active_peft_config.is_prompt_learning:
+        raise InputError(f"{folder}: holds prompts, which are no adapters of layers; they can't be read here")
+    with safetensors.safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
+        stored = set(file.keys())
+    astray = sorted(stored ^ set(get_peft_model_state_dict(adapted)))
+    if astray:
+        raise InputError(f"{folder}: its adapters are not those of {model.name_or_path} (without a match: {astray[0]})")
+    return adapted.merge_and_unload() if merge else adapted.get_base_model()
+
+
+def stored_beside_adapters(folder: Path) -> dict[str, list[int]]:
+    """Names (in the model beneath) and shapes of the whole weights in an adapters' file: a head, as a rule."""
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        return {}
+    with safetensors.safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
+        names = [name for name in file.keys() if ".lora_" not in name]  # noqa: SIM118 (no mapping)
+        return {name.removeprefix("base_model.model."): file.get_slice(name).get_shape() for name in names}
 
 
 def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:

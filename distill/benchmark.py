@@ -18,11 +18,12 @@ from pydantic import Field
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PretrainedConfig, PreTrainedModel
 
+from distill.checkpoints import quiet_loading
 from distill.console import progress
 from distill.errors import InputError
 from distill.hardware import accelerator_name, compute_device, wait_for
 from distill.linears import Int8Linear
-from distill.models import load_config, longest_input, quiet_loading, size_on_disk
+from distill.models import load_config, longest_input, size_on_disk
 from distill.quantize import weight_memory
 from distill.representations import input_names
 

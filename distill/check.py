@@ -98,6 +98,8 @@ def print_plan(plan: Plan) -> None:
         results.print(f"  {_size(estimate.num_parameters, estimate.weight_bytes)}")
         for line in _inputs(plan, planned):
             results.print(f"  {line}")
+        for note in planned.notes:
+            results.print(f"  note: {note}")
         if planned.layers is not None:
             results.print(f"  source layers {', '.join(map(str, planned.layers))} (from 0)")
         elif isinstance(planned.step.options, StudentOptions):

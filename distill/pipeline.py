@@ -20,7 +20,7 @@ from distill.folders import locked, settle, told_of_a_full_disk, unfinished, wri
 from distill.hardware import allocator
 from distill.models import fetch_weights
 from distill.options import StudentOptions
-from distill.plan import FINGERPRINT_VERSION, Plan, PlannedStep, resolved_options
+from distill.plan import FINGERPRINT_VERSION, Plan, PlannedStep, check_fetched, resolved_options
 from distill.processes import forget_precision, on_main_process, process_state, wait_for_everyone
 from distill.recipe import Recipe
 from distill.records import json_text, read_record
@@ -195,6 +195,8 @@ def _fetch_weights(plan: Plan, steps: list[PlannedStep]) -> None:
     for source in plan.sources.values():
         if source.reference in needed:
             fetch_weights(source)
+    for planned in steps:
+        check_fetched(plan, planned)
 
 
 def _prepare_folder(planned: PlannedStep) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from distill.config import TrainingConfig
 from distill.data import Data, load_data, tokenizer_fingerprint
@@ -19,6 +19,8 @@ from distill.errors import InputError, near_name
 from distill.models import (
     ModelSource,
     find_model,
+    fit_problems,
+    fit_to_tokenizer,
     from_config,
     has_head,
     label_order,
@@ -26,6 +28,7 @@ from distill.models import (
     longest_input,
     no_head_message,
     set_labels,
+    stored_fit,
 )
 from distill.options import (
     DistillOptions,
@@ -43,7 +46,7 @@ from distill.options import (
 from distill.recipe import Recipe, Step, located
 from distill.representations import depth_of
 from distill.student import is_fresh, student_config
-from distill.tasks import TaskKind
+from distill.tasks import Task, TaskKind
 from distill.teacher import FROM_DATA, comparable, layer_pairs
 
 FINGERPRINT_VERSION = 2
@@ -51,7 +54,7 @@ FINGERPRINT_VERSION = 2
 by what their step.json says (`records.is_finished`), and not made anew."""
 
 # The code that decides what a step makes; where it has changed, `run` and `check` say so of a finished model.
-_MODEL_CODE = ("models", "student", "steps", "options")
+_MODEL_CODE = ("checkpoints", "models", "student", "steps", "options")
 _TRAINING_CODE = (
     *_MODEL_CODE,
     *(
@@ -113,6 +116,8 @@ class PlannedStep:
     version."""
     made_from: tuple["PlannedStep", ...] = ()
     """The earlier steps among `parents`."""
+    notes: tuple[str, ...] = ()
+    """What is to be said of the models that it starts from."""
 
 
 @dataclass(frozen=True)
@@ -191,6 +196,8 @@ class _Input:
     tokenizer_location: str
     fingerprint: str
     is_step: bool = False
+    has_head: bool = True
+    notes: tuple[str, ...] = ()
 
 
 def _plan_step(
@@ -229,7 +236,7 @@ def _plan_step(
     pairs: dict[str, dict[str, list[tuple[int, int]]]] = {}
     try:
         if isinstance(options, FinetuneOptions | DistillOptions):
-            problems += _adapter_problems(options, source, inputs, data)
+            problems += _adapter_problems(options, source)
             chosen, width = chosen_layers(options, depth_of(config)), width_of_student(options)
             if not options.from_scratch and not is_fresh(config, width):
                 layers = tuple(chosen)
@@ -281,6 +288,7 @@ def _plan_step(
         code=_code(step),
         described=_described(step, inputs, sources, recipe, data),
         made_from=tuple(planned[model.reference] for model in inputs.values() if model.is_step),
+        notes=tuple(dict.fromkeys(note for model in inputs.values() for note in model.notes)),
     )
 
 
@@ -289,9 +297,7 @@ def _reads(model: _Input, kind: TaskKind | None) -> str:
     return tokenizer_fingerprint(load_processor(model.tokenizer_location, kind))
 
 
-def _adapter_problems(
-    options: FinetuneOptions | DistillOptions, source: _Input, inputs: Mapping[str, _Input], data: Data | None
-) -> list[str]:
+def _adapter_problems(options: FinetuneOptions | DistillOptions, source: _Input) -> list[str]:
     """What keeps a step from training adapters, or from starting from what it names."""
     problems = []
     if options.from_scratch and options.model is None:
@@ -303,7 +309,7 @@ def _adapter_problems(
     if options.merge and getattr(source.config, "quantization_config", None) is not None:
         problems.append("merge: adapters merged into quantized weights would be rounded away; leave it out")
     changed = options.model is None or options.from_scratch or cuts_student(options, source.config)
-    without_head = data is not None and not source.is_step and not has_head(source.config, data.task.kind)
+    without_head = not source.has_head
     if not options.merge and (changed or without_head):
         problems.append(
             "lora: the adapter alone would not tell the model that it belongs to; name a trained `model` and keep it "
@@ -342,26 +348,76 @@ def _resolve_input(
         return _Input(reference, made.config, str(made.folder), made.tokenizer_location, made.fingerprint, True)
     given = recipe.given[step_name]
     weights = is_teacher(option) or not given.get("from_scratch", False)
-    source = _find_outside(reference, [name for name in recipe.given if name != step_name], sources, weights=weights)
+    others = [name for name in recipe.given if name != step_name]
+    source = _find_outside(reference, others, sources, weights=weights, adapters=is_teacher(option))
+    trained, notes = True, []
     if is_teacher(option) or given["run"] == "quantize":
         problems = _classifier_problems(source, data, given.get("teacher_label_map", given.get("label_map")))
         if problems:
             raise InputError(*problems)
+        if data is not None:
+            notes = stored_fit(source, data.task, new_head=False)[1]
+    elif data is not None:
+        trained = has_head(source, data.task)
+        notes = _weights_to_train(source, data.task) if weights else []
     kind = data.task.kind if data is not None else None
-    fingerprint = f"{source.fingerprint} {tokenizer_fingerprint(load_processor(source.location, kind))}"
-    return _Input(reference, source.config, source.location, source.location, fingerprint)
+    processor = load_processor(source.location, kind)
+    config = copy.deepcopy(source.config)
+    if isinstance(processor, PreTrainedTokenizerBase):
+        fit_to_tokenizer(config, processor, reference)
+    fingerprint = f"{source.fingerprint} {tokenizer_fingerprint(processor)}"
+    return _Input(
+        reference, config, source.location, source.location, fingerprint, has_head=trained, notes=tuple(notes)
+    )
+
+
+def _weights_to_train(source: ModelSource, task: Task) -> list[str]:
+    """What is to be said of the weights that a training starts from.
+
+    Raises:
+        InputError: they are not those of the model's config, its head aside.
+    """
+    fit, notes = stored_fit(source, task, new_head=True)
+    problems = [] if fit is None else fit_problems(fit, task.kind, new_head=True)
+    if problems:
+        raise InputError(*(f"{source.reference}: {problem}" for problem in problems))
+    return notes
+
+
+def check_fetched(plan: Plan, planned: PlannedStep) -> None:
+    """Look at the weights of a step's models from the Hub, which were not here when it was planned.
+
+    Raises:
+        InputError: they are not those of their config, or lack a head that is needed.
+    """
+    problems: list[str] = []
+    for option, reference in zip(planned.inputs, planned.parents, strict=True):
+        source = plan.sources.get(reference)
+        if source is None or (option == "model" and planned.step.given.get("from_scratch")):
+            continue
+        new_head = not is_teacher(option) and planned.step.run != "quantize"
+        fit, _ = stored_fit(source, plan.data.task, new_head=new_head)
+        found = [] if fit is None else fit_problems(fit, plan.data.task.kind, new_head=new_head)
+        problems += [f"steps.{planned.step.name}.{option}: {reference}: {problem}" for problem in found]
+    if problems:
+        raise InputError(*problems)
 
 
 def _find_outside(
-    reference: str, steps: list[str], sources: dict[str, ModelSource], *, weights: bool = True
+    reference: str,
+    steps: list[str],
+    sources: dict[str, ModelSource],
+    *,
+    weights: bool = True,
+    adapters: bool = False,
 ) -> ModelSource:
     """The model from outside, kept in `sources`; a mistyped step's name is told as such, and the Hub not asked."""
-    if reference not in sources:
+    if reference not in sources or (sources[reference].base is not None and not adapters):
         near = near_name(reference, steps, similarity=0.75)
         if near and "/" not in reference and not Path(reference).exists():
             raise InputError(f"no step {reference!r}; did you mean {near!r}?")
         try:
-            sources[reference] = find_model(reference, weights=weights)
+            sources[reference] = find_model(reference, weights=weights, adapters=adapters)
         except InputError as error:
             others = f" (steps: {', '.join(steps)})" if steps else ""
             raise InputError(*(f"{problem}{others}" for problem in error.problems)) from None
@@ -370,11 +426,18 @@ def _find_outside(
 
 def _classifier_problems(source: ModelSource, data: Data | None, label_map: dict[str, str] | None) -> list[str]:
     """What keeps a model from outside from being used as it is: no trained head, or other labels."""
-    architecture = (source.config.architectures or ["its architecture"])[0]
     if data is None:
         return []
-    if not has_head(source.config, data.task.kind):
-        return [f"{source.reference} {no_head_message([architecture])}"]
+    if not has_head(source, data.task):
+        fit, _ = stored_fit(source, data.task, new_head=False)
+        missing = fit.new_head if fit is not None else ()
+        architecture = (source.config.architectures or ["its class"])[0]
+        return [f"{source.reference} {no_head_message(sorted(missing) or [architecture])}"]
+    fit, _ = stored_fit(source, data.task, new_head=False)
+    if fit is not None:
+        problems = fit_problems(fit, data.task.kind, new_head=False)
+        if problems:
+            return [f"{source.reference}: {problem}" for problem in problems]
     try:
         label_order(source.config, data.task, label_map, where=source.reference)
     except InputError as error:
@@ -391,7 +454,9 @@ def _baseline_problems(
 ) -> list[str]:
     """What is wrong with a baseline that is no step; its source goes into `sources`."""
     try:
-        return _classifier_problems(_find_outside(baseline, list(recipe.given), sources), data, label_map)
+        return _classifier_problems(
+            _find_outside(baseline, list(recipe.given), sources, adapters=True), data, label_map
+        )
     except InputError as error:
         return list(error.problems)
 

@@ -28,6 +28,7 @@ from distill.adapters import with_adapters
 from distill.arguments import check_given, own_arguments
 from distill.batches import COUNTED_ROWS, Reader, length_loader, row_lengths, with_columns
 from distill.cache import TEACHER_OUTPUTS, CachePlan, Outputs, build_cache, plan_cache
+from distill.checkpoints import quiet_loading
 from distill.conditions import (
     checkpointing_kept,
     determinism,
@@ -43,7 +44,6 @@ from distill.credentials import UnsavedToken
 from distill.errors import InputError
 from distill.hardware import available_cores, fast_attention, freed_memory_kept
 from distill.masking import masking_of
-from distill.models import quiet_loading
 from distill.monitoring import Announcement, DivergenceWatch, Sums
 from distill.objective import COUNTS, Part, against_labels, against_teacher, count
 from distill.packing import packed
@@ -675,7 +675,11 @@ class DistillationTrainer(transformers.Trainer):
         else:  # a file has neither tied weights nor always the modules' own names, and Trainer would skip those
             with quiet_loading():
                 saved = type(self.student).from_pretrained(
-                    resume_from_checkpoint, config=self.student.config, dtype=self.student.dtype, use_safetensors=True
+                    resume_from_checkpoint,
+                    config=self.student.config,
+                    dtype=self.student.dtype,
+                    use_safetensors=True,
+                    trust_remote_code=False,
                 )
             self.student.load_state_dict(saved.state_dict())
         if self._quantized is not None and self.args.qat_activations:
