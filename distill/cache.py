@@ -256,6 +256,7 @@ def build_cache(
     batch_size: int,
     precision: str,
     prefix: str = "",
+    more: str = "",
     process_index: int = 0,
     num_processes: int = 1,
     wait: Callable[[], Any] = lambda: None,
@@ -269,12 +270,13 @@ def build_cache(
         outputs: of the rows with these numbers, and their attention mask.
         precision: of the teacher's arithmetic, part of the fingerprint.
         prefix: of the columns that it reads.
+        more: the prefix of columns that it reads beside these.
         wait: returns when all processes have come to it.
     """
     layout, lengths = plan.layout, plan.lengths
     if layout is None:
         raise ValueError("a plan to cache nothing")
-    folder = plan.root / _fingerprint(model, layout, rows, precision, prefix)
+    folder = plan.root / _fingerprint(model, layout, rows, precision, (prefix, more))
     chunks = _chunks(lengths, layout)
     is_main = process_index == 0
     with told_of_a_full_disk(plan.root):
@@ -462,7 +464,9 @@ def _last_use(folder: Path) -> float:
     return 0.0
 
 
-def _fingerprint(model: PreTrainedModel, layout: Layout, rows: datasets.Dataset, precision: str, prefix: str) -> str:
+def _fingerprint(
+    model: PreTrainedModel, layout: Layout, rows: datasets.Dataset, precision: str, prefixes: Sequence[str]
+) -> str:
     digest = hashlib.sha256()
     config = {
         key: value
@@ -474,7 +478,8 @@ def _fingerprint(model: PreTrainedModel, layout: Layout, rows: datasets.Dataset,
     for name, weight in sorted(model.state_dict().items()):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
         digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    columns = sorted({prefix + name for name in input_names(model)} & set(rows.column_names))
+    read = {prefix + name for prefix in prefixes for name in input_names(model)}
+    columns = sorted(read & set(rows.column_names))
     for table in rows.select_columns(columns).with_format("arrow").iter(4096):
         for column in columns:
             values = table[column].combine_chunks()

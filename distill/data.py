@@ -231,6 +231,14 @@ def load_data(
 
 def tokenizer_fingerprint(tokenizer: Processor) -> str:
     """Changes with what it does to a text or image, but not with its use (which sets truncation and padding)."""
+    inputs = getattr(tokenizer, "model_input_names", None)
+    return _fingerprint([token_fingerprint(tokenizer), inputs])
+
+
+def token_fingerprint(tokenizer: Processor) -> str:
+    """The same of the tokens alone: two with equal ones cut every text into the same ids, beside which one of them may
+    give a model more inputs (`token_type_ids`).
+    """
     if isinstance(tokenizer, BaseImageProcessor):
         return _fingerprint(tokenizer.to_dict())
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -238,7 +246,9 @@ def tokenizer_fingerprint(tokenizer: Processor) -> str:
         description: Any = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), str(tokenizer.init_kwargs)]
     else:
         description = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
-    return _fingerprint(description)
+    special = {name: tokenizer.convert_tokens_to_ids(token) for name, token in tokenizer.special_tokens_map.items()}
+    sides = [tokenizer.padding_side, tokenizer.truncation_side, tokenizer.pad_token_type_id]
+    return _fingerprint([description, special, sides])
 
 
 def _changed(options: DataOptions) -> dict[str, Any]:

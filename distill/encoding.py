@@ -72,14 +72,14 @@ def tokenize(
     )
 
 
-def beside(rows: datasets.Dataset, others: datasets.Dataset, processor: Processor, prefix: str) -> datasets.Dataset:
-    """Tokenized rows with the inputs that another tokenizer made of them.
+def beside(rows: datasets.Dataset, others: datasets.Dataset, names: list[str], prefix: str) -> datasets.Dataset:
+    """Tokenized rows with inputs that another tokenizer made of them.
 
     Args:
-        others: the same rows, as `processor` tokenized them.
+        others: the same rows, as that one tokenized them.
+        names: of its columns, those to take.
         prefix: of the new columns.
     """
-    names = [name for name in processor.model_input_names if name in others.column_names]
     columns = others.select_columns(names).rename_columns({name: prefix + name for name in names})
     return datasets.concatenate_datasets([rows, columns], axis=1)
 

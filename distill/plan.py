@@ -14,7 +14,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from distill.config import TrainingConfig
-from distill.data import Data, load_data, tokenizer_fingerprint
+from distill.data import Data, load_data, token_fingerprint, tokenizer_fingerprint
 from distill.errors import InputError, near_name
 from distill.models import (
     ModelSource,
@@ -293,8 +293,8 @@ def _plan_step(
 
 
 def _reads(model: _Input, kind: TaskKind | None) -> str:
-    """A fingerprint of how a model reads rows."""
-    return tokenizer_fingerprint(load_processor(model.tokenizer_location, kind))
+    """A fingerprint of the tokens (or pixels) that a model reads of rows."""
+    return token_fingerprint(load_processor(model.tokenizer_location, kind))
 
 
 def _adapter_problems(options: FinetuneOptions | DistillOptions, source: _Input) -> list[str]:

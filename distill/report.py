@@ -1,6 +1,7 @@
 """The report: every model of a run scored and measured side by side, as report.json, report.md and a plot."""
 
 import hashlib
+import importlib.metadata
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 from distill.benchmark import as_row, benchmark_models, environment
 from distill.card import write_model_card
 from distill.console import log, remark
+from distill.data import tokenizer_fingerprint
 from distill.errors import InputError
 from distill.evaluation import Evaluation, evaluate_model
 from distill.intervals import agreement, divergence_from, paired_difference, won_back
@@ -20,7 +22,19 @@ from distill.presentation import as_markdown, draw
 from distill.records import finite, json_text, read_record
 
 _SCORING_CODE = (
-    *("readers", "data", "encoding", "masking", "tasks", "metrics", "entities", "questions", "models", "linears"),
+    *(
+        "readers",
+        "data",
+        "encoding",
+        "masking",
+        "tasks",
+        "metrics",
+        "entities",
+        "questions",
+        "checkpoints",
+        "models",
+        "linears",
+    ),
     *("embeddings", "quantize", "evaluation", "intervals"),
 )
 _LOWER_IS_BETTER = ("perplexity",)
@@ -97,14 +111,29 @@ def _model_fingerprint(plan: Plan, name: str) -> str:
 
 def _evaluation(plan: Plan, name: str, location: str, fingerprint: str, cache: Path) -> Evaluation:
     file = cache / f"evaluation-{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
-    key = _key(fingerprint, plan.data.fingerprint, [code_fingerprint(module) for module in _SCORING_CODE])
+    processor = load_processor(location, plan.data.task.kind)
+    key = _key(
+        fingerprint,
+        plan.data.fingerprint,
+        tokenizer_fingerprint(processor),
+        _scored_with(),
+        [code_fingerprint(module) for module in _SCORING_CODE],
+    )
     known = _read_cache(file, key)
     if known is not None:
         return Evaluation(**known)
     model = load_classifier(location, plan.data.task, label_map=None if name in plan.steps else plan.baseline_label_map)
-    evaluation = evaluate_model(model, load_processor(location, plan.data.task.kind), plan.data, name=name)
+    evaluation = evaluate_model(model, processor, plan.data, name=name)
     _write_cache(file, key, asdict(evaluation))
     return evaluation
+
+
+def _scored_with() -> dict[str, Any]:
+    """What else a score may hang on: the device, and the versions of what computes there."""
+    around = environment()
+    versions = {package: around[package] for package in ("torch", "transformers", "bitsandbytes", "peft")}
+    own = importlib.metadata.version("distill-transformers")
+    return versions | {"distill": own, "device": around["gpu"] or around["cpu"]}
 
 
 def _benchmarks(
@@ -132,7 +161,8 @@ def _comparisons(
     student = next((name for name in trained if plan.steps[name].step.run == "distill"), None)
     if student is None:
         return []
-    key = _key(fingerprints, plan.data.fingerprint, [code_fingerprint(module) for module in _SCORING_CODE])
+    code = [code_fingerprint(module) for module in _SCORING_CODE]
+    key = _key(fingerprints, plan.data.fingerprint, _scored_with(), code)
     known = _read_cache(cache / "comparisons.json", key)
     if known is None:
         labels = plan.data.labels(plan.data.task.validation_splits[0][0])

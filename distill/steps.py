@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PrinterCallback
 
 from distill.adapters import in_float32, lora_config, merged
 from distill.console import log
-from distill.data import Data, tokenizer_fingerprint
+from distill.data import Data, token_fingerprint, tokenizer_fingerprint
 from distill.encoding import Processor, beside
 from distill.evaluation import input_batches, metrics_while_training
 from distill.formats import Format, choose_formats
@@ -282,11 +282,29 @@ def read_rows(data: Data, processor_from: str, teachers_from: Sequence[str | Non
         if location is None or kind == "image-classification":
             continue
         own = load_processor(location, kind, data.max_length)
-        if tokenizer_fingerprint(own) != tokenizer_fingerprint(processor):
-            prefix = own_columns(number)
-            train = beside(train, data.training_rows(own, unlabelled=True), own, prefix)
-            validation = beside(validation, data.tokenized(scored, own), own, prefix)
+        if tokenizer_fingerprint(own) == tokenizer_fingerprint(processor):
+            continue
+        same_tokens, prefix = token_fingerprint(own) == token_fingerprint(processor), own_columns(number)
+        train = _with_own_inputs(train, data.training_rows(own, unlabelled=True), own, prefix, same_tokens=same_tokens)
+        others = data.tokenized(scored, own)
+        validation = _with_own_inputs(validation, others, own, prefix, same_tokens=same_tokens)
     return ReadRows(processor, train, validation)
+
+
+def _with_own_inputs(
+    rows: datasets.Dataset, others: datasets.Dataset, own: Processor, prefix: str, *, same_tokens: bool
+) -> datasets.Dataset:
+    """Rows with what a teacher reads otherwise than the student: all of its inputs, or where the tokens are the same
+    the token types that one of the two is not given.
+    """
+    if not same_tokens:
+        return beside(rows, others, [name for name in own.model_input_names if name in others.column_names], prefix)
+    types = "token_type_ids"
+    if (types in rows.column_names) == (types in others.column_names):
+        return rows
+    if types not in others.column_names:  # a model that is given none reads zeros
+        others = others.add_column(types, [[0] * length for length in others["length"]])
+    return beside(rows, others, [types], prefix)
 
 
 def batch_of(trainer: DistillationTrainer) -> tuple[int | None, str]:

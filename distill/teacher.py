@@ -56,6 +56,8 @@ class Teacher:
     """For each loss that matches layers, (student, teacher) layers."""
     prefix: str = ""
     """Of the columns that hold its inputs, where it reads other tokens than the student."""
+    more: str = ""
+    """Of the columns that it reads beside the student's, where its tokens are the same (token types)."""
     vocabulary: int | None = None
     """Words that are compared, where the two differ in how far they fill up their vocabularies."""
     top_k: int = 0
@@ -84,12 +86,16 @@ class Teacher:
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """What of a batch it reads: the student's inputs, or columns of its own."""
-        return {name.removeprefix(self.prefix): value for name, value in batch.items() if name.startswith(self.prefix)}
+        own = self.prefix or self.more
+        read = {name.removeprefix(own): value for name, value in batch.items() if name.startswith(own)}
+        return {**batch, **read} if self.more else read
 
     def can_judge(self, batch: Mapping[str, Any]) -> bool:
         """Whether a batch holds what it reads, or its stored predictions."""
         if self.model is None:
             return bool(set(STORED_COLUMNS) & batch.keys())
+        if self.more:
+            return any(name.startswith(self.more) for name in batch)
         return not self.prefix or f"{self.prefix}input_ids" in batch
 
     @property
@@ -110,12 +116,13 @@ def own_columns(number: int) -> str:
 
 
 def fillers_of(teachers: Sequence["Teacher"]) -> dict[str, int]:
-    """What the columns are padded with that teachers read in place of the student's."""
+    """What the columns are padded with that teachers read in place of the student's, or beside them."""
     fillers: dict[str, int] = {}
     for each in teachers:
-        if each.prefix and each.model is not None:
-            fillers |= dict.fromkeys((each.prefix + name for name in input_names(each.model)), 0)
-            fillers[f"{each.prefix}input_ids"] = each.model.config.pad_token_id or 0
+        own = each.prefix or each.more
+        if own and each.model is not None:
+            fillers |= dict.fromkeys((own + name for name in input_names(each.model)), 0)
+            fillers[f"{own}input_ids"] = each.model.config.pad_token_id or 0
     return fillers
 
 
@@ -159,12 +166,14 @@ def match_teachers(
             continue
         try:
             prefix = own_columns(len(matched))
+            own = {prefix + name for name in input_names(teacher)} & set(columns)
             matched.append(
                 _match(
                     student, teacher, problem, config, on,
                     share=share / sum(shares),
                     number=len(matched),
-                    prefix=prefix if f"{prefix}input_ids" in columns else "",
+                    prefix=prefix if f"{prefix}input_ids" in own else "",
+                    more=prefix if own and f"{prefix}input_ids" not in own else "",
                     vocabulary=vocabulary,
                 )
             )  # fmt: skip
@@ -248,6 +257,7 @@ def _match(
     share: float,
     number: int,
     prefix: str,
+    more: str,
     vocabulary: int | None,
 ) -> Teacher:
     problems = comparable(config, [model.config for model in (student, teacher)], same_tokens=not prefix)
@@ -313,6 +323,7 @@ def _match(
         relation_heads=relation_heads,
         pairs=pairs,
         prefix=prefix,
+        more=more,
         vocabulary=shared_words,
         top_k=min(config.cache_top_k, teacher.config.vocab_size) if keeps_words else 0,
     )

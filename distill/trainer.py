@@ -416,6 +416,7 @@ class DistillationTrainer(transformers.Trainer):
             teacher.cache = build_cache(
                 teacher.model, plan, self.train_dataset, outputs,
                 prefix=teacher.prefix,
+                more=teacher.more,
                 batch_size=self.args.per_device_eval_batch_size,
                 precision="bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "fp32",
                 process_index=self.args.process_index,

@@ -5,7 +5,7 @@ import datasets
 import numpy as np
 import pytest
 
-from distill.data import DataOptions, load_data, tokenizer_fingerprint
+from distill.data import DataOptions, load_data, token_fingerprint, tokenizer_fingerprint
 from distill.errors import InputError
 from tests.conftest import make_tokenizer, sentences, write_rows
 
@@ -219,6 +219,24 @@ def test_the_tokenizers_fingerprint_follows_its_vocabulary_and_not_its_use():
     tokenizer(["good film"], truncation=True, max_length=3, padding=True)
     assert tokenizer_fingerprint(tokenizer) == before
     assert tokenizer_fingerprint(make_tokenizer(["other", "words"])) != before
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "same_tokens"),
+    [
+        ("model_input_names", ["input_ids", "attention_mask"], True),
+        ("padding_side", "left", False),
+        ("truncation_side", "left", False),
+        ("pad_token", "[UNK]", False),
+        ("cls_token", "[MASK]", False),
+    ],
+)
+def test_the_tokenizers_fingerprint_follows_what_rows_become(name, value, same_tokens):
+    tokenizer, other = make_tokenizer(), make_tokenizer()
+    assert tokenizer_fingerprint(other) == tokenizer_fingerprint(tokenizer)
+    setattr(other, name, value)
+    assert tokenizer_fingerprint(other) != tokenizer_fingerprint(tokenizer)
+    assert (token_fingerprint(other) == token_fingerprint(tokenizer)) is same_tokens
 
 
 def test_rows_are_cut_and_counted(sst2_folder):

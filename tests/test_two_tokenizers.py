@@ -9,7 +9,9 @@ import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast, RobertaConfig
 
+from distill import DistillationConfig, DistillationTrainer, build_student
 from distill.check import print_plan
+from distill.data import DataOptions, load_data
 from distill.errors import InputError
 from distill.evaluation import evaluate_model
 from distill.models import load_tokenizer
@@ -17,7 +19,8 @@ from distill.pipeline import run_plan
 from distill.plan import make_plan
 from distill.recipe import load_recipe
 from distill.report import write_report
-from tests.conftest import sentences
+from distill.steps import read_rows
+from tests.conftest import make_tokenizer, sentences, tiny_bert, write_rows
 
 RECIPE = """
 task: sst2
@@ -94,3 +97,95 @@ def test_what_compares_token_with_token_is_refused(tmp_path, sst2_folder, pretra
         InputError, match=f"{part}: compares token with token, but student and teacher have a tokenizer each"
     ):
         plan_of(tmp_path, sst2_folder, pretrained, roberta, f", {part}: 1.0")
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """Rows of two sentences, a BERT, and a DistilBERT whose tokenizer is BERT's but for the token types."""
+    folder = tmp_path_factory.mktemp("pairs")
+    rows = [{"sentence1": a["sentence"], "sentence2": b["sentence"], "label": a["label"]} for a, b in zip(
+        sentences(24), sentences(24, seed=3), strict=True)]  # fmt: skip
+    for split in ("train", "validation"):
+        write_rows(folder / "rows" / f"{split}.jsonl", rows)
+    bert = tiny_bert(seed=4)
+    models = {"bert": bert, "distilbert": build_student(tiny_bert(seed=5), student_arch="distilbert")}
+    for name, model in models.items():
+        model.save_pretrained(folder / name)
+        tokenizer = make_tokenizer()
+        if name == "distilbert":
+            tokenizer.model_input_names = ["input_ids", "attention_mask"]
+        tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+def options_for(folder, **more):
+    return DistillationConfig(
+        output_dir=str(folder),
+        max_steps=1,
+        per_device_train_batch_size=4,
+        disable_tqdm=True,
+        save_strategy="no",
+        **more,
+    )
+
+
+@pytest.mark.parametrize("first", ["bert", "distilbert"])
+@pytest.mark.parametrize("cache", ["none", "logits"])
+def test_a_bert_reads_token_types_beside_a_distilbert_whoever_came_first(pairs, first, cache, tmp_path):
+    options = DataOptions(kind="classification", path=str(pairs / "rows"), text=["sentence1", "sentence2"])
+    data = load_data(None, options)
+    data.tokenized("train", load_tokenizer(str(pairs / first), data.max_length))
+    rows = read_rows(data, str(pairs / "distilbert"), [str(pairs / "bert")])
+    assert "token_type_ids" not in rows.train.column_names
+    assert {type for row in rows.train["teacher1_token_type_ids"] for type in row} == {0, 1}
+
+    bert = AutoModelForSequenceClassification.from_pretrained(pairs / "bert").eval()
+    student = AutoModelForSequenceClassification.from_pretrained(pairs / "distilbert")
+    args = options_for(tmp_path, hidden_weight=1.0, cache_teacher="none" if cache == "none" else "hidden")
+    trainer = DistillationTrainer(
+        model=student, teacher=bert, args=args, train_dataset=rows.train, eval_dataset=rows.validation,
+        processing_class=rows.processor,
+    )  # fmt: skip
+    trainer.cache_teachers()
+    numbers = [3, 0, 7]
+    batch = trainer._completed(trainer.batch_reader()(numbers, 0))
+    logits, _ = trainer.teachers[0].outputs(batch)
+    chosen = data.splits["train"].select(numbers)
+    encoded = load_tokenizer(str(pairs / "bert"))(
+        list(chosen["sentence1"]), list(chosen["sentence2"]), padding=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(logits, bert(**encoded).logits, atol=1e-5, rtol=0)
+        without = bert(input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"]).logits
+    assert not torch.allclose(without, logits, atol=1e-2)
+    assert "eval_loss/soft" in trainer.evaluate()
+
+
+def test_a_teacher_that_is_given_no_token_types_reads_none_beside_a_bert(pairs, tmp_path):
+    (tmp_path / "teacher").mkdir()
+    AutoModelForSequenceClassification.from_pretrained(pairs / "bert").save_pretrained(tmp_path / "teacher")
+    load_tokenizer(str(pairs / "distilbert")).save_pretrained(tmp_path / "teacher")
+    options = DataOptions(kind="classification", path=str(pairs / "rows"), text=["sentence1", "sentence2"])
+    rows = read_rows(load_data(None, options), str(pairs / "bert"), [str(tmp_path / "teacher")])
+    assert {type for row in rows.train["token_type_ids"] for type in row} == {0, 1}
+    assert {type for row in rows.train["teacher1_token_type_ids"] for type in row} == {0}
+    distilbert = read_rows(load_data(None, options), str(pairs / "bert"), [str(pairs / "distilbert")])
+    trainer = DistillationTrainer(
+        model=AutoModelForSequenceClassification.from_pretrained(pairs / "bert"),
+        teacher=AutoModelForSequenceClassification.from_pretrained(pairs / "distilbert"),
+        args=options_for(tmp_path), train_dataset=distilbert.train, eval_dataset=distilbert.validation,
+        processing_class=distilbert.processor,
+    )  # fmt: skip
+    assert "eval_loss/soft" in trainer.evaluate()
+
+
+def test_hidden_states_of_a_bert_and_a_distilbert_with_its_vocabulary_are_compared(pairs, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"""
+output_dir: {tmp_path}/run
+data: {{kind: classification, path: {pairs}/rows, text: [sentence1, sentence2]}}
+steps:
+  teacher: {{run: finetune, model: {pairs}/bert, max_steps: 1}}
+  student: {{run: distill, teacher: teacher, model: {pairs}/distilbert, hidden_weight: 1.0, max_steps: 1}}
+""")
+    assert make_plan(load_recipe(path, {"data.max_length": "32"})).steps["student"].layer_pairs
