@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import safetensors
 import torch
@@ -239,5 +239,14 @@ def adapter_states(model: PreTrainedModel | PeftModel) -> list[str]:
 
 def base_of(folder: Path | str) -> str | None:
     """What an adapter's folder says it belongs to; None for a folder that is no adapter, or a Hub id."""
+    return _config_of(folder).get("base_model_name_or_path")
+
+
+def task_of(folder: Path | str) -> str | None:
+    """What the model of an adapter's folder predicts, in PEFT's words (`SEQ_CLS`), if it says so."""
+    return _config_of(folder).get("task_type")
+
+
+def _config_of(folder: Path | str) -> dict[str, Any]:
     file = Path(folder) / ADAPTER_CONFIG
-    return json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"] if file.is_file() else None
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

@@ -18,12 +18,13 @@ from pydantic import Field
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PretrainedConfig, PreTrainedModel
 
-from distill.checkpoints import quiet_loading
+from distill.adapters import with_stored_adapters
+from distill.checkpoints import load_weights
 from distill.console import progress
 from distill.errors import InputError
 from distill.hardware import accelerator_name, compute_device, wait_for
 from distill.linears import Int8Linear
-from distill.models import load_config, longest_input, size_on_disk
+from distill.models import base_folder, load_config, longest_input, saved_class, size_on_disk
 from distill.quantize import weight_memory
 from distill.representations import input_names
 
@@ -199,11 +200,16 @@ def slower_or_not_smaller(model: Mapping[str, Any], parent: Mapping[str, Any]) -
 
 
 def _load(location: str) -> PreTrainedModel:
-    """The model in the class that it was saved as."""
-    config = load_config(location)
-    model_class = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
-    with quiet_loading():
-        return model_class.from_pretrained(location, use_safetensors=True)
+    """The model in the class that it was saved as.
+
+    Raises:
+        InputError: weights that are not those of its config.
+    """
+    config, base = load_config(location), base_folder(Path(location), weights=True)
+    model, fit = load_weights(str(base or location), saved_class(location, config), config, "auto")
+    if fit.problem is not None:
+        raise InputError(f"{location}: {fit.problem}")
+    return model if base is None else with_stored_adapters(model, Path(location))
 
 
 def _skeleton(config: PretrainedConfig) -> PreTrainedModel:

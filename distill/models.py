@@ -1,5 +1,6 @@
 """Load what a recipe calls a model: its config, tokenizer and weights, with the label order of the task."""
 
+import contextlib
 import logging
 import re
 from collections import Counter
@@ -21,7 +22,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from distill.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_of, stored_beside_adapters, with_stored_adapters
+from distill.adapters import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    base_of,
+    stored_beside_adapters,
+    task_of,
+    with_stored_adapters,
+)
 from distill.checkpoints import (
     Fit,
     fit_of,
@@ -67,6 +75,13 @@ _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt", "spiece.model"),
     *("sentencepiece.bpe.model", "tokenizer.model"),
 )
+# By PEFT's names for what is predicted.
+_CLASSES_OF_ADAPTERS: dict[str, Any] = {
+    "SEQ_CLS": transformers.AutoModelForSequenceClassification,
+    "TOKEN_CLS": transformers.AutoModelForTokenClassification,
+    "QUESTION_ANS": transformers.AutoModelForQuestionAnswering,
+    "CAUSAL_LM": transformers.AutoModelForCausalLM,
+}
 _PADDING_TOKENS = ("[PAD]", "<pad>", "<|pad|>")
 # The last layer of a head, among what is stored beside adapters.
 _OUTPUT_LAYER = re.compile(r"(?:classifier|score|out_proj|logits_proj)\.weight$")
@@ -202,10 +217,28 @@ def load_config(location: str) -> PretrainedConfig:
         config.id2label = dict(enumerate(ordered))
         config.label2id = {name: index for index, name in enumerate(ordered)}
     if base is not None:
-        labels = _labels_of_adapters(folder)
+        labels, auto = _labels_of_adapters(folder), _CLASSES_OF_ADAPTERS.get(task_of(folder) or "")
         if labels is not None:
             config.num_labels = labels
+        if auto is not None and type(config) in auto._model_mapping:
+            config.architectures = [auto._model_mapping[type(config)].__name__]
     return config
+
+
+def saved_class(location: str, config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The class that a model was saved as: the one in its config, or else the first that all its weights fit."""
+    named = getattr(transformers, (config.architectures or [""])[0], None)
+    if named is not None:
+        return named
+    stored = stored_shapes(weight_files(Path(location))) if readable_on_meta(config) else {}
+    for kind in _AUTO_CLASSES if stored else ():
+        with contextlib.suppress(InputError):  # a family without models for this kind
+            chosen = model_class(config, kind)
+            fit = fit_of(stored, chosen, config, plain_names(stored, chosen, config))
+            if not (fit.problem or fit.untrained or fit.unread):
+                return chosen
+    with torch.device("meta"):
+        return type(transformers.AutoModel.from_config(config, trust_remote_code=False))
 
 
 def _names_in_order(id2label: Mapping[Any, Any] | Sequence[Any]) -> list[str]:
@@ -279,7 +312,10 @@ def fit_to_tokenizer(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBas
     Raises:
         InputError: the tokenizer has tokens that the model has no embeddings for.
     """
-    rows, tokens = getattr(config, "vocab_size", None), max(tokenizer.get_vocab().values()) + 1
+    rows, vocabulary = getattr(config, "vocab_size", None), tokenizer.get_vocab()
+    if tokenizer.eos_token_id not in {tokenizer.pad_token_id, *tokenizer("")["input_ids"]}:
+        vocabulary.pop(tokenizer.eos_token, None)  # some classes bring one that no text becomes (Qwen2's)
+    tokens = max(vocabulary.values()) + 1
     if rows is not None and tokens > rows:
         raise InputError(
             f"{where}: its tokenizer has {tokens:,} tokens, but the model embeddings for {rows:,} (vocab_size); resize "

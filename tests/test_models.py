@@ -1,6 +1,20 @@
+import copy
+
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, RobertaConfig, RobertaModel
+from tokenizers import Tokenizer, models
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    RobertaConfig,
+    RobertaModel,
+)
 
 from distill.benchmark import BenchmarkOptions, benchmark_models
 from distill.errors import InputError
@@ -8,8 +22,9 @@ from distill.models import find_model, label_order, load_classifier, load_for_fi
 from distill.plan import make_plan
 from distill.recipe import load_recipe
 from distill.sources import sha256
-from distill.tasks import GLUE
+from distill.tasks import GLUE, own_task
 from tests.conftest import tiny_bert
+from tests.test_checkpoints import edit_config
 
 IDS = torch.tensor([[2, 5, 9, 14, 3]])
 NAMES = {"mnli": ("contradiction", "entailment", "neutral")}  # another order than GLUE's
@@ -165,3 +180,153 @@ def test_max_length_is_compared_with_the_positions_that_roberta_can_use(tmp_path
         make_plan(load_recipe(recipe, {"data.max_length": "25"}))
     with pytest.raises(InputError, match="teacher takes at most 24 tokens"):
         benchmark_models({"teacher": str(tmp_path / "roberta")}, BenchmarkOptions(sequence_length=25, rounds=1))
+
+
+# --- padding --------------------------------------------------------------------------------------------------------
+
+_CAUSAL = {
+    "gpt2": GPT2Config(vocab_size=25, n_embd=32, n_layer=2, n_head=2, n_positions=64, initializer_range=0.3),
+    "llama": LlamaConfig(
+        vocab_size=25, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        initializer_range=0.3,
+    ),
+    "qwen2": Qwen2Config(
+        vocab_size=25, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        intermediate_size=64, initializer_range=0.3,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", _CAUSAL)
+@pytest.mark.parametrize(("eos", "config_pad"), [(3, None), ([3, 4], None), (3, 3), (None, None)])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_causal_classifier_reads_no_padding(tmp_path, tokenizer, family, eos, config_pad, side):
+    """A row beside longer ones gets the logits that it has on its own."""
+    config = copy.deepcopy(_CAUSAL[family])
+    config.eos_token_id, config.pad_token_id, config.bos_token_id = eos, config_pad, None
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.padding_side = side
+    tokenizer.save_pretrained(tmp_path)
+    labels = {"LABEL_0": "negative", "LABEL_1": "positive"}
+    for model in (
+        load_for_finetuning(str(tmp_path), GLUE["sst2"]).eval(),
+        load_for_finetuning(str(tmp_path), GLUE["sst2"], from_scratch=True).eval(),
+        load_classifier(str(tmp_path), GLUE["sst2"], label_map=labels),
+    ):
+        assert model.config.pad_token_id == tokenizer.pad_token_id == 0
+        texts = ["a good film", "the plot was very bad and a sad end"]
+        together = tokenizer(texts, padding=True, return_tensors="pt")
+        inputs = {name: together[name] for name in ("input_ids", "attention_mask")}
+        if side == "left" and family == "gpt2":  # its positions are counted from the left
+            inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        alone = tokenizer(texts[:1], return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            torch.testing.assert_close(model(**inputs).logits[:1], model(input_ids=alone).logits, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("special", "pad_token_id", "expected"),
+    [
+        ({}, 0, "[PAD]"),  # as its model's config says
+        ({"eos_token": "[SEP]"}, None, "[SEP]"),
+        ({"eos_token": "[SEP]"}, 4, "[MASK]"),
+        ({}, None, "[PAD]"),  # by its name
+        ({"pad_token": "[UNK]"}, 0, "[UNK]"),  # what the tokenizer itself says comes first
+    ],
+)
+def test_a_tokenizer_without_padding_token_gets_one(tmp_path, tokenizer, special, pad_token_id, expected):
+    save(tmp_path, ["a", "b"], pad_token_id=pad_token_id)
+    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, **special)
+    bare.save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path)).pad_token == expected
+
+
+def test_a_tokenizer_with_nothing_to_pad_with_is_refused(tmp_path):
+    save(tmp_path, ["a", "b"], pad_token_id=None)
+    backend = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="no padding token, nor an end token to pad with; set pad_token"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_tokens_without_embeddings_are_refused_with_both_numbers(tmp_path, tokenizer, sst2_folder):
+    more = copy.deepcopy(tokenizer)
+    more.add_tokens(["<url>", "<user>"])
+    save(tmp_path / "m", ["negative", "positive"], more)
+    message = r"its tokenizer has 27 tokens, but the model embeddings for 25 \(vocab_size\)"
+    for load in (load_classifier, load_for_finetuning):
+        with pytest.raises(InputError, match=message):
+            load(str(tmp_path / "m"), GLUE["sst2"])
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"task: sst2\noutput_dir: {tmp_path / 'out'}\ndata: {{path: {sst2_folder}, max_length: 24}}\n"
+        f"steps: {{teacher: {{run: finetune, model: {tmp_path / 'm'}}}}}\n"
+    )
+    with pytest.raises(InputError, match=rf"steps\.teacher\.model: .*{message}"):
+        make_plan(load_recipe(recipe))
+
+
+def test_a_padding_id_that_positions_start_at_stays(tmp_path, tokenizer):
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    config = RobertaConfig(vocab_size=25, max_position_embeddings=26, pad_token_id=1, **sizes)
+    RobertaModel(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert load_for_finetuning(str(tmp_path), GLUE["sst2"]).config.pad_token_id == 1
+
+
+# --- labels ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("id2label", "names"),
+    [
+        ({"1": "negative", "2": "positive"}, ["negative", "positive"]),
+        ({"0": 0, "1": 1}, ["0", "1"]),
+        ({"0": False, "1": True}, ["False", "True"]),
+        (["negative", "positive"], ["negative", "positive"]),
+        ([0, 1], ["0", "1"]),
+        ({"1": "positive", "0": "negative"}, ["negative", "positive"]),
+        (None, ["LABEL_0", "LABEL_1"]),
+    ],
+)
+def test_labels_are_named_by_strings_from_0_on(tmp_path, tokenizer, id2label, names):
+    stored = save(tmp_path, ["x", "y"], tokenizer)
+    edit_config(tmp_path, id2label=id2label, label2id=None)
+    config = find_model(str(tmp_path)).config
+    assert config.id2label == dict(enumerate(names))
+    load_tokenizer(str(tmp_path))
+    benchmark_models({"it": str(tmp_path)}, BenchmarkOptions(sequence_length=8, throughput_batch_size=1, rounds=1))
+    task = own_task("classification", ("text",), "label").with_label_names(tuple(reversed(names)))
+    if names[0] != "LABEL_0":
+        with torch.no_grad():
+            torch.testing.assert_close(load_classifier(str(tmp_path), task)(IDS).logits, stored(IDS).logits.flip(1))
+
+
+def test_labels_whose_ids_leave_one_out_are_refused(tmp_path):
+    save(tmp_path, ["x", "y"])
+    edit_config(tmp_path, id2label={"0": "x", "2": "y"}, label2id=None)
+    with pytest.raises(InputError, match=r"id2label in its config\.json counts 0, 2; write 0 to 1"):
+        find_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("task", "model", "order"),
+    [
+        (("us", "US"), ["US", "us"], [1, 0]),
+        (("us", "US"), ["us", "US"], None),
+        (("us", "US", "other"), ["Other", "US", "us"], [2, 1, 0]),
+        (("us", "US"), ["Us", "uS"], "differ by case or spaces alone, and are not exactly the task's"),
+        (("us", "US"), ["us", "Us"], [0, 1]),
+    ],
+)
+def test_classes_that_differ_by_case_alone_keep_a_row_each(task, model, order):
+    config = BertConfig(id2label=dict(enumerate(model)), label2id={name: n for n, name in enumerate(model)})
+    ours = own_task("classification", ("text",), "label").with_label_names(task)
+    if isinstance(order, str):
+        with pytest.raises(InputError, match=order):
+            label_order(config, ours, where="it")
+        mapped = dict(zip(model, reversed(task), strict=True))
+        assert label_order(config, ours, mapped, where="it") == [1, 0]
+    else:
+        assert label_order(config, ours, where="it") == (None if order == sorted(order or []) else order)
