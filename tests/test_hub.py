@@ -429,7 +429,7 @@ def test_a_push_tells_no_path_user_or_host(hub, worker, tmp_path):
     rows = [{"text": row["sentence"], "label": ["ham", "spam"][row["label"]]} for row in sentences(60)]
     write_rows(place / "rows-of-erika.quux" / "train.jsonl", rows)
     (place / "r.yaml").write_text(LOCAL_RECIPE.format(place=place))
-    of_erika = f"import os, socket\nbefore = {{key: os.environ.get(key) for key in ('HOME', 'LOGNAME')}}\nname = socket.gethostname\n"
+    of_erika = "import os, socket\nbefore = {{key: os.environ.get(key) for key in ('HOME', 'LOGNAME')}}\nname = socket.gethostname\n"
     of_erika += (
         f"os.environ.update(HOME={str(place.parent)!r}, LOGNAME='erika.quux')\nsocket.gethostname = lambda: 'quuxbox'"
     )

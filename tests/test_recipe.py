@@ -61,24 +61,24 @@ def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch, pretrai
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").symlink_to(pretrained)
     (tmp_path / "rows").symlink_to(sst2_folder)
-    (tmp_path / "accelerator.json").write_text('{"split_batches": false, "even_batches": false}')
+    (tmp_path / "fsdp.json").write_text('{"min_num_params": 7}')
     (tmp_path / "r.yaml").write_text(
         "task: sst2\noutput_dir: ~/run\ndata: {path: ~/rows, max_length: 24}\nsteps:\n"
-        "  a: {run: finetune, model: ~/model, max_steps: 1, accelerator_config: ~/accelerator.json}\n"
+        "  a: {run: finetune, model: ~/model, max_steps: 1, fsdp_config: ~/fsdp.json}\n"
         "  b: {run: distill, teacher: a, cache_dir: ~/cache, num_layers: 2}\n"
     )
     recipe = load_recipe(tmp_path / "r.yaml")
     assert recipe.output_dir == tmp_path / "run"
     first, second = (step.options for step in recipe.steps.values())
     assert first.output_dir == str(tmp_path / "run" / "a" / "checkpoints")
-    assert first.accelerator_config.even_batches is False
+    assert first.fsdp_config["min_num_params"] == 7
     assert second.cache_dir == str(tmp_path / "cache")
     made = make_plan(recipe)
     assert made.steps["a"].inputs["model"] == str(tmp_path / "model")
     for command, folder in (("report", "~/run"), ("push", "~/run/a"), ("run", "~/no.yaml")):
         assert main([command, folder, *(["--repo-id", "me/it"] if command == "push" else [])]) == 2
         assert str(tmp_path) in "".join(capsys.readouterr().err.split())
-    assert find_config("~/accelerator.json") == tmp_path / "accelerator.json"
+    assert find_config("~/fsdp.json") == tmp_path / "fsdp.json"
 
 
 def test_overrides_by_path(tmp_path):
