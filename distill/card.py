@@ -9,6 +9,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from distill.adapters import base_of
+from distill.data import Truncated, describe_cut
 from distill.local_names import base_name
 from distill.markdown import code, escaped
 from distill.quantize import METHOD
@@ -79,7 +80,7 @@ def model_card(
         usage=usage_code(record["kind"], name, pairs=len(record["text"]) == 2, quantized=_is_quantized(folder)),
         making=_making(record, folder.parent),
         results=_results(record, report, folder.parent, plots) if report and entry else _UNMEASURED,
-        limits=_limits(record, quantized=_is_quantized(folder)),
+        limits=_limits(record, (entry or record).get("truncated"), quantized=_is_quantized(folder)),
     )
 
 
@@ -314,12 +315,14 @@ def _is_of_others(line: str, others: set[str]) -> bool:
     return words[2] != "−" or words[3].rstrip(":") in others
 
 
-def _limits(record: dict[str, Any], *, quantized: bool) -> str:
+def _limits(record: dict[str, Any], truncated: Truncated | None, *, quantized: bool) -> str:
     scored = ", ".join(f"{record['rows'][split]} {split} rows" for split, _, _ in record["scored"])
     root = _shown(record, record["root"]["reference"])
     lines = [f"Scored on {scored}; how it does on other input was not measured."]
     if record["kind"] != "image-classification":
         lines.append(f"Input beyond {record['data']['max_length']} tokens is cut (`truncation=True` cuts there).")
+        if cut := describe_cut(truncated):
+            lines.append(f"Of the rows that it was trained and scored on, these were {cut}.")
     lines.append(f"What {root} learned, biases too, is passed on; nothing here measured them.")
     if quantized:
         lines.append(

@@ -19,17 +19,18 @@ from distill.batches import row_lengths
 from distill.cache import show_bytes
 from distill.config import TrainingConfig
 from distill.console import log, results, styled
+from distill.data import describe_cut
 from distill.errors import InputError
 from distill.finished import is_finished, remarks_on
 from distill.formats import QuantizationSettings, choose_formats
-from distill.models import from_config, label_order, size_on_disk
+from distill.models import from_config, label_order, load_processor, size_on_disk
 from distill.options import DistillOptions, FinetuneOptions, QuantizeOptions, StudentOptions, is_adapter, teachers_of
 from distill.plan import Plan, PlannedStep
 from distill.processes import forget_precision, process_state
 from distill.quantize import apply_formats, weight_memory
 from distill.recipe import located, problem_at
 from distill.representations import show_pairs
-from distill.steps import batch_of, read_rows
+from distill.steps import batch_of, read_rows, rows_cut
 from distill.tasks import TaskKind
 from distill.teacher import FROM_DATA
 from distill.trainer import DistillationTrainer
@@ -90,7 +91,7 @@ def print_plan(plan: Plan) -> None:
     results.print(f"rows: {rows}; at most {data.max_length} tokens each")
     for note in data.notes:
         results.print(f"note: {note}")
-    total = 0.0
+    total, said = 0.0, list[str]()
     for name, planned in plan.steps.items():
         with log.status(f"{name}: timing a few batches"):
             estimate = estimate_step(plan, planned)
@@ -100,6 +101,12 @@ def print_plan(plan: Plan) -> None:
             results.print(f"  {line}")
         for note in planned.notes:
             results.print(f"  note: {note}")
+        if isinstance(planned.step.options, FinetuneOptions | DistillOptions):
+            processor = load_processor(planned.tokenizer_location, task.kind)
+            cut = describe_cut(rows_cut(data, processor, planned.step.options))
+            if cut is not None and cut not in said:  # each tokenizer's once
+                results.print(f"  {cut}")
+                said.append(cut)
         if planned.layers is not None:
             results.print(f"  source layers {', '.join(map(str, planned.layers))} (from 0)")
         elif isinstance(planned.step.options, StudentOptions):

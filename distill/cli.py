@@ -18,7 +18,7 @@ from rich.table import Table
 from distill.benchmark import BenchmarkOptions, as_row, benchmark_models, environment, remarks_on
 from distill.check import print_plan
 from distill.console import log, log_errors, log_handler, remark, results
-from distill.data import DataOptions
+from distill.data import DataOptions, describe_cut
 from distill.dry_run import push_problems, runnable_plan
 from distill.errors import DiskFull, FolderInUse, InputError, MainProcessFailed, TrainingDiverged
 from distill.evaluation import evaluate_model
@@ -263,9 +263,12 @@ def _eval(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     results.print(table)
     rows = {split: len(data.splits[split]) for split, _, _ in data.scored_splits()}
     results.print(", ".join(f"{split}: {count} rows" for split, count in rows.items()))
-    found = {"metrics": evaluation.metrics, "interval": list(evaluation.interval), "rows": rows}
+    if cut := describe_cut(evaluation.truncated):
+        results.print(cut)
+    scored = {"metrics": evaluation.metrics, "interval": list(evaluation.interval)}
+    counted = {"rows": rows, "truncated": evaluation.truncated}
     task = data.task.name if data.task.name in GLUE else data.task.kind
-    print(json_text({"model": arguments.model, "task": task, **found}, indent=None))
+    print(json_text({"model": arguments.model, "task": task, **scored, **counted}, indent=None))
 
 
 def _bench(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:

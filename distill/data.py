@@ -5,7 +5,7 @@ import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 import datasets
 import numpy as np
@@ -13,13 +13,16 @@ from pydantic import Field
 from transformers import BaseImageProcessor
 
 from distill.columns import MERGED_LABELS, all_hidden, checked_rows, merge_labels, named_apart
-from distill.encoding import Processor, tokenize
+from distill.encoding import Processor, cut_rows, tokenize
 from distill.errors import InputError
 from distill.labels import read_labels
 from distill.readers import hub_revision, read_splits
 from distill.tasks import DEFAULT_COLUMNS, OF_CLASSES, Task, TaskKind, glue_task, own_task
 from distill.teacher import STORED_COLUMNS
 from distill.unlabelled import read_unlabelled, sample_pairs, with_stored
+
+Truncated: TypeAlias = dict[str, dict[str, int]]
+"""Of each split its `rows`, and those that were `cut` at `max_length`."""
 
 
 @dataclass
@@ -121,6 +124,19 @@ class Data:
         if not unlabelled or "unlabelled" not in self.splits:
             return rows
         return datasets.concatenate_datasets([rows, self.tokenized("unlabelled", tokenizer)])
+
+    def truncated(self, tokenizer: Processor, *, unlabelled: bool = False, train: bool = True) -> Truncated | None:
+        """The rows of each split, and those that `max_length` took something from; None for images.
+
+        Args:
+            unlabelled: the split of this name too.
+            train: the split of this name too.
+        """
+        names = [*(["train"] if train else []), *(split for split, _, _ in self.scored_splits())]
+        names += ["unlabelled"] if unlabelled else []
+        counts = {name: cut_rows(self.tokenized(name, tokenizer)) for name in names if name in self.splits}
+        known = {name: cut for name, cut in counts.items() if cut is not None}
+        return {name: {"rows": len(self.splits[name]), "cut": cut} for name, cut in known.items()} or None
 
     def labels(self, split: str) -> list:
         """The labels of a split's rows; none for language models, whose labels are their tokens."""
@@ -227,6 +243,13 @@ def load_data(
         stride=options.stride,
         revision=revision,
     )
+
+
+def describe_cut(truncated: Truncated | None) -> str | None:
+    """How many rows of which splits are cut, in words; None where none is, or none can be."""
+    counts = {split: each for split, each in (truncated or {}).items() if each["cut"]}
+    cut = [f"{each['cut']:,} of {each['rows']:,} {split} rows" for split, each in counts.items()]
+    return f"cut at max_length: {', '.join(cut)}" if cut else None
 
 
 def tokenizer_fingerprint(tokenizer: Processor) -> str:

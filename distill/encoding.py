@@ -34,8 +34,9 @@ def tokenize(
 ) -> datasets.Dataset:
     """Rows as model inputs: `input_ids` and the tokenizer's other columns (unpadded), labels, and `length` in tokens.
 
-    One row may become several: the windows of a long context or text. Images stay as they are and are turned into
-    `pixel_values` when they are read.
+    One row may become several: the windows of a long context or text. `cut` says whether `max_length` took something
+    from a row (of questions: from the question itself). Images stay as they are and are turned into `pixel_values` when
+    they are read.
 
     Args:
         stride: tokens that neighbouring windows of a context share; a third of `max_length` by default.
@@ -72,6 +73,18 @@ def tokenize(
     )
 
 
+def cut_rows(rows: datasets.Dataset) -> int | None:
+    """How many rows `max_length` took something from; None for images.
+
+    Args:
+        rows: as `tokenize` makes them.
+    """
+    if "cut" not in rows.column_names:
+        return None
+    numbers = rows["row"] if "row" in rows.column_names else range(len(rows))  # windows of one row count once
+    return len({number for number, cut in zip(numbers, rows["cut"], strict=True) if cut})
+
+
 def beside(rows: datasets.Dataset, others: datasets.Dataset, names: list[str], prefix: str) -> datasets.Dataset:
     """Tokenized rows with inputs that another tokenizer made of them.
 
@@ -85,22 +98,41 @@ def beside(rows: datasets.Dataset, others: datasets.Dataset, names: list[str], p
 
 
 def _texts(batch: _Batch, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int) -> _Batch:
-    encoded = tokenizer(*(batch[column] for column in task.text), truncation=True, max_length=max_length)
+    columns = [batch[column] for column in task.text]
+    if tokenizer.is_fast:
+        encoded = tokenizer(*columns, truncation=True, max_length=max_length)
+        cut = _is_cut(encoded)
+    else:  # those of Python don't tell what they cut
+        encoded = tokenizer(*columns, verbose=False)
+        cut = [len(ids) > max_length for ids in encoded["input_ids"]]
+        for row in np.flatnonzero(cut):
+            shorter = tokenizer(*(column[row] for column in columns), truncation=True, max_length=max_length)
+            for name, values in shorter.items():
+                encoded[name][row] = values
     stored = {name: batch[name] for name in STORED_COLUMNS if name in batch}
-    return {**encoded, "labels": batch["label"], **stored}
+    return {**encoded, "labels": batch["label"], "cut": cut, **stored}
+
+
+def _is_cut(encoded: BatchEncoding) -> list[bool]:
+    return [bool(row.overflowing) for row in encoded.encodings or ()]
 
 
 def _words(batch: _Batch, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int) -> _Batch:
-    """A word's label stands on its first token, −100 on the others."""
+    """A word's label stands on its first token, −100 on the others; `words` are the numbers of those with a label.
+
+    Words beyond `max_length` and words that become no token (empty ones, zero-width characters) are not among them.
+    """
     encoded = tokenizer(batch[task.text[0]], is_split_into_words=True, truncation=True, max_length=max_length)
-    labels = []
+    labels, read = [], []
     for row, of_words in enumerate(batch["label"]):
         words = encoded.word_ids(row)
-        first = [word is not None and word != before for word, before in zip(words, [None, *words], strict=False)]
-        labels.append(
-            [of_words[word] if begins else IGNORED for word, begins in zip(words, first, strict=True)]  # type: ignore
-        )
-    return {**encoded, "labels": labels}
+        first = [
+            word if word is not None and word != before else None
+            for word, before in zip(words, [None, *words], strict=False)
+        ]
+        labels.append([IGNORED if word is None else of_words[word] for word in first])
+        read.append([word for word in first if word is not None and of_words[word] != IGNORED])
+    return {**encoded, "labels": labels, "words": read, "cut": _is_cut(encoded)}
 
 
 def _windows(
@@ -113,7 +145,7 @@ def _windows(
     """
     room = max_length - stride - tokenizer.num_special_tokens_to_add(pair=True) - 1
     longest = max(1, min(_LONGEST_QUESTION, room))
-    questions = [_cut(question, tokenizer, longest) for question in batch[task.text[0]]]
+    questions = [_shortened(question, tokenizer, longest) for question in batch[task.text[0]]]
     encoded = tokenizer(
         questions,
         batch[task.text[1]],
@@ -124,18 +156,19 @@ def _windows(
         return_offsets_mapping=True,
     )
     rows, offsets = encoded.pop("overflow_to_sample_mapping"), encoded.pop("offset_mapping")
-    more: _Batch = {name: [] for name in ("row", "starts", "ends", "start_positions", "end_positions")}
+    is_cut = [short != question for short, question in zip(questions, batch[task.text[0]], strict=True)]
+    more: _Batch = {name: [] for name in ("row", "starts", "ends", "start_positions", "end_positions", "cut")}
     for window, row in enumerate(rows):
         of_context = [part == 1 for part in encoded.sequence_ids(window)]
         places = np.where(np.array(of_context)[:, None], np.array(offsets[window]), -1)
         first, last = _tokens_of_answer(places, batch["label"][row])
-        values = (numbers[row], places[:, 0].tolist(), places[:, 1].tolist(), first, last)
+        values = (numbers[row], places[:, 0].tolist(), places[:, 1].tolist(), first, last, is_cut[row])
         for name, value in zip(more, values, strict=True):
             more[name].append(value)
     return {**encoded, **more}
 
 
-def _cut(question: str, tokenizer: PreTrainedTokenizerBase, longest: int) -> str:
+def _shortened(question: str, tokenizer: PreTrainedTokenizerBase, longest: int) -> str:
     """The first tokens of a question, as a longer one would leave no room for its context."""
     encoded = tokenizer(question, add_special_tokens=False, return_offsets_mapping=True)
     offsets = encoded["offset_mapping"]
@@ -177,6 +210,7 @@ def _language(
     rows, special = encoded.pop("overflow_to_sample_mapping"), encoded.pop("special_tokens_mask")
     kept = [window for window, of_window in enumerate(special) if of_window.count(0) >= 2]
     found: _Batch = {name: [values[window] for window in kept] for name, values in encoded.items()}
+    found["cut"] = [False] * len(kept)
     if task.kind == "causal-lm":
         return {**found, "labels": [list(ids) for ids in found["input_ids"]]}
     if masked is not None:

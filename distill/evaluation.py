@@ -3,6 +3,8 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias, cast
 
 import datasets
 import numpy as np
@@ -11,20 +13,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import (
     BaseImageProcessor,
-    DataCollatorWithPadding,
     EvalPrediction,
     PreTrainedModel,
     default_data_collator,
 )
+from transformers.data.data_collator import pad_without_fast_tokenizer_warning
 
 from distill.console import progress
-from distill.data import Data
+from distill.data import Data, Truncated
 from distill.encoding import Processor
 from distill.hardware import compute_device
-from distill.intervals import score_interval, token_losses
-from distill.metrics import compute_metrics, language_scores, predict, words_of
-from distill.predictions import IGNORED, logits_of
-from distill.questions import answer_scores, answers_of
+from distill.intervals import score_interval
+from distill.metrics import compute_metrics, language_scores, predict, span_scores, tag_scores, token_losses, words_of
+from distill.predictions import CHUNK, IGNORED, OF_ROWS, labels_of, logits_in_chunks, logits_of, problem_type
+from distill.questions import answers_of
 from distill.representations import accepted_inputs
 from distill.tasks import OF_LANGUAGE, Task
 
@@ -38,10 +40,12 @@ class Evaluation:
     """Of the primary metric on the first validation split, at 95 %: see `score_interval`."""
     predictions: list
     """For each row of the first validation split a class id, a score, a list of zeros and ones, a list of its words'
-    class ids, or an answer; for each window of a language model's texts {"loss": nats, "right": tokens, "tokens": ids
-    that were predicted}."""
+    class ids (−100 for words that were not read), or an answer; for each window of a language model's texts
+    {"loss": nats, "right": tokens, "tokens": ids that were predicted}."""
     logits: list | None = None
     """B×C, of kinds with one prediction a row."""
+    truncated: Truncated | None = None
+    """How many rows of each scored split the model's tokenizer cut."""
 
 
 def evaluate_model(
@@ -55,13 +59,13 @@ def evaluate_model(
     logits: list | None = None
     for split, prefix, suffix in data.scored_splits():
         rows = data.tokenized(split, tokenizer)
-        batches = _forwards(model, rows, tokenizer, batch_size=batch_size, text=f"Scoring {name} on {split}")
-        predicted, found, of_rows = _score(data, split, rows, batches)
+        batches = _inputs(model, rows, tokenizer, batch_size=batch_size, text=f"Scoring {name} on {split}")
+        predicted, found, of_rows = _score(model, data, split, rows, batches)
         metrics |= {prefix + key + suffix: value for key, value in found.items()}
         if not predictions:
             predictions, logits = predicted, of_rows
             interval = score_interval(data.task, predictions, data.labels(split))
-    return Evaluation(metrics, interval, predictions, logits)
+    return Evaluation(metrics, interval, predictions, logits, data.truncated(tokenizer, train=False))
 
 
 def predict_rows(
@@ -72,22 +76,27 @@ def predict_rows(
     Args:
         name: of the rows, beside the progress bar.
     """
-    batches = _forwards(model.eval(), rows, tokenizer, batch_size=batch_size, text=f"Predicting {name}")
-    return predict(task, _together(batches, len(rows))).tolist()
+    batches = _inputs(model.eval(), rows, tokenizer, batch_size=batch_size, text=f"Predicting {name}")
+    return predict(task, _together(_forwards(batches, model), len(rows))).tolist()
 
 
-_Batches = Iterator[tuple[NDArray[np.int64], Tensor]]
+_Inputs: TypeAlias = Iterator[tuple[NDArray[np.int64], dict[str, Tensor]]]
+"""Numbers of rows, and a model's inputs."""
+
+_Batches: TypeAlias = Iterator[tuple[NDArray[np.int64], Tensor]]
 """Numbers of rows, and their logits."""
 
 
 def _score(
-    data: Data, split: str, rows: datasets.Dataset, batches: _Batches
+    model: PreTrainedModel, data: Data, split: str, rows: datasets.Dataset, inputs: _Inputs
 ) -> tuple[list, dict[str, float], list | None]:
     """(predictions, metrics, logits) of a split; logits where a row has one prediction."""
     task = data.task
     if task.kind in OF_LANGUAGE:
-        predicted = _language_predictions(task, rows, batches)
+        with torch.inference_mode():
+            predicted = _language_predictions(model, rows, inputs)
         return predicted, language_scores(token_losses(predicted)), None
+    batches = _forwards(inputs, model)
     if task.kind == "question-answering":
         of_windows: list = [None] * len(rows)
         for numbers, found in batches:
@@ -95,13 +104,17 @@ def _score(
                 of_windows[number] = each
         answers = answers_to(data.splits[split], task, rows, of_windows)
         return answers, span_scores(answers, data.labels(split)), None
-    labels = _as_array(rows["labels"] if task.kind != "image-classification" else data.labels(split))
-    logits = _together(batches, len(labels))
-    predictions = predict(task, logits)
-    metrics = compute_metrics(task, logits, labels)
     if task.kind == "token-classification":
-        return words_of(predictions, labels), metrics, None
-    return predictions.tolist(), metrics, logits.tolist()
+        of_tokens, found_tags = rows["labels"], cast("list[list[int]]", [[]] * len(rows))
+        for numbers, found in batches:
+            for number, tags in zip(numbers, found.argmax(-1).numpy(), strict=True):
+                known = np.array(of_tokens[number]) != IGNORED
+                found_tags[number] = tags[: len(known)][known].tolist()
+        of_words = tags_of_words(found_tags, rows["words"], data.labels(split))
+        return of_words, tag_scores(task, of_words, data.labels(split)), None
+    labels = np.asarray(data.labels(split))
+    logits = _together(batches, len(labels))
+    return predict(task, logits).tolist(), compute_metrics(task, logits, labels), logits.tolist()
 
 
 def metrics_while_training(data: Data, rows: datasets.Dataset) -> dict[str, Callable]:
@@ -123,7 +136,31 @@ def metrics_while_training(data: Data, rows: datasets.Dataset) -> dict[str, Call
             return span_scores(answers_to(questions, task, rows, list(logits)), questions["label"])
 
         return {"compute_metrics": of_spans}
+    if task.kind == "token-classification":
+
+        def of_words(output: EvalPrediction) -> dict[str, float]:
+            found = words_of(output.predictions, output.label_ids)
+            return tag_scores(task, tags_of_words(found, rows["words"], questions["label"]), questions["label"])
+
+        return {"preprocess_logits_for_metrics": lambda logits, _: logits.argmax(-1), "compute_metrics": of_words}
     return {"compute_metrics": lambda output: compute_metrics(task, output.predictions, output.label_ids)}
+
+
+def tags_of_words(
+    found: Sequence[Sequence[int]], words: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]
+) -> list[list[int]]:
+    """The label ids predicted for all words of each row, −100 for those that the model did not read.
+
+    Args:
+        found: of the words that it read.
+        words: their numbers; the others are beyond its length, or became no token.
+        labels: of all words of each row.
+    """
+    predicted = []
+    for tags, numbers, of_row in zip(found, words, labels, strict=True):
+        read = dict(zip(numbers, tags, strict=True))
+        predicted.append([read.get(number, IGNORED) for number in range(len(of_row))])
+    return predicted
 
 
 def answers_to(
@@ -140,23 +177,29 @@ def answers_to(
     return answers_of(questions[task.text[1]], of_windows, may_be_none=may_be_none)
 
 
-def span_scores(answers: Sequence[str], labels: Sequence[dict]) -> dict[str, float]:
-    """F1 and exact match, from 0 to 1."""
-    f1, exact = answer_scores(answers, [label["text"] for label in labels]).mean(0)
-    return {"f1": float(f1), "exact_match": float(exact)}
-
-
-def _language_predictions(task: Task, rows: datasets.Dataset, batches: _Batches) -> list[dict]:
+def _language_predictions(model: PreTrainedModel, rows: datasets.Dataset, batches: _Inputs) -> list[dict[str, Any]]:
     predicted: list = [None] * len(rows)
-    for numbers, logits in batches:
-        for number, each in zip(numbers, logits, strict=True):
-            labels = torch.tensor(rows[int(number)]["labels"])
-            each = each[: len(labels)]
-            loss, right, _ = _token_losses(task, each.unsqueeze(0), labels.unsqueeze(0)).sum((0, 1)).tolist()
-            if task.kind == "causal-lm":
-                each, labels = each[:-1], labels[1:]
-            tokens = each[labels != IGNORED].argmax(-1).tolist()
-            predicted[int(number)] = {"loss": loss, "right": right, "tokens": tokens}
+    of_rows = rows["labels"]
+    for numbers, batch in batches:
+        mask = batch["attention_mask"].bool()
+        labels = torch.full_like(batch["input_ids"], IGNORED)
+        labels[mask] = torch.tensor([label for number in numbers for label in of_rows[number]], device=labels.device)
+        problem = problem_type(model)
+        every = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
+        labels = cast(Tensor, labels_of(problem, {"attention_mask": mask, "labels": labels}, every).labels)
+        known = labels != IGNORED
+        places = torch.nn.functional.pad(
+            known, (0, mask.shape[1] - known.shape[1])
+        )  # a causal LM's last predicts nothing
+        losses, tokens = [], []
+        for logits, targets in zip(logits_in_chunks(model, batch, places), labels[known].split(CHUNK), strict=True):
+            losses.append(torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none"))
+            tokens.append(logits.argmax(-1))
+        counts = known.sum(1).tolist()
+        of_tokens = (torch.cat(each).cpu().split(counts) for each in (losses, tokens, [labels[known]]))
+        for number, loss, found, truth in zip(numbers, *of_tokens, strict=True):
+            right = int((found == truth).sum())
+            predicted[number] = {"loss": float(loss.double().sum()), "right": right, "tokens": found.tolist()}
     return predicted
 
 
@@ -183,48 +226,46 @@ def _together(batches: _Batches, num_rows: int) -> NDArray:
     return together
 
 
-def _as_array(labels: Sequence) -> np.ndarray:
-    """Labels of rows; those of tokens B×T, filled up with −100."""
-    if not isinstance(labels[0], list) or isinstance(labels[0][0], float):  # sets of labels are floats
-        return np.asarray(labels)
-    filled = np.full((len(labels), max(map(len, labels))), IGNORED)
-    for row, values in zip(filled, labels, strict=True):
-        row[: len(values)] = values
-    return filled
+def _forwards(batches: _Inputs, model: PreTrainedModel) -> _Batches:
+    """The logits of batches; for spans B×2×T."""
+    with torch.inference_mode():
+        for chosen, batch in batches:
+            yield chosen, logits_of(model(**batch)).float().cpu()
 
 
-def _forwards(
+def _inputs(
     model: PreTrainedModel, rows: datasets.Dataset, tokenizer: Processor, *, batch_size: int, text: str
-) -> _Batches:
-    """The logits of `input_batches`; for spans B×2×T.
+) -> _Inputs:
+    """Those of `input_batches` that the model takes, on its device.
 
     Args:
         text: beside the progress bar.
     """
-    batches = input_batches(rows, tokenizer, batch_size=batch_size)
-    with torch.inference_mode():
-        for chosen, batch in progress(batches, text, total=math.ceil(len(rows) / batch_size)):
-            batch = {
-                name: values.to(model.device, model.dtype if values.is_floating_point() else None)  # pixels
-                for name, values in batch.items()
-            }
-            yield chosen, logits_of(model(**accepted_inputs(model, batch))).float().cpu()
+    of_tokens = problem_type(model) not in OF_ROWS
+    batches = input_batches(rows, tokenizer, batch_size=batch_size, padding_side="right" if of_tokens else None)
+    for chosen, batch in progress(batches, text, total=math.ceil(len(rows) / batch_size)):
+        batch = {
+            name: values.to(model.device, model.dtype if values.is_floating_point() else None)  # pixels
+            for name, values in batch.items()
+        }
+        yield chosen, accepted_inputs(model, batch)
 
 
 def input_batches(
-    rows: datasets.Dataset, tokenizer: Processor, *, batch_size: int
+    rows: datasets.Dataset, tokenizer: Processor, *, batch_size: int, padding_side: str | None = None
 ) -> Iterator[tuple[NDArray[np.int64], dict[str, Tensor]]]:
     """Batches of rows of like length, so little padding is computed: the rows' numbers, and a model's inputs.
 
     Args:
         rows: as `distill.encoding.tokenize` makes them.
+        padding_side: the tokenizer's by default; on the right a token stands where it stands in its row.
     """
     if isinstance(tokenizer, BaseImageProcessor):
         order, inputs, collate = np.arange(len(rows)), rows, default_data_collator
     else:
         order = np.argsort(rows["length"], kind="stable")
         inputs = rows.select_columns([name for name in tokenizer.model_input_names if name in rows.column_names])
-        collate = DataCollatorWithPadding(tokenizer)
+        collate = partial(pad_without_fast_tokenizer_warning, tokenizer, padding_side=padding_side, return_tensors="pt")
     for start in range(0, len(rows), batch_size):
         chosen = order[start : start + batch_size]
         yield chosen, dict(collate([inputs[int(index)] for index in chosen]))

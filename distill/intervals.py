@@ -1,36 +1,44 @@
 """How two models compare on the same rows, and how sure that is: intervals, agreement, divergence."""
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Sequence
 from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from distill.entities import entity_counts, scores
-from distill.metrics import compute_metrics, divergences, language_scores, primary_score
+from distill import scorers
+from distill.metrics import compute_metrics, divergences, scorer
 from distill.models import PROBLEM_TYPES
-from distill.predictions import ProblemType
-from distill.questions import answer_scores, normalised
+from distill.predictions import IGNORED, ProblemType
+from distill.questions import normalised
+from distill.scorers import Scorer
 from distill.tasks import OF_LANGUAGE, Task
+
+RESAMPLES = 9999
+"""Of the bootstrap; from seed to seed a bound moves by about a hundredth of the interval's width."""
+
+_DRAWN_AT_ONCE = 2**21
+"""Rows of resamples that are held at once, 80 MB."""
 
 
 def score_interval(task: Task, predictions: Sequence, labels: Sequence) -> tuple[float, float]:
-    """The 95 % interval of the primary metric.
+    """The 95 % interval of the primary metric, which the metric itself never lies outside of.
 
     For accuracy Wilson's score interval (Wilson 1927), which keeps its width at a perfect score; for other metrics the
-    middle 95 % over 400 seeded resamples of the rows (Efron 1979).
+    bootstrap (Efron 1979): the middle 95 % over resamples of the rows.
 
     Args:
         predictions: as in `Evaluation`, one a row; labels alike.
     """
-    if interval_method(task) == "Wilson":
-        right = int((np.asarray(predictions) == np.asarray(labels)).sum())
-        interval = stats.binomtest(right, len(labels)).proportion_ci(method="wilson")
-        return float(interval.low), float(interval.high)
-    score = _scorer(task, predictions, labels)
-    low, high = np.percentile([score(rows) for rows in _resamples(len(predictions))], [2.5, 97.5])
-    return float(low), float(high)
+    num_rows = len(predictions)
+    score = scorer(task, predictions, labels)
+    if interval_method(task) != "Wilson":
+        return _bootstrap(score, num_rows)[1]
+    share = scorers.whole(score, num_rows)
+    interval = stats.binomtest(round(share * num_rows), num_rows).proportion_ci(method="wilson")
+    return min(float(interval.low), share), max(float(interval.high), share)
 
 
 def interval_method(task: Task) -> str:
@@ -49,21 +57,22 @@ def paired_difference(
     Args:
         first: predictions as in `Evaluation`, one a row; second and labels alike.
     """
-    one, other = (_scorer(task, predictions, labels) for predictions in (first, second))
-    low, high = np.percentile([one(rows) - other(rows) for rows in _resamples(len(first))], [2.5, 97.5])
-    every = np.arange(len(first))
-    return one(every) - other(every), (float(low), float(high))
+    one, other = (scorer(task, predictions, labels) for predictions in (first, second))
+    return _bootstrap(lambda weights: one(weights) - other(weights), len(first))
 
 
 def agreement(task: Task, predictions: list, baseline: list) -> float:
-    """Share of rows (of words or tokens) on which both predict the same; for regression Pearson of the scores."""
+    """Share of rows (of words or tokens) on which both predict the same; for regression Pearson of the scores.
+
+    Words that neither model read (−100) are left out.
+    """
     if task.kind == "regression":
         return compute_metrics(task, np.asarray(predictions), np.asarray(baseline))["pearson"]
     if task.kind in OF_LANGUAGE:
         predictions, baseline = ([each["tokens"] for each in found] for found in (predictions, baseline))
     if task.kind in ("token-classification", *OF_LANGUAGE):
         pairs = [pair for rows in zip(predictions, baseline, strict=True) for pair in zip(*rows, strict=False)]
-        return float(np.mean([first == second for first, second in pairs]))
+        return float(np.mean([first == second for first, second in pairs if (first, second) != (IGNORED, IGNORED)]))
     if task.kind == "question-answering":
         predictions, baseline = ([normalised(answer) for answer in found] for found in (predictions, baseline))
     same = np.asarray(predictions) == np.asarray(baseline)
@@ -77,15 +86,15 @@ def divergence_from(task: Task, reference: Sequence, logits: Sequence) -> dict[s
         reference: the other's logits B×C; logits alike.
     """
     of_rows = _divergences(task, reference, logits)
-    low, high = np.percentile([of_rows[rows].mean() for rows in _resamples(len(of_rows))], [2.5, 97.5])
-    return {"mean": float(of_rows.mean()), "low": float(low), "high": float(high)}
+    mean, (low, high) = _bootstrap(scorers.mean(of_rows), len(of_rows))
+    return {"mean": mean, "low": low, "high": high}
 
 
 def won_back(task: Task, reference: Sequence, before: Sequence, after: Sequence) -> tuple[float, list[float]] | None:
     """The share of one model's divergence from a reference that another model is without, and its 95 % interval.
 
     Negative where the other is farther off; None where there was nothing to win. Both are measured on the same
-    resampled rows.
+    resampled rows; resamples in which there was nothing to win are left out.
 
     Args:
         reference: its logits B×C; those of the one and of the other alike.
@@ -93,36 +102,45 @@ def won_back(task: Task, reference: Sequence, before: Sequence, after: Sequence)
     one, other = (_divergences(task, reference, logits) for logits in (before, after))
     if not one.any():
         return None
-    shares = [1 - other[rows].sum() / one[rows].sum() for rows in _resamples(len(one)) if one[rows].any()]
-    low, high = np.percentile(shares, [2.5, 97.5])
-    return float(1 - other.sum() / one.sum()), [float(low), float(high)]
+
+    def share(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        of_one = weights @ one
+        return 1 - np.divide(weights @ other, of_one, out=np.full(np.shape(of_one), np.nan), where=of_one != 0)
+
+    value, interval = _bootstrap(share, len(one))
+    return value, list(interval)
 
 
-def _scorer(task: Task, predictions: Sequence, labels: Sequence) -> Callable[[np.ndarray], float]:
-    """The primary metric of some rows, by their numbers."""
-    if task.kind == "token-classification":
-        counts = entity_counts(predictions, labels, task.label_names or ())
-        return lambda rows: scores(counts[rows])[task.primary_metric]
-    if task.kind == "question-answering":
-        of_rows = answer_scores(predictions, [label["text"] for label in labels])[:, 0]
-        return lambda rows: float(of_rows[rows].mean())
-    if task.kind in OF_LANGUAGE:
-        losses = token_losses(predictions)
-        return lambda rows: language_scores(losses[rows])[task.primary_metric]
-    found, truth = np.asarray(predictions), np.asarray(labels)
-    return lambda rows: primary_score(task, found[rows], truth[rows])
+def _bootstrap(score: Scorer, num_rows: int) -> tuple[float, tuple[float, float]]:
+    """The score of all rows, and the middle 95 % of the scores of seeded resamples (percentile bootstrap).
+
+    The interval is widened to the score where it lies outside (a biased score, or rounding).
+    """
+    value = scorers.whole(score, num_rows)
+    if num_rows == 1:  # all resamples are the same, and scipy refuses
+        return value, (value, value)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # of shares that are NaN, which are left out
+        resampled = stats.bootstrap(
+            (np.arange(num_rows),),
+            lambda rows, axis: score(_weights(rows, num_rows)),
+            n_resamples=RESAMPLES,
+            batch=max(1, _DRAWN_AT_ONCE // num_rows),
+            vectorized=True,
+            method="percentile",
+            rng=np.random.default_rng(0),
+        )
+    low, high = np.nanpercentile(resampled.bootstrap_distribution, [2.5, 97.5])
+    return value, (min(float(low), value), max(float(high), value))
+
+
+def _weights(rows: NDArray[np.int64], num_rows: int) -> NDArray[np.float64]:
+    """How often each of N rows stands among the numbers …×N: …×N."""
+    drawn = rows.reshape(-1, num_rows)
+    places = drawn + num_rows * np.arange(len(drawn))[:, None]
+    return np.bincount(places.ravel(), minlength=drawn.size).reshape(rows.shape).astype(np.float64)
 
 
 def _divergences(task: Task, reference: Sequence, logits: Sequence) -> NDArray[np.float64]:
     problem = cast(ProblemType, PROBLEM_TYPES[task.kind])
     return divergences(problem, np.asarray(reference), np.asarray(logits))
-
-
-def token_losses(predictions: Sequence[dict]) -> NDArray:
-    """N×3 of a language model's predictions: nats, tokens that were right, tokens."""
-    return np.array([[each["loss"], each["right"], len(each["tokens"])] for each in predictions], dtype=np.float64)
-
-
-def _resamples(num_rows: int) -> np.ndarray:
-    """Seeded row numbers, 400 draws of all rows."""
-    return np.random.default_rng(0).integers(num_rows, size=(400, num_rows))

@@ -5,13 +5,14 @@ from collections.abc import Callable, Sequence
 import datasets
 import evaluate
 import numpy as np
-from scipy import stats
 from scipy.special import logsumexp
 from sklearn import metrics as sk
 
-from distill import entities
+from distill import entities, scorers
 from distill.predictions import IGNORED, ProblemType
-from distill.tasks import Task
+from distill.questions import answer_scores
+from distill.scorers import Scorer
+from distill.tasks import OF_LANGUAGE, Task
 
 
 def compute_metrics(task: Task, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -23,12 +24,8 @@ def compute_metrics(task: Task, logits: np.ndarray, labels: np.ndarray) -> dict[
     """
     predictions = predict(task, logits)
     if task.kind == "token-classification":
-        found, truth = words_of(predictions, labels), words_of(labels, labels)
-        results = entities.scores(entities.entity_counts(found, truth, task.label_names or ()))
-        known = labels != IGNORED
-        results["accuracy"] = float((predictions == labels)[known].mean()) if known.any() else 0.0
-        return results
-    results = {}
+        return tag_scores(task, *(words_of(each, labels) for each in (predictions, labels)))
+    results: dict[str, float] = {}
     for name in task.metrics:
         if name == "average":  # GLUE's own: the mean of the task's other metrics
             results[name] = float(np.mean(list(results.values())))
@@ -38,6 +35,49 @@ def compute_metrics(task: Task, logits: np.ndarray, labels: np.ndarray) -> dict[
         else:
             results |= METRICS[name](predictions.ndim).compute(predictions=predictions, references=labels)
     return {key: float(value) for key, value in results.items()}
+
+
+def computed(task: Task) -> list[str]:
+    """The keys of the metrics that are computed for a task's rows."""
+    more = {"token-classification": ["entity_precision", "entity_recall"]}.get(task.kind, [])
+    return [name for name in task.metrics if name != "roc_auc" or task.num_labels == 2] + more
+
+
+def scorer(task: Task, predictions: Sequence, labels: Sequence) -> Scorer:
+    """The task's primary metric of rows of which each counts so often.
+
+    Args:
+        predictions: as in `Evaluation`, one a row; labels alike (none for language models).
+    """
+    if task.kind == "token-classification":
+        return scorers.f1(entities.entity_counts(predictions, labels, task.label_names or ()))
+    if task.kind == "question-answering":
+        return scorers.mean(answer_scores(predictions, [label["text"] for label in labels])[:, 0])
+    if task.kind in OF_LANGUAGE:
+        return _perplexity(token_losses(predictions))
+    found, truth = np.asarray(predictions), np.asarray(labels)
+    names = [name for name in task.metrics if name in _SCORERS] if task.primary_metric == "average" else []
+    return scorers.mean_of([_SCORERS[name](truth, found) for name in names or [task.primary_metric]])
+
+
+def tag_scores(task: Task, predictions: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]) -> dict[str, float]:
+    """Precision, recall and F1 of entities, and the share of words whose tag is right.
+
+    Args:
+        predictions: label ids of each row's words; −100 for words that the model did not read, which are not right.
+        labels: of every word.
+    """
+    results = entities.scores(entities.entity_counts(predictions, labels, task.label_names or ()))
+    pairs = [pair for rows in zip(predictions, labels, strict=True) for pair in zip(*rows, strict=True)]
+    right = [found == truth for found, truth in pairs if truth != IGNORED]
+    return results | {"accuracy": float(np.mean(right)) if right else 0.0}
+
+
+def span_scores(answers: Sequence[str], labels: Sequence[dict]) -> dict[str, float]:
+    """F1 and exact match of answers, from 0 to 1."""
+    of_rows = answer_scores(answers, [label["text"] for label in labels])
+    f1, exact = (scorers.whole(scorers.mean(values), len(values)) for values in of_rows.T)
+    return {"f1": f1, "exact_match": exact}
 
 
 def divergences(problem: ProblemType, reference: np.ndarray, logits: np.ndarray) -> np.ndarray:
@@ -62,20 +102,24 @@ def language_scores(losses: np.ndarray) -> dict[str, float]:
     Args:
         losses: N×3, for each row the summed negative log-likelihood (nats), the tokens predicted right, and all.
     """
-    loss, right, tokens = losses.sum(0)
-    return {"perplexity": float(np.exp(loss / max(tokens, 1))), "accuracy": float(right / max(tokens, 1))}
+    _, right, tokens = losses.T
+    of_all = {"perplexity": _perplexity(losses), "accuracy": scorers.ratio(right, tokens)}
+    return {name: scorers.whole(each, len(losses)) for name, each in of_all.items()}
+
+
+def token_losses(predictions: Sequence[dict]) -> np.ndarray:
+    """N×3 of a language model's predictions: nats, tokens that were right, tokens."""
+    return np.array([[each["loss"], each["right"], len(each["tokens"])] for each in predictions], dtype=np.float64)
+
+
+def _perplexity(losses: np.ndarray) -> Scorer:
+    loss_of_token = scorers.ratio(losses[:, 0], losses[:, 2])
+    return lambda weights: np.exp(loss_of_token(weights))
 
 
 def words_of(values: np.ndarray, labels: np.ndarray) -> list[list[int]]:
     """Of tokens (B×T) those that stand for words, row by row: the ones with a label."""
     return [row[known].tolist() for row, known in zip(values, labels != IGNORED, strict=True)]
-
-
-def primary_score(task: Task, predictions: np.ndarray, labels: np.ndarray) -> float:
-    """The task's primary metric of class ids or scores (B), without `evaluate`'s checks: quick enough to resample."""
-    names = [name for name in task.metrics if name in METRICS] if task.primary_metric == "average" else []
-    scores = [METRICS[name].score(labels, predictions) for name in names or [task.primary_metric]]
-    return float(np.mean(scores))
 
 
 def predict(task: Task, logits: np.ndarray) -> np.ndarray:
@@ -112,27 +156,29 @@ class _OfflineMetric(evaluate.Metric):
     key: str
 
 
+def _whole(make: Callable[[np.ndarray, np.ndarray], Scorer]) -> Callable[[np.ndarray, np.ndarray], float]:
+    return lambda references, predictions: scorers.whole(make(references, predictions), len(references))
+
+
 class Accuracy(_OfflineMetric):
     """Share of rows predicted right."""
 
     key = "accuracy"
-    score = staticmethod(sk.accuracy_score)
+    score = staticmethod(_whole(scorers.accuracy))
 
 
 class F1(_OfflineMetric):
     """F1 of class 1, as GLUE scores mrpc and qqp."""
 
     key = "f1"
-    score = staticmethod(lambda references, predictions: sk.f1_score(references, predictions, zero_division=0))
+    score = staticmethod(_whole(scorers.f1_of_ones))
 
 
 class MicroF1(_OfflineMetric):
     """F1 of all decisions of all labels together."""
 
     key = "f1_micro"
-    score = staticmethod(
-        lambda references, predictions: sk.f1_score(references, predictions, average="micro", zero_division=0)
-    )
+    score = staticmethod(_whole(scorers.f1_of_ones))
 
 
 class MacroF1(_OfflineMetric):
@@ -148,7 +194,7 @@ class MatthewsCorrelation(_OfflineMetric):
     """Matthews correlation coefficient, as GLUE scores cola; 0 where the predictions are all one class."""
 
     key = "matthews_correlation"
-    score = staticmethod(sk.matthews_corrcoef)
+    score = staticmethod(_whole(scorers.matthews))
 
 
 class RocAuc(_OfflineMetric):
@@ -164,7 +210,7 @@ class Pearson(_OfflineMetric):
 
     key = "pearson"
     dtype = "float64"
-    score = staticmethod(lambda references, predictions: _correlation(stats.pearsonr, references, predictions))
+    score = staticmethod(_whole(scorers.pearson))
 
 
 class Spearman(_OfflineMetric):
@@ -172,15 +218,19 @@ class Spearman(_OfflineMetric):
 
     key = "spearmanr"
     dtype = "float64"
-    score = staticmethod(lambda references, predictions: _correlation(stats.spearmanr, references, predictions))
+    score = staticmethod(_whole(scorers.spearman))
 
 
 METRICS: dict[str, type[_OfflineMetric]] = {
     metric.key: metric for metric in (Accuracy, F1, MicroF1, MacroF1, MatthewsCorrelation, RocAuc, Pearson, Spearman)
 }
 
-
-def _correlation(correlate: Callable, references: np.ndarray, predictions: np.ndarray) -> float:
-    if np.ptp(references) == 0 or np.ptp(predictions) == 0:
-        return 0.0
-    return float(correlate(references, predictions).statistic)
+_SCORERS: dict[str, Callable[[np.ndarray, np.ndarray], Scorer]] = {
+    "accuracy": scorers.accuracy,
+    "f1": scorers.f1_of_ones,
+    "f1_micro": scorers.f1_of_ones,
+    "matthews_correlation": scorers.matthews,
+    "pearson": scorers.pearson,
+    "spearmanr": scorers.spearman,
+}
+"""Of the metrics that may be a task's primary one."""

@@ -10,7 +10,7 @@ from typing import Any
 from distill.benchmark import as_row, benchmark_models, environment
 from distill.card import write_model_card
 from distill.console import log, remark
-from distill.data import tokenizer_fingerprint
+from distill.data import Truncated, tokenizer_fingerprint
 from distill.errors import InputError
 from distill.evaluation import Evaluation, evaluate_model
 from distill.intervals import agreement, divergence_from, paired_difference, won_back
@@ -20,6 +20,7 @@ from distill.pipeline import is_finished, lineage, write_atomically
 from distill.plan import Plan, PlannedStep, code_fingerprint
 from distill.presentation import as_markdown, draw
 from distill.records import finite, json_text, read_record
+from distill.tasks import is_better_lower
 
 _SCORING_CODE = (
     *(
@@ -29,6 +30,7 @@ _SCORING_CODE = (
         "masking",
         "tasks",
         "metrics",
+        "scorers",
         "entities",
         "questions",
         "checkpoints",
@@ -37,7 +39,6 @@ _SCORING_CODE = (
     ),
     *("embeddings", "quantize", "evaluation", "intervals"),
 )
-_LOWER_IS_BETTER = ("perplexity",)
 _SAME_BYTES = 0.1
 """Models within this share of another's bytes take as many; adapters of rank 8 add less than that."""
 
@@ -79,6 +80,7 @@ def write_report(plan: Plan) -> dict[str, Any]:
         "variants": [row for name, row in benchmarks.items() if name not in names],
         "comparisons": _comparisons(plan, evaluations, fingerprints, cache),
         "recoveries": _recoveries(plan, evaluations, benchmarks),
+        "truncated": _truncated(models),
     }
     report = finite(report)  # a correlation with constant predictions is no number
     write_atomically(plan.recipe.output_dir / "report.json", json_text(report) + "\n")
@@ -249,7 +251,22 @@ def _entry(plan: Plan, name: str, evaluations: dict[str, Evaluation], benchmark:
         **{key: value for key, value in benchmark.items() if key != "name"},
         "train_seconds": record.get("train_seconds"),
         "samples_per_second": record.get("samples_per_second"),
+        "truncated": _of_its_splits(record, evaluation),
     }
+
+
+def _of_its_splits(record: dict[str, Any], evaluation: Evaluation) -> Truncated | None:
+    """How many rows of each split a model's tokenizer cut, in its training and when it was scored."""
+    return {**(record.get("truncated") or {}), **(evaluation.truncated or {})} or None
+
+
+def _truncated(models: list[dict[str, Any]]) -> Truncated | None:
+    """Of each split the counts of the model whose tokenizer cut the most rows."""
+    most: Truncated = {}
+    for counts in [model["truncated"] or {} for model in models]:
+        for split, each in counts.items():
+            most[split] = max(most.get(split, each), each, key=lambda counted: counted["cut"])
+    return most or None
 
 
 def _divergence(plan: Plan, evaluation: Evaluation, baseline: Evaluation | None) -> dict[str, float] | None:
@@ -264,6 +281,6 @@ def retention(metric: str, value: float, baseline: float) -> float | None:
     one that is no number."""
     if not baseline > 0:
         return None
-    if metric in _LOWER_IS_BETTER:
+    if is_better_lower(metric):
         return baseline / value
     return value / baseline

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PrinterCallback
 
 from distill.adapters import in_float32, lora_config, merged
 from distill.console import log
-from distill.data import Data, token_fingerprint, tokenizer_fingerprint
+from distill.data import Data, Truncated, describe_cut, token_fingerprint, tokenizer_fingerprint
 from distill.encoding import Processor, beside
 from distill.evaluation import input_batches, metrics_while_training
 from distill.formats import Format, choose_formats
@@ -59,6 +59,8 @@ class Made:
     """The highest; by default it follows from the student's width."""
     log: list[dict[str, float]] = field(default_factory=list)
     """Trainer's log lines."""
+    truncated: Truncated | None = None
+    """How many rows of each split the model's tokenizer cuts; null where none was read, and for images."""
 
 
 def run_step(options: Options, inputs: dict[str, str], data: Data, folder: Path, *, profile: bool = False) -> Made:
@@ -217,8 +219,11 @@ def _train(
         if trainer.is_world_process_zero():
             log.print(f"      resuming from {checkpoint.name}")
     rows_of_a_step, said = batch_of(trainer)
+    truncated = rows_cut(data, rows.processor, options)
     if trainer.is_world_process_zero():
         log.print(f"      {said}")
+        if cut := describe_cut(truncated):
+            log.print(f"      {cut}")
     with in_float32(trainer.student):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if options.merge:
@@ -237,6 +242,7 @@ def _train(
         effective_batch_size=rows_of_a_step,
         learning_rate=trainer.args.learning_rate,
         log=trainer.state.log_history,
+        truncated=truncated,
     )
 
 
@@ -255,6 +261,11 @@ def _checkpoint_to_go_on_from(options: FinetuneOptions | DistillOptions) -> Path
 
     on_main_process(start_anew)
     return None
+
+
+def rows_cut(data: Data, processor: Processor, options: FinetuneOptions | DistillOptions) -> Truncated | None:
+    """The rows of each split that a training reads or its model is scored on, and how many of them are cut."""
+    return data.truncated(processor, unlabelled=isinstance(options, DistillOptions))
 
 
 @dataclass(frozen=True)

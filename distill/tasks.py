@@ -127,6 +127,12 @@ _METRICS: dict[TaskKind, tuple[tuple[str, ...], str]] = {
 }
 
 
+def is_better_lower(metric: str) -> bool:
+    """Whether less of a metric is better: of perplexity, and of losses (`loss`, `eval_loss`, `loss/soft`)."""
+    name = metric.removeprefix("eval_")
+    return name.endswith(("perplexity", "loss")) or name.startswith("loss/")
+
+
 def own_task(kind: TaskKind, text: tuple[str, ...], label: str) -> Task:
     """A task on a user's own columns; its label names are read from the data."""
     metrics, primary = _METRICS[kind]

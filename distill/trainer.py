@@ -1,5 +1,6 @@
 """`DistillationTrainer`: transformers' Trainer with teachers, and with losses that add up exactly."""
 
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,12 +17,8 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.profiler import record_function
 from torch.utils.data import DataLoader, RandomSampler, Sampler, SequentialSampler
-from transformers import (
-    DataCollatorForTokenClassification,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainingArguments,
-)
+from transformers import DataCollatorForTokenClassification, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers.trainer_pt_utils import nested_concat
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, get_last_checkpoint
 
 from distill.adapters import with_adapters
@@ -63,6 +60,9 @@ from distill.representations import ProjectedStudent, accepted_inputs, input_nam
 from distill.sessions import note_batches, other_batches
 from distill.student import dropout
 from distill.teacher import STORED_COLUMNS, AnyTeacher, Teacher, fillers_of, match_teachers
+
+_LOGITS_AT_ONCE = 2**24
+"""Of a language model that is evaluated: 64 MB in float32."""
 
 _PROJECTIONS_FILE = "projections.safetensors"
 _RANGES_FILE = "activation_ranges.safetensors"
@@ -187,6 +187,7 @@ class DistillationTrainer(transformers.Trainer):
             each.autocast = self.accelerator.autocast
         self._logged = Sums()
         self._evaluated = Sums()
+        self._reduce_logits: Callable[[Tensor, Tensor], Tensor] | None = None
         self._watch = DivergenceWatch(args)
         for each in self.teachers:
             if each.student_wants.pooled:
@@ -297,8 +298,9 @@ class DistillationTrainer(transformers.Trainer):
         )
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
-        """Trainer's, but windows of questions in their order, as answers are put together from several."""
-        if eval_dataset is not None and (_made_as_read(eval_dataset) or self.problem_type == "question_answering"):
+        """Trainer's, but windows of questions and rows of words in their order, for metrics that look rows up."""
+        in_order = self.problem_type in ("question_answering", "token_classification")
+        if eval_dataset is not None and (_made_as_read(eval_dataset) or in_order):
             return SequentialSampler(eval_dataset) if self.args.world_size == 1 else None  # accelerate deals in order
         return super()._get_eval_sampler(eval_dataset)
 
@@ -470,6 +472,34 @@ class DistillationTrainer(transformers.Trainer):
             shown = dict(zip(("start_logits", "end_logits"), outputs["logits"].unbind(1), strict=True))
         return loss, shown
 
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Any, Any, Any]:
+        """Trainer's, but a language model's batch a few rows at a time, of whose logits only what
+        `preprocess_logits_for_metrics` makes of them is kept: B×T×V of them may be gigabytes."""
+        in_parts = self.problem_type in ("masked_lm", "causal_lm") and all(name in inputs for name in self.label_names)
+        reduce = self._reduce_logits
+        if not in_parts or not (prediction_loss_only or reduce):
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        batch = self._completed(self._prepare_inputs(inputs))
+        num_rows, num_tokens = batch["input_ids"].shape
+        size = max(1, _LOGITS_AT_ONCE // (num_tokens * self.student.config.vocab_size))
+        losses, reduced = [], []
+        for start in range(0, num_rows, size):
+            part = {name: values[start : start + size] for name, values in batch.items()}
+            loss, logits, labels = super().prediction_step(model, part, prediction_loss_only, ignore_keys)
+            losses.append(loss)
+            if reduce is not None and not prediction_loss_only:
+                reduced.append(reduce(logits, labels))
+        loss = torch.stack(losses).mean()  # `evaluation_loop` knows the exact one
+        if prediction_loss_only:
+            return loss, None, None
+        return loss, functools.reduce(nested_concat, reduced), batch["labels"]
+
     def _arithmetic_of_student(self) -> AbstractContextManager:
         """A quantized student computes in bfloat16, whatever its adapters and its head are trained in."""
         quantized = getattr(plain_model(self.student), "is_quantized", False)
@@ -617,10 +647,17 @@ class DistillationTrainer(transformers.Trainer):
         With `qat` the student is evaluated as quantizing it now would leave it.
         """
         self._evaluated = Sums()
-        with self._running(), self.as_quantized():  # of its own: the weights have moved since the last step began
-            output = super().evaluation_loop(
-                dataloader, description, *arguments, metric_key_prefix=metric_key_prefix, **options
-            )
+        reduce: Any = self.preprocess_logits_for_metrics  # type: ignore[has-type]
+        if self.problem_type in ("masked_lm", "causal_lm") and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            # Where weights are gathered in each forward, all processes must run as many.
+            self._reduce_logits, self.preprocess_logits_for_metrics = reduce, None
+        try:
+            with self._running(), self.as_quantized():  # of its own: the weights have moved since the last step began
+                output = super().evaluation_loop(
+                    dataloader, description, *arguments, metric_key_prefix=metric_key_prefix, **options
+                )
+        finally:
+            self._reduce_logits, self.preprocess_logits_for_metrics = None, reduce
         key = f"{metric_key_prefix}_loss"
         if not self._evaluated.totals:
             output.metrics.pop(key, None)  # nothing to compare with, neither labels nor stored predictions
