@@ -19,6 +19,7 @@ from distill.hardware import has_bf16
 from distill.losses import AttentionLoss, HiddenLoss, SoftLoss
 from distill.processes import check_world_size, runs_on_cpu
 from distill.representations import LayerMap
+from distill.tasks import is_better_lower
 
 
 def checked(value: Any, annotation: Any) -> Any:
@@ -195,6 +196,9 @@ class TrainingConfig(TrainingArguments):
             if os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":  # the launcher's word
                 self.fp16 = True
             self.bf16 = not self.fp16 and has_bf16(accelerator.type if accelerator else "cpu")
+        best = self.metric_for_best_model
+        if best is not None and self.greater_is_better is None:  # type: ignore[has-type]
+            self.greater_is_better = not is_better_lower(best)  # Trainer itself knows `…loss` alone
         super().__post_init__()
         if not (self.bf16 or self.fp16):
             self.mixed_precision = "no"  # else a launcher's word would be stronger than an explicit false

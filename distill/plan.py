@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from distill.config import TrainingConfig
+from distill.config import TrainingConfig, is_on
 from distill.data import Data, load_data, token_fingerprint, tokenizer_fingerprint
 from distill.errors import InputError, near_name
+from distill.metrics import computed
 from distill.models import (
     ModelSource,
     find_model,
@@ -237,6 +238,7 @@ def _plan_step(
     try:
         if isinstance(options, FinetuneOptions | DistillOptions):
             problems += _adapter_problems(options, source)
+            problems += [] if data is None else _best_metric_problems(options, data)
             chosen, width = chosen_layers(options, depth_of(config)), width_of_student(options)
             if not options.from_scratch and not is_fresh(config, width):
                 layers = tuple(chosen)
@@ -316,6 +318,16 @@ def _adapter_problems(options: FinetuneOptions | DistillOptions, source: _Input)
             "as it is, or say merge: true"
         )
     return problems
+
+
+def _best_metric_problems(options: FinetuneOptions | DistillOptions, data: Data) -> list[str]:
+    """Whether evaluations compute the metric that the best checkpoint is chosen by."""
+    wanted = (options.metric_for_best_model or "loss").removeprefix("eval_")
+    parts = options.loss_weights if isinstance(options, DistillOptions) else {"hard": 1.0}
+    known = [*computed(data.task), "loss", *(f"loss/{part}" for part, weight in parts.items() if is_on(weight))]
+    if wanted in known:
+        return []
+    return [f"metric_for_best_model: {wanted!r} is not computed for {data.task.kind}; there are {', '.join(known)}"]
 
 
 def _check_quantization(options: QuantizeOptions, config: PretrainedConfig, data: Data) -> None:
