@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from tokenizers import normalizers
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -333,12 +334,46 @@ def load_processor(
     Raises:
         InputError: there is none.
     """
+    if kind == "token-classification":
+        return _reading_words(load_tokenizer(location, max_length), location)
     if kind != "image-classification":
         return load_tokenizer(location, max_length)
     try:
         return AutoImageProcessor.from_pretrained(location, trust_remote_code=False)
     except Exception as error:  # as for the config
         raise InputError(f"{location}: its image processor cannot be loaded ({reason_of(error)})") from error
+
+
+def _reading_words(tokenizer: PreTrainedTokenizerBase, location: str) -> PreTrainedTokenizerBase:
+    """A tokenizer that reads words given one by one as it reads them in a text.
+
+    A byte-level one (RoBERTa, GPT-2) reads them as if they were one word, unless it puts a space before each.
+
+    Raises:
+        InputError: it can't be made to.
+    """
+    if not tokenizer.is_fast or _reads_words(tokenizer):
+        return tokenizer
+    spaced = AutoTokenizer.from_pretrained(location, add_prefix_space=True)
+    if not _reads_words(spaced):  # one without a class of its own, for which the option does nothing
+        spaces = normalizers.Prepend(" ")
+        known = spaced.backend_tokenizer.normalizer
+        spaced.backend_tokenizer.normalizer = spaces if known is None else normalizers.Sequence([known, spaces])
+    if not _reads_words(spaced):
+        raise InputError(
+            f"{location}: its tokenizer reads words given one by one as one word; save it with add_prefix_space=True "
+            f"(AutoTokenizer.from_pretrained({location!r}, add_prefix_space=True).save_pretrained(…))"
+        )
+    spaced.pad_token, spaced.model_max_length = tokenizer.pad_token, tokenizer.model_max_length
+    return spaced
+
+
+def _reads_words(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a word by itself becomes the tokens that it becomes in a text."""
+    alone = tokenizer(["a", "a"], is_split_into_words=True, add_special_tokens=False)["input_ids"]
+    in_text = tokenizer("a a", add_special_tokens=False)["input_ids"]
+    word = alone[len(alone) // 2 :]
+    return in_text[-len(word) :] == word
 
 
 def load_classifier(
