@@ -9,9 +9,11 @@ from rich.table import Table
 
 from distill.benchmark import remarks_on
 from distill.console import remark, results, styled
+from distill.data import describe_cut
 from distill.intervals import interval_method
 from distill.markdown import bullets, escaped, table
 from distill.plan import Plan
+from distill.tasks import is_better_lower
 
 _TWO_LINES = {
     "95 % interval": "95 %\ninterval",
@@ -37,8 +39,12 @@ def print_report(report: dict[str, Any]) -> None:
         shown_table.add_row(*(row[index] for index in shown))
     results.print(shown_table)
     results.print(styled((_units(report), "dim")))
+    if is_better_lower(report["metric"]):
+        results.print(styled((_metric(report), "dim")))
     for line in _comparison_lines(report):
         results.print(line)
+    if cut := describe_cut(report.get("truncated")):
+        results.print(f"rows {cut}")
     for said in remarks(report):
         results.print(remark(said))
 
@@ -47,9 +53,10 @@ def as_markdown(plan: Plan, report: dict[str, Any]) -> str:
     """What report.md holds."""
     environment_line = ", ".join(f"{key} {value}" for key, value in report["environment"].items() if key != "benchmark")
     rows_scored = len(plan.data.splits[plan.data.task.validation_splits[0][0]])
+    cut = describe_cut(report.get("truncated"))
     lines = [
         f"# {escaped(plan.recipe.output_dir.resolve().name)}",
-        f"{report['metric'].replace('_', ' ')} on {rows_scored} validation rows, with its 95 % interval "
+        f"{_metric(report)} on {rows_scored} validation rows, with its 95 % interval "
         f"({interval_method(plan.data.task)}); "
         f"retention, agreement and divergence (KL in nats; of scores the squared difference) are against "
         f"{escaped(report['baseline'])}; {_units(report)}.",
@@ -62,6 +69,7 @@ def as_markdown(plan: Plan, report: dict[str, Any]) -> str:
         ),
         bullets(remarks(report))
         or "No compressed model is larger than the one it was made from, and none more than 5 % slower.",
+        *([f"Rows {cut}."] if cut else []),
         *([f"Data: {escaped('; '.join(plan.data.notes))}."] if plan.data.notes else []),
         f"Measured on {report['models'][0]['device']} in alternating rounds, medians: {escaped(environment_line)}.",
     ]
@@ -102,7 +110,7 @@ def draw(report: dict[str, Any], path: Path | BinaryIO) -> None:
     figure.draw_without_rendering()  # the scales are known from here on
     for axis, labels in zip(axes, panel_labels, strict=True):
         _write_apart(axis, labels)
-    axes[0].set_ylabel(f"{report['metric'].replace('_', ' ')} (95 % interval)", parse_math=False)
+    axes[0].set_ylabel(f"{_metric(report)}, 95 % interval", parse_math=False)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
@@ -141,6 +149,12 @@ def remarks(report: dict[str, Any]) -> list[str]:
     return said
 
 
+def _metric(report: dict[str, Any]) -> str:
+    """The primary metric, and which way is better where it is not the usual one."""
+    name = report["metric"].replace("_", " ")
+    return f"{name} (lower is better)" if is_better_lower(report["metric"]) else name
+
+
 def _rows(report: dict[str, Any]) -> list[list[str]]:
     """The table of the report: a header and one row per model."""
     header = ["model", report["metric"].replace("_", " "), "95 % interval", "retention", "agreement", "divergence"]
@@ -174,9 +188,10 @@ def _comparison_lines(report: dict[str, Any]) -> list[str]:
         if None in (each["difference"], low, high):
             lines.append(f"{each['model']} − {each['over']}: no number, as the metric of one of them is none")
             continue
-        verdict = " (a tie)" if low <= 0 <= high else ""
+        is_better = (high < 0) if is_better_lower(report["metric"]) else (low > 0)
+        verdict = "a tie" if low <= 0 <= high else f"{each['model']} is {'better' if is_better else 'worse'}"
         interval = f"95 % interval {low:+.4f} to {high:+.4f}"
-        lines.append(f"{each['model']} − {each['over']}: {each['difference']:+.4f}, {interval}{verdict}")
+        lines.append(f"{each['model']} − {each['over']}: {each['difference']:+.4f}, {interval} ({verdict})")
     return lines + [_recovery_line(each, report["baseline"]) for each in report["recoveries"]]
 
 
