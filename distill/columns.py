@@ -14,6 +14,9 @@ from distill.teacher import STORED_COLUMNS
 LABEL = "label"
 """Column of checked rows that holds class ids, float scores, zeros and ones, ids of words, or answers."""
 
+_IMPOSSIBLE = "is_impossible"
+"""SQuAD 2's column of whether a question has no answer."""
+
 MERGED_LABELS = "labels of a row"
 """Column of lists that stands for several columns of zeros and ones."""
 
@@ -81,7 +84,8 @@ def checked_rows(
     chosen = chosen.rename_columns({column: name for column, name in apart if column != name})
     problem = None
     if task.kind == "question-answering":
-        labels, problem = _encode_answers(rows[task.text[1]], rows[task.label])
+        impossible = rows[_IMPOSSIBLE] if _IMPOSSIBLE in rows.column_names else [None] * len(rows)
+        labels, problem = _encode_answers(rows[task.text[1]], rows[task.label], impossible)
     elif task.kind == "token-classification" and labels is not None:
         problem = _counts_differ(rows[task.text[0]], labels)
     if problem:
@@ -137,15 +141,30 @@ def _counts_differ(texts: Sequence[list[str]], labels: Sequence[list[int]]) -> s
     return None
 
 
-def _encode_answers(contexts: list[str], values: list[Any]) -> tuple[list, str | None]:
-    """The accepted answers of each question: `text`, and `answer_start` in characters of the context."""
-    encoded = []
+def _encode_answers(contexts: list[str], values: list[Any], impossible: list[bool | None]) -> tuple[list, str | None]:
+    """The accepted answers of each question: `text`, and `answer_start` in characters of the context.
+
+    A question has no answer where the lists are empty, hold the empty text alone, or are missing, and where SQuAD 2's
+    `is_impossible` says so: `text` is then empty.
+    """
+    if values and all(given is None for given in values) and not any(impossible):
+        return [], "has no answer in any row; SQuAD's form is text and answer_start, empty lists for no answer"
+    encoded: list[dict[str, list]] = []
     for row, (context, given) in enumerate(zip(contexts, values, strict=True)):
+        if isinstance(given, list):  # one answer each, as in SQuAD's own file
+            given = {key: [each[key] for each in given if key in each] for key in ("text", "answer_start")}
+        if given is None or impossible[row] in (True, 1):
+            encoded.append({"text": [], "answer_start": []})
+            continue
         if not isinstance(given, dict) or not {"text", "answer_start"} <= given.keys():
             return [], f"has no text and answer_start in row {row} (SQuAD's form)"
-        texts, starts = list(given["text"]), list(given["answer_start"])
+        texts, starts = (_as_list(given[key]) for key in ("text", "answer_start"))
+        if not any(texts):  # [""], with a place or without
+            texts, starts = [], []
         if len(texts) != len(starts):
             return [], f"has {len(texts)} answers but {len(starts)} places in row {row}"
+        pairs = [(text, start) for text, start in zip(texts, starts, strict=True) if text]
+        texts, starts = [text for text, _ in pairs], [start for _, start in pairs]
         wrong = [text for text, start in zip(texts, starts, strict=True) if context[start : start + len(text)] != text]
         if wrong:
             return [], f"says where {wrong[0]!r} stands in the context of row {row}, but it does not stand there"
@@ -156,3 +175,7 @@ def _encode_answers(contexts: list[str], values: list[Any]) -> tuple[list, str |
 def all_hidden(rows: datasets.Dataset, task: Task) -> bool:
     """GLUE's test labels are withheld: −1 in every row."""
     return all(value == -1 or value is None for value in rows[task.label])
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list) else [] if value is None else [value]

@@ -48,17 +48,24 @@ def answer_scores(answers: Sequence[str], accepted: Sequence[Sequence[str]]) -> 
     """N×2: for each answer its F1 and whether it matches exactly, against the accepted one that is nearest.
 
     Both after case, punctuation and articles are dropped, F1 over words (Rajpurkar et al. 2016, section 6.1). No
-    accepted answer means that "" is right.
+    accepted answer of which something is left means that "" is right, as in SQuAD 2's script.
     """
     scores = [
-        [max(score(answer, each) for each in known or [""]) for score in (_f1, _exact_match)]
+        [max(score(answer, each) for each in _that_say_something(known)) for score in (_f1, _exact_match)]
         for answer, known in zip(answers, accepted, strict=True)
     ]
     return np.array(scores, dtype=np.float64).reshape(-1, 2)
 
 
+def _that_say_something(known: Sequence[str]) -> list[str]:
+    return [answer for answer in known if normalised(answer)] or [""]
+
+
 def normalised(answer: str) -> str:
-    """An answer in lower case without punctuation, articles, and spaces that say nothing."""
+    """An answer in lower case without ASCII's punctuation, articles, and spaces that say nothing.
+
+    Exactly as SQuAD's script does it: other punctuation stays.
+    """
     plain = "".join(letter for letter in answer.lower() if letter not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", plain).split())
 
