@@ -1,5 +1,6 @@
 """Rows that a teacher labels: texts without labels, new pairs of texts, and predictions that were stored before."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,14 @@ from distill.tasks import Task
 from distill.teacher import STORED_COLUMNS, STORED_PROBABILITIES
 
 _NEIGHBOURS = 8
+
+_UNSEPARATED = re.compile(
+    "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff"
+    "\u3400-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]+"
+)
+"""Thai, Lao, Tibetan, Burmese, Khmer, Japanese and Chinese, which write no spaces between words."""
+
+_words = TfidfVectorizer(ngram_range=(1, 2)).build_analyzer()
 
 
 def with_stored(
@@ -104,14 +113,15 @@ def sample_pairs(rows: datasets.Dataset, task: Task, count: int, seed: int) -> d
     """New unlabelled pairs of the rows' own texts: a random text with one of the eight most like it by TF-IDF.
 
     Most of all pairs are plainly unlike, and teach little; near ones are where a teacher knows more (Augmented SBERT,
-    Thakur et al. 2021, section 3.2, which takes BM25).
+    Thakur et al. 2021, section 3.2, which takes BM25). Texts are alike by their words and pairs of words, and in
+    scripts that don't separate words by runs of one to three characters.
     """
     columns = [rows[column] for column in task.text]
     known = set(zip(*columns, strict=True))
     texts = sorted({text for column in columns for text in column})
     if len(texts) <= _NEIGHBOURS:
         raise InputError(f"data.sampled_pairs: {len(texts)} different texts are too few to pair; leave it out")
-    vectors = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True).fit_transform(texts)
+    vectors = TfidfVectorizer(analyzer=_terms, sublinear_tf=True).fit_transform(texts)
     generator = np.random.default_rng(seed)
     pairs: dict[tuple[str, str], None] = {}  # a set that keeps its order
     for _ in range(_NEIGHBOURS):
@@ -128,3 +138,14 @@ def sample_pairs(rows: datasets.Dataset, task: Task, count: int, seed: int) -> d
                 if len(pairs) == count:
                     return unlabelled_rows(task, list(zip(*pairs, strict=True)))
     return unlabelled_rows(task, list(zip(*pairs, strict=True)))
+
+
+def _terms(text: str) -> list[str]:
+    """What of a text counts in TF-IDF; its characters where there are no words (single letters, signs)."""
+    words = _words(_UNSEPARATED.sub(" ", text))
+    return words + _pieces(_UNSEPARATED.findall(text)) or _pieces([text])
+
+
+def _pieces(runs: Sequence[str]) -> list[str]:
+    """Runs of one to three characters."""
+    return [run[start : start + size] for run in runs for size in (1, 2, 3) for start in range(len(run) - size + 1)]
