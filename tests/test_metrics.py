@@ -3,8 +3,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from distill.metrics import F1, METRICS, Accuracy, compute_metrics, divergences
-from distill.tasks import GLUE, own_task
+from distill.config import TrainingConfig
+from distill.metrics import F1, METRICS, Accuracy, compute_metrics, computed, divergences
+from distill.tasks import GLUE, is_better_lower, own_task
 
 LABELS = np.array([0, 1, 1, 0, 1, 0])
 PREDICTED = np.array([0, 1, 0, 0, 1, 1])  # 2 true positives, 1 false positive, 1 false negative, 2 true negatives
@@ -66,3 +67,31 @@ def test_divergences_by_hand():
     two_outcomes = divergences("multi_label_classification", np.array([[0.0, 5.0]]), np.array([[np.log(3.0), 5.0]]))
     np.testing.assert_allclose(two_outcomes, [by_hand / 2])
     np.testing.assert_allclose(divergences("regression", np.array([[1.0], [2.0]]), np.array([[1.5], [2.0]])), [0.25, 0])
+
+
+@pytest.mark.parametrize(
+    ("metric", "lower"),
+    [
+        ("perplexity", True), ("eval_perplexity", True), ("test_perplexity", True), ("loss", True),
+        ("eval_loss", True), ("eval_loss/soft", True), ("accuracy", False), ("eval_entity_f1", False),
+    ],
+)  # fmt: skip
+def test_the_best_checkpoint_is_chosen_by_the_metrics_direction(tmp_path, metric, lower):
+    assert is_better_lower(metric) is lower
+    assert TrainingConfig(output_dir=str(tmp_path), metric_for_best_model=metric).greater_is_better is not lower
+    said = TrainingConfig(output_dir=str(tmp_path), metric_for_best_model=metric, greater_is_better=lower)
+    assert said.greater_is_better is lower
+
+
+@pytest.mark.parametrize("kind", ["classification", "multi-label", "regression", "token-classification"])
+def test_the_keys_that_are_computed_are_known_before(kind):
+    task = own_task(kind, ("text",), "label")
+    task = task if kind == "regression" else task.with_label_names(("O", "B-a"))
+    logits, labels = np.random.default_rng(0).normal(size=(6, 2)), LABELS
+    if kind == "multi-label":
+        labels = np.eye(2)[LABELS]
+    elif kind == "regression":
+        logits = logits[:, :1]
+    elif kind == "token-classification":
+        logits, labels = logits[None], LABELS[None]
+    assert set(compute_metrics(task, logits, labels)) == set(computed(task))

@@ -1,16 +1,31 @@
 """Token classification from files to pipeline, on tiny models."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from transformers import AutoModelForTokenClassification, AutoTokenizer, pipeline
+import torch
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    DataCollatorForTokenClassification,
+    EvalPrediction,
+    GPT2Tokenizer,
+    PreTrainedTokenizerFast,
+    RobertaTokenizer,
+    pipeline,
+)
 
 from distill.cli import main
 from distill.data import DataOptions, load_data, tokenize
 from distill.entities import entities_of, entity_counts, scores
 from distill.errors import InputError
+from distill.evaluation import evaluate_model, metrics_while_training
+from distill.intervals import paired_difference
 from distill.metrics import compute_metrics
+from distill.models import load_processor
 from distill.pipeline import run_plan
 from distill.plan import make_plan
 from distill.recipe import load_recipe
@@ -62,6 +77,14 @@ def load(folder, **options):
         (["O", "O"], set()),
         (["B-a", "I-b", "I-b"], {("a", 0, 1), ("b", 1, 3)}),
         (["PER", "PER", "O", "LOC"], {("PER", 0, 2), ("LOC", 3, 4)}),
+        # as seqeval 1.2.2 reads them: IOB1, IOBES, an I after an E, letters alone, letters behind, and BILOU (strict)
+        (["I-a", "I-a", "B-a", "O", "I-b"], {("a", 0, 2), ("a", 2, 3), ("b", 4, 5)}),
+        (["B-a", "I-a", "E-a", "S-a", "S-b"], {("a", 0, 3), ("a", 3, 4), ("b", 4, 5)}),
+        (["E-a", "I-a", "B-b", "E-b"], {("a", 0, 1), ("a", 1, 2), ("b", 2, 4)}),
+        (["B", "I", "O", "I", "B", "B"], {("_", 0, 2), ("_", 3, 4), ("_", 4, 5), ("_", 5, 6)}),
+        (["a-B", "a-I", "b-I", "O", "a-S"], {("a", 0, 2), ("b", 2, 3), ("a", 4, 5)}),
+        (["U-a", "U-a", "B-b", "I-b", "L-b", "O"], {("a", 0, 1), ("a", 1, 2), ("b", 2, 5)}),
+        (["E-MAIL-B", "E-MAIL-I", "O"], {("E-MAIL", 0, 2)}),
         ([], set()),
     ],
 )
@@ -76,6 +99,97 @@ def test_f1_of_entities_by_hand():
     assert counts.tolist() == [[1, 1, 2], [1, 2, 1]]
     assert scores(counts) == pytest.approx({"entity_f1": 2 / 3, "entity_precision": 2 / 3, "entity_recall": 2 / 3})
     assert scores(entity_counts([[0]], [[0]], NAMES))["entity_f1"] == 0
+
+
+def test_f1_of_iobes_is_seqevals():
+    names = ["O", "B-a", "I-a", "B-b", "I-b", "S-a"]
+    truth = [[1, 2, 0, 3, 0], [3, 4, 1], [0, 0, 5]]
+    predicted = [[1, 2, 0, 1, 0], [3, 4, 2], [0, 4, 5]]
+    found = scores(entity_counts(predicted, truth, names))
+    assert found == pytest.approx({"entity_f1": 8 / 11, "entity_precision": 4 / 6, "entity_recall": 4 / 5})
+
+
+class WordsForTokenClassification(torch.nn.Module):
+    """Says of each token that it begins praise if it is a good word, else that it is none."""
+
+    def __init__(self, tokenizer):
+        super().__init__()
+        self.praise = torch.tensor(tokenizer.convert_tokens_to_ids(GOOD))
+        self.device, self.dtype, self.config = torch.device("cpu"), torch.float32, SimpleNamespace(num_labels=5)
+
+    def forward(self, input_ids, attention_mask):
+        return {"logits": torch.nn.functional.one_hot(torch.isin(input_ids, self.praise).long(), 5).float()}
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_words_that_the_model_does_not_read_count_alike_everywhere(tmp_path, side):
+    """Entities beyond max_length are missed, and so are words that become no token, wherever they stand."""
+    rows = [
+        {"tokens": ["good", "film", "the", "plot", "was", "good"], "label": ["B-praise", *["O"] * 4, "B-praise"]},
+        {"tokens": ["the", "\u200b", "", "good"], "label": ["O", "B-praise", "O", "B-praise"]},
+        {"tokens": ["nice", "cast"], "label": ["O", "B-blame"]},
+    ]
+    write(tmp_path / "train.jsonl", rows)
+    write(tmp_path / "validation.jsonl", rows)
+    data = load(tmp_path, max_length=6, label_names=NAMES)
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
+    tokenizer.padding_side = side
+    model = WordsForTokenClassification(tokenizer)
+    found = evaluate_model(model, tokenizer, data)
+    assert found.predictions == [[1, 0, 0, 0, -100, -100], [0, -100, -100, 1], [1, 0]]
+    # found: good, good, nice, of which two are there; there: five. Right are 4 of 6 words, 2 of 4, and none of 2.
+    expected = {"entity_f1": 2 * 2 / (3 + 5), "entity_precision": 2 / 3, "entity_recall": 2 / 5, "accuracy": 6 / 12}
+    assert found.metrics == pytest.approx(expected)
+    assert found.interval[0] <= found.metrics["entity_f1"] <= found.interval[1]
+    labels = data.labels("validation")
+    difference, _ = paired_difference(data.task, found.predictions, [[0] * len(row) for row in labels], labels)
+    assert difference == pytest.approx(expected["entity_f1"])
+    assert found.truncated == {"validation": {"rows": 3, "cut": 1}}
+
+    read = data.tokenized("validation", tokenizer)
+    batch = DataCollatorForTokenClassification(tokenizer)(
+        [{name: row[name] for name in ("input_ids", "attention_mask", "labels")} for row in read]
+    )
+    scoring = metrics_while_training(data, read)
+    logits = model(batch["input_ids"], batch["attention_mask"])["logits"]
+    tags = scoring["preprocess_logits_for_metrics"](logits, batch["labels"]).numpy()
+    assert scoring["compute_metrics"](EvalPrediction(tags, batch["labels"].numpy())) == pytest.approx(expected)
+
+
+def byte_level(splits_first=False):
+    """A byte-level BPE that knows the words of a text, with the space before them."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<s>", "</s>", "<pad>"],
+        show_progress=False,
+    )  # fmt: skip
+    backend.train_from_iterator(["a film was good and a cast was good"] * 9, trainer)
+    if splits_first:  # as Llama 3 and Qwen
+        split = pre_tokenizers.Split(Regex(r" ?\p{L}+|\s+"), "isolated")
+        backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    return backend
+
+
+@pytest.mark.parametrize("made", ["roberta", "gpt2", "generic", "splitting"])
+def test_byte_level_tokenizers_read_words_as_in_a_text(tmp_path, made):
+    if made in ("roberta", "gpt2"):
+        parts = json.loads(byte_level().to_str())["model"]
+        of_class = {"roberta": RobertaTokenizer, "gpt2": GPT2Tokenizer}[made]
+        tokenizer = of_class(vocab=parts["vocab"], merges=[tuple(pair) for pair in parts["merges"]])
+    else:
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level(made == "splitting"), pad_token="<pad>")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    found = load_processor(str(tmp_path / "tokenizer"), "token-classification", 24)
+    words = found(["film", "was"], is_split_into_words=True, add_special_tokens=False).tokens()
+    assert words == ["Ġfilm", "Ġwas"]
+    assert (found.model_max_length, found.pad_token is not None) == (24, True)
+    found.save_pretrained(tmp_path / "again")
+    again = AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert again("film was", add_special_tokens=False).tokens() == words
+    untouched = load_processor(str(tmp_path / "tokenizer"), "classification")
+    assert untouched("film was", add_special_tokens=False).tokens()[0] != "Ġfilm"
 
 
 def test_labels_stand_on_the_first_token_of_each_word(folder):
