@@ -293,6 +293,25 @@ def test_sampled_pairs_are_new_alike_and_seeded(tmp_path, task):
     assert "150 unlabelled pairs" in " ".join(data.notes)
 
 
+@pytest.mark.parametrize(
+    "words", [["電影", "很好", "演員", "天氣", "下雨", "明天"], ["หนัง", "สนุก", "นักแสดง", "อากาศ", "ฝนตก", "พรุ่งนี้"]]
+)
+def test_pairs_are_alike_where_words_are_not_separated(tmp_path, words):
+    generator = np.random.default_rng(0)
+    topics = [
+        ["".join(generator.permutation(words[at : at + 3])) + str(number) for number in range(60)] for at in (0, 3)
+    ]
+    rows = [{"question1": one, "question2": other, "is_duplicate": 0} for one, other in zip(*topics, strict=True)]
+    for split in ("train", "validation"):
+        write_rows(tmp_path / f"{split}.jsonl", [{**row, "label": number % 2} for number, row in enumerate(rows)])
+    pairs = load_data("qqp", DataOptions(path=str(tmp_path), sampled_pairs=80)).splits["unlabelled"]
+    of_one_topic = [
+        {any(word in text for word in words[:3]) for text in pair}
+        for pair in zip(pairs["question1"], pairs["question2"], strict=True)
+    ]
+    assert np.mean([len(topic) == 1 for topic in of_one_topic]) == 1
+
+
 def test_sampled_pairs_have_no_stored_predictions(tmp_path):
     pairs_of_questions(tmp_path)
     with pytest.raises(InputError, match="new pairs have no stored predictions"):

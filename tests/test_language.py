@@ -7,13 +7,15 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, pipeline
 
 from distill import DistillationConfig, DistillationTrainer
 from distill.check import estimate_step
+from distill.config import TrainingConfig
 from distill.data import DataOptions, load_data, tokenize
 from distill.errors import InputError
-from distill.evaluation import evaluate_model
+from distill.evaluation import evaluate_model, metrics_while_training
 from distill.masking import Masking, mask_row
 from distill.pipeline import run_plan
 from distill.plan import make_plan
@@ -106,6 +108,83 @@ def test_perplexity_is_that_of_the_models_own_loss(tmp_path, kind):
     assert found.metrics == pytest.approx({"perplexity": math.exp(total / count), "accuracy": right / count}, rel=1e-4)
     low, high = found.interval
     assert low < found.metrics["perplexity"] < high
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the most elements that a computed tensor had."""
+
+    most = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        for each in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(each, torch.Tensor) and not isinstance(each, torch.nn.Parameter):
+                self.most = max(self.most, each.numel())
+        return result
+
+
+def language_model(kind, vocabulary):
+    torch.manual_seed(0)
+    if kind == "masked-lm":
+        return BertForMaskedLM(tiny_config(vocab_size=vocabulary)).eval()
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 64}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, bos_token_id=2, eos_token_id=3, **sizes)).eval()
+
+
+@pytest.mark.parametrize("kind", ["masked-lm", "causal-lm"])
+def test_an_evaluation_never_holds_the_logits_of_a_batch(tmp_path, kind, monkeypatch):
+    """Nor does Trainer's, with a teacher; the numbers are those of whole batches, wherever padding stands."""
+    data, tokenizer, vocabulary = load(tmp_path, kind), make_tokenizer(), 3000
+    rows = data.tokenized("validation", tokenizer)
+    model, whole = language_model(kind, vocabulary), sum(rows["length"]) * vocabulary
+    monkeypatch.setattr("distill.predictions.CHUNK", 16)
+    monkeypatch.setattr("distill.evaluation.CHUNK", 16)
+    monkeypatch.setattr("distill.trainer._LOGITS_AT_ONCE", 16 * vocabulary)
+    with LargestTensor() as seen:
+        found = evaluate_model(model, tokenizer, data, batch_size=24)
+    head = 64 * vocabulary  # what torch computes of the weights themselves
+    assert seen.most <= head < whole / 3
+    tokenizer.padding_side = "left"
+    assert evaluate_model(model, tokenizer, data, batch_size=5).metrics == pytest.approx(found.metrics, rel=1e-5)
+    assert "forward" not in model.base_model.__dict__  # it is as it was
+
+    args = DistillationConfig(
+        output_dir=str(tmp_path), hard_weight=1.0, per_device_eval_batch_size=24, disable_tqdm=True, report_to=[]
+    )
+
+    def evaluated(**scoring):
+        trainer = DistillationTrainer(
+            model=model, teacher=language_model(kind, vocabulary), args=args, train_dataset=rows, eval_dataset=rows,
+            processing_class=make_tokenizer(), **scoring,
+        )  # fmt: skip
+        with LargestTensor() as seen:
+            metrics = trainer.evaluate()
+        return metrics, seen.most
+
+    for scoring in (metrics_while_training(data, rows), {}):
+        metrics, most = evaluated(**scoring)
+        assert most <= head < whole / 3
+        assert math.exp(metrics["eval_loss/hard"]) == pytest.approx(found.metrics["perplexity"], rel=1e-4)
+        if scoring:
+            scores = {key: metrics[f"eval_{key}"] for key in found.metrics}
+            assert scores == pytest.approx(found.metrics, rel=1e-4)
+
+
+def test_the_checkpoint_with_the_least_perplexity_is_kept(tmp_path):
+    rows = load(tmp_path, "causal-lm").tokenized("validation", make_tokenizer())
+    perplexities = iter([9.0, 11.0, 10.0])
+    trainer = DistillationTrainer(
+        model=language_model("causal-lm", 25),
+        args=TrainingConfig(
+            output_dir=str(tmp_path / "out"), max_steps=3, eval_strategy="steps", eval_steps=1, save_steps=1,
+            save_total_limit=3, load_best_model_at_end=True, metric_for_best_model="perplexity", disable_tqdm=True,
+        ),
+        train_dataset=rows, eval_dataset=rows.select(range(2)), processing_class=make_tokenizer(),
+        preprocess_logits_for_metrics=lambda logits, labels: logits[..., 0],
+        compute_metrics=lambda output: {"perplexity": next(perplexities)},
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
 
 
 def test_vocabularies_may_differ_by_padding_alone(tmp_path):

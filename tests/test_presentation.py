@@ -88,3 +88,36 @@ def test_what_is_no_record_is_none(tmp_path, content):
     (tmp_path / "step.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     assert read_record(tmp_path) == {}
     assert read_record(tmp_path / "step.json") == {}
+
+
+def report_of(metric, difference, interval):
+    model = {
+        "name": "student", "metrics": {metric: 10.0}, "interval": [9.0, 11.0], "retention": None, "agreement": None,
+        "divergence": None, "num_parameters": 1, "size_on_disk_bytes": 4, "memory_bytes": 4, "device": "cpu",
+        "latency_ms": {"p50": 1.0}, "throughput_samples_per_second": 1.0, "flops_per_sample": None,
+        "train_seconds": None, "parents": [], "run": "distill",
+    }  # fmt: skip
+    around = {"sequence_length": 8, "latency_batch_size": 1, "throughput_batch_size": 2}
+    return {
+        "metric": metric, "task": "own", "baseline": "teacher", "environment": {"benchmark": around}, "models": [model],
+        "comparisons": [{"model": "student", "over": "alone", "difference": difference, "interval": interval}],
+        "recoveries": [], "variants": [], "truncated": {"train": {"rows": 1200, "cut": 1100}},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("metric", "difference", "interval", "verdict"),
+    [
+        ("perplexity", -78.0, [-85.0, -71.0], "student is better"),
+        ("perplexity", 78.0, [71.0, 85.0], "student is worse"),
+        ("accuracy", 0.1, [0.05, 0.15], "student is better"),
+        ("accuracy", -0.1, [-0.15, -0.05], "student is worse"),
+        ("perplexity", 1.0, [-1.0, 3.0], "a tie"),
+    ],
+)
+def test_a_comparison_says_who_is_better(capsys, metric, difference, interval, verdict):
+    print_report(report_of(metric, difference, interval))
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"({verdict})" in said
+    assert ("perplexity (lower is better)" in said) is (metric == "perplexity")
+    assert "rows cut at max_length: 1,100 of 1,200 train rows" in said

@@ -1,6 +1,8 @@
 """Extractive question answering: windows, answers and scores by hand, and a whole run."""
 
 import json
+import re
+import string
 
 import numpy as np
 import pytest
@@ -8,9 +10,11 @@ from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
 from distill.data import DataOptions, load_data
 from distill.errors import InputError
+from distill.intervals import score_interval
+from distill.metrics import span_scores
 from distill.pipeline import run_plan
 from distill.plan import make_plan
-from distill.questions import answer_scores, answers_of
+from distill.questions import answer_scores, answers_of, normalised
 from distill.recipe import load_recipe
 from distill.report import write_report
 from tests.conftest import GOOD, OTHER, make_tokenizer, write_rows
@@ -100,6 +104,71 @@ def test_scores_by_hand():
     accepted = [["good film"], ["bad", "a good film plot"], ["good"], [], []]
     expected = [[1, 1], [2 * 2 / (2 + 3), 0], [0, 0], [1, 1], [0, 0]]
     np.testing.assert_allclose(answer_scores(answers, accepted), expected)
+
+
+NO_ANSWER = [
+    {"text": [], "answer_start": []}, {"text": [""], "answer_start": [-1]}, {"text": [""], "answer_start": []},
+    {"text": None, "answer_start": None}, None,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("answers", NO_ANSWER)
+def test_every_form_of_no_answer_is_one(tmp_path, answers):
+    plausible = {"text": ["good"], "answer_start": [2]}
+    row = {"question": "was", "context": "a good film", "is_impossible": False, "answers": plausible}
+    rows = [row, {**row, "answers": answers}, {**row, "is_impossible": True}]
+    data = load(tmp_path, rows)
+    assert data.labels("train") == [plausible] + [{"text": [], "answer_start": []}] * 2
+    assert data.tokenized("train", make_tokenizer())["start_positions"] == [4, 0, 0]
+    assert span_scores(["good", "", ""], data.labels("train")) == {"f1": 1, "exact_match": 1}
+    assert score_interval(data.task, ["good", "", ""], data.labels("train")) == (1, 1)
+
+
+def test_answers_as_in_squads_own_file(tmp_path):
+    answers = [{"text": "good", "answer_start": 2}, {"text": "good film", "answer_start": 2}]
+    row = {"question": "was", "context": "a good film", "answers": answers}
+    data = load(tmp_path, [row, {**row, "answers": []}])
+    assert data.labels("train") == [
+        {"text": ["good", "good film"], "answer_start": [2, 2]}, {"text": [], "answer_start": []}
+    ]  # fmt: skip
+
+
+def test_answers_that_are_all_missing_are_told(tmp_path):
+    with pytest.raises(InputError, match="has no answer in any row"):
+        load(tmp_path, [{"question": "was", "context": "a good film", "answers": None}] * 3)
+
+
+def squads_own(text):
+    """`normalize_answer` of SQuAD's evaluate-v2.0.py."""
+
+    def remove_articles(text):
+        return re.sub(re.compile(r"\b(a|an|the)\b", re.UNICODE), " ", text)
+
+    def remove_punctuation(text):
+        exclude = set(string.punctuation)
+        return "".join(ch for ch in text if ch not in exclude)
+
+    return " ".join(remove_articles(remove_punctuation(text.lower())).split())
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The «Théâtre»", "«théâtre»"),  # guillemets are no ASCII punctuation
+        ("l'été", "lété"),
+        ("a\u00a0film,\u3000an end", "film end"),  # spaces beyond ASCII part words
+        ("İzmir the", "i\u0307zmir"),
+        ("Theä thé", "theä thé"),  # no article stands there
+        ("20–30 %", "20–30"),
+        ("東京、日本。", "東京、日本。"),
+    ],
+)
+def test_answers_are_normalised_as_by_squads_script(text, expected):
+    assert normalised(text) == squads_own(text) == expected
+
+
+def test_an_answer_of_which_nothing_is_left_is_none():
+    np.testing.assert_array_equal(answer_scores(["", "x"], [["The"], ["", "x"]]), [[1, 1], [1, 1]])
 
 
 @pytest.mark.parametrize(
