@@ -3,10 +3,11 @@
 import hashlib
 import importlib.metadata
 import logging
+import os
 import re
 from collections.abc import Iterator, Sequence
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import datasets
 from huggingface_hub import constants, get_session, get_token, snapshot_download
@@ -124,16 +125,32 @@ def repo_id_problem(repo_id: str) -> str | None:
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, or of a folder's files and their names, as 64 hex digits."""
+    """SHA-256 of a file's bytes, or of a folder's files and their names, as 64 hex digits; links are followed."""
     digest = hashlib.sha256()
     if path.is_file():
         with path.open("rb") as file:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
         return digest.hexdigest()
-    for file_path in sorted(p for p in path.rglob("*") if p.is_file()):
-        digest.update(f"{file_path.relative_to(path)}\0{sha256(file_path)}\n".encode())
+    for file_path, content in sorted(_files_below(path)):
+        digest.update(f"{file_path.relative_to(path)}\0{content}\n".encode())
     return digest.hexdigest()
+
+
+def _files_below(folder: Path) -> Iterator[tuple[Path, str]]:
+    """Each file of a folder with its SHA-256; a linked folder that was seen before (a loop, too) by its place alone."""
+    seen: dict[str, str] = {}
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders.sort()
+        below = Path(parent)
+        first = seen.setdefault(os.path.realpath(parent), str(below.relative_to(folder)))
+        if first != str(below.relative_to(folder)):
+            folders.clear()
+            yield below, f"the same as {first}"
+            continue
+        for name in names:
+            if (below / name).is_file():
+                yield below / name, sha256(below / name)
 
 
 @cache
@@ -160,7 +177,14 @@ def _inside_package(location: str) -> Path:
             near = near_name(distribution, [*installed, *DEMO_PACKAGES])
             hint = f"; did you mean {near!r}?" if near else ""
         raise InputError(f"{location}: the package {distribution!r} is not installed here{hint}") from None
-    return Path(str(found.locate_file(inside)))
+    parts = PurePosixPath(inside).parts
+    if not parts or parts[0] == "/" or ".." in parts:
+        raise InputError(f"{location}: should be package:<distribution>/<path inside it>, without ..")
+    path = Path(str(found.locate_file(inside)))
+    root = Path(str(found.locate_file(parts[0])))
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise InputError(f"{location}: a link leads out of the package; give that path itself")
+    return path
 
 
 def _verify(path: Path, digest: str) -> None:
