@@ -166,29 +166,33 @@ def load_data(
         InputError: with every problem of the options, columns, texts and labels.
     """
     task = _task(task_name, options)
-    found, source_fingerprint = read_splits(task, options.path, options.name)
+    read = read_splits(task, options.path, options.name)
+    found, source_fingerprint = dict(read.splits), read.fingerprint
     revision = hub_revision(found)
     notes: list[str] = []
     problems: list[str] = []
+    whole_source = set(found)
+    _leave_out_unlabelled_test(found, task, options, notes)
     if isinstance(options.label, list):
         found = {split: merge_labels(rows, options.label, split, problems) for split, rows in found.items()}
         if problems:
             raise InputError(*problems)
-    if to_score and set(found) == {"train"}:
+    if to_score and whole_source == {"train"}:
         found = {task.validation_splits[0][0]: found["train"]}
+    elif to_score and set(found) == {"test"}:
+        found = {task.validation_splits[0][0]: found["test"]}
+        notes.append("the rows of the test split are scored, as there are no others")
     if "train" not in found and not to_score:
         raise InputError(
             f"data.path: no train split in {options.path or task_name}; found {', '.join(found) or 'nothing'}"
         )
+    if not found:
+        raise InputError(f"data.path: {options.path or task_name} holds no labelled rows to score ({'; '.join(notes)})")
 
     splits: dict[str, datasets.Dataset] = {}
     stored = {name: getattr(options, name) for name in STORED_COLUMNS}
     wanted = ["train", *(split for split, _ in task.validation_splits), "test"]
-    used = {}
-    for split in [name for name in wanted if name in found]:
-        labels_hidden = split == "test" and task.label in found[split].column_names and all_hidden(found[split], task)
-        if not labels_hidden:
-            used[split] = found[split]
+    used = {split: found[split] for split in wanted if split in found}
     task, labels = read_labels(
         task, used, label_names=options.label_names, model_labels=model_labels, notes=notes, problems=problems
     )
@@ -196,7 +200,7 @@ def load_data(
         splits[split] = checked_rows(rows, split, task, labels.get(split), problems)
         splits[split] = with_stored(splits[split], rows, split, task, stored, problems)
     if options.unlabelled is not None and not to_score and not problems:
-        unlabelled, more = read_unlabelled(options.unlabelled, task, stored, problems)
+        unlabelled, more = read_unlabelled(options.unlabelled, task, stored, problems, notes)
         splits |= {} if unlabelled is None else {"unlabelled": unlabelled}
         source_fingerprint += f" unlabelled {more}"
     task = named_apart(task)
@@ -217,11 +221,14 @@ def load_data(
         raise InputError(*problems)
 
     if not any(split in splits for split, _ in task.validation_splits):
-        splits["train"], validation = _cut_validation(splits["train"], task, options)
+        whole = splits["train"]
+        splits["train"], validation = _cut_validation(whole, task, options)
         splits[task.validation_splits[0][0]] = validation
+        missing = _classes_without_rows(validation, task)
         notes.append(
-            f"no validation split: {len(validation)} rows ({options.validation_fraction:.0%}) cut from train, "
+            f"no validation split: {len(validation)} rows ({len(validation) / len(whole):.0%}) cut from train, "
             f"seed {options.seed}, stratified, equal texts kept on one side"
+            + (f"; {missing} of {task.num_labels} classes have none of them" if missing else "")
         )
     for split in [name for name in splits if name != "unlabelled"]:
         limit = options.max_train_rows if split == "train" else options.max_eval_rows
@@ -238,7 +245,7 @@ def load_data(
         splits=splits,
         fingerprint=_fingerprint([*learned, asdict(task), _changed(options)]),
         train_fingerprint=_fingerprint([*learned, _changed(replace(options, max_eval_rows=None))]),
-        notes=tuple(notes),
+        notes=(*notes, *read.notes),
         max_length=options.max_length,
         stride=options.stride,
         revision=revision,
@@ -332,6 +339,28 @@ def _task(task_name: str | None, options: DataOptions) -> Task:
 # --- choosing rows --------------------------------------------------------------------------------------------------
 
 
+def _leave_out_unlabelled_test(
+    found: dict[str, datasets.Dataset], task: Task, options: DataOptions, notes: list[str]
+) -> None:
+    """Remove a test split whose labels are hidden, as in a competition (no such column, or −1 or nothing in it)."""
+    if "test" not in found or not task.label:
+        return
+    test = found["test"]
+    columns = options.label if isinstance(options.label, list) else [task.label]
+    if not any(column in test.column_names for column in columns):
+        why = f"it has no column {columns[0]!r}"
+    elif task.label in test.column_names and all_hidden(test, task):
+        why = "its labels are hidden"
+    else:
+        return
+    del found["test"]
+    notes.append(f"the test split ({len(test)} rows) is left out: {why}")
+
+
+def _classes_without_rows(rows: datasets.Dataset, task: Task) -> int:
+    return task.num_labels - len(set(rows["label"])) if task.kind in OF_CLASSES else 0
+
+
 def _cut_validation(
     rows: datasets.Dataset, task: Task, options: DataOptions
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
@@ -345,12 +374,13 @@ def _cut_validation(
     for indices in groups.values():
         by_class[labels[indices[0]]].append(indices)
     generator = np.random.default_rng(options.seed)
+    classes = sorted(by_class)
+    orders = [generator.permutation(len(by_class[label])) for label in classes]
+    counts = _counts_to_cut([len(by_class[label]) for label in classes], options.validation_fraction, generator)
     chosen: set[int] = set()
-    for label in sorted(by_class):
-        members = by_class[label]
-        order = generator.permutation(len(members))
-        for position in order[: round(len(members) * options.validation_fraction)]:
-            chosen.update(members[position])
+    for label, order, count in zip(classes, orders, counts, strict=True):
+        for position in order[:count]:
+            chosen.update(by_class[label][position])
     train = [index for index in range(len(rows)) if index not in chosen]
     if not chosen or not train:
         raise InputError(
@@ -358,6 +388,28 @@ def _cut_validation(
             f"{len(train)} to train on and {len(chosen)} to validate; add rows, or give a validation file"
         )
     return rows.select(train), rows.select(sorted(chosen))
+
+
+def _counts_to_cut(sizes: list[int], fraction: float, generator: np.random.Generator) -> list[int]:
+    """How many of each class are cut off, never all of one.
+
+    Each class gives its share, rounded. Where that misses the whole's share, as it does if most classes are small
+    (0.4 of a row rounds to none), the shares are rounded by the largest remainder, ties by chance.
+    """
+    rounded = [min(round(size * fraction), size - 1) for size in sizes]
+    wanted = sum(sizes) * fraction
+    if sum(rounded) > 0 and abs(sum(rounded) - wanted) <= max(1, min(np.sqrt(len(sizes)), wanted / 4)):
+        return rounded
+    total = round(wanted)
+    divisible = sum(size for size in sizes if size > 1)
+    shares = np.array([size * total / divisible if size > 1 else 0.0 for size in sizes])
+    counts = np.minimum(np.floor(shares), np.array(sizes) - 1).astype(int)
+    remainders = np.round(shares - np.floor(shares), 9)
+    by_remainder = sorted(range(len(sizes)), key=lambda place: (-remainders[place], generator.random()))
+    for place in by_remainder:
+        if counts.sum() < total and counts[place] < sizes[place] - 1:
+            counts[place] += 1
+    return counts.tolist()
 
 
 def _keys(rows: datasets.Dataset, task: Task) -> list[str]:

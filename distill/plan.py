@@ -59,6 +59,7 @@ _MODEL_CODE = ("checkpoints", "models", "student", "steps", "options")
 _TRAINING_CODE = (
     *_MODEL_CODE,
     *(
+        *("text_files", "csv_files", "json_files", "tables", "split_files", "class_folders"),
         "readers",
         "columns",
         "labels",

@@ -1,56 +1,46 @@
-"""Read the splits of a data set: from the Hub, from csv, json and parquet files, or from folders of texts."""
+"""Read the splits of a data set: from the Hub, from csv, json and parquet files, or from folders of classes."""
 
-import logging
+import glob
+import lzma
 import re
+import zlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet
+from datasets.table import InMemoryTable
 
+from distill.class_folders import read_image_folders, read_text_folders, with_images
+from distill.csv_files import read_separated
 from distill.errors import InputError
+from distill.json_files import read_json
 from distill.sources import hub_problem, locate, reason_of, sha256, split_revision
+from distill.split_files import READABLE, is_readable, split_files, with_usual_names
+from distill.tables import plain_types, with_numbers
 from distill.tasks import Task
-
-logger = logging.getLogger(__name__)
+from distill.text_files import PACKED, ending
 
 GLUE_ON_THE_HUB = "nyu-mll/glue"
 
 _COMMIT = re.compile("[0-9a-f]{40}")
 
-_IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+
+@dataclass(frozen=True)
+class SplitsRead:
+    """The splits of a data set as they were found."""
+
+    splits: dict[str, datasets.Dataset]
+    fingerprint: str
+    """Changes with the rows of the source."""
+    notes: tuple[str, ...]
+    """What was done to read them that their source does not say."""
 
 
-def _separated(path: str) -> datasets.Dataset:
-    """Rows of a csv or tsv file; by their header, semicolons (of spreadsheets) or tabs separate them too.
-
-    Only empty cells are missing values: pandas would take a class called `None` or `NA` for one.
-    """
-    with open(path, encoding="utf-8-sig") as file:
-        header = file.readline()
-    separator = max(",;\t", key=header.count)
-    rows = datasets.Dataset.from_csv(path, sep=separator, keep_default_na=False, na_values=[""])
-    if _UNNAMED in rows.column_names and _UNNAMED not in header:
-        raise InputError(f"rows have more cells than the header has names; put texts that hold {separator!r} in quotes")
-    return rows
-
-
-_UNNAMED = "__index_level_0__"
-"""What datasets calls a column that pandas found no name for."""
-
-_READERS = {
-    ".csv": _separated,
-    ".tsv": _separated,
-    ".json": datasets.Dataset.from_json,
-    ".jsonl": datasets.Dataset.from_json,
-    ".jsonl.gz": datasets.Dataset.from_json,
-    ".parquet": datasets.Dataset.from_parquet,
-}
-
-
-def read_splits(
-    task: Task, path: str | None, name: str | None, *, key: str = "data.path"
-) -> tuple[dict[str, datasets.Dataset], str]:
-    """Splits by name as they are found, and a fingerprint of their source.
+def read_splits(task: Task, path: str | None, name: str | None, *, key: str = "data.path") -> SplitsRead:
+    """Splits by their usual names (`dev` is `validation`), and a fingerprint of their source.
 
     Args:
         task: its name says which part of GLUE, where `path` is None.
@@ -68,24 +58,64 @@ def read_splits(
         raise InputError(*(f"{key}: {problem}" for problem in error.problems)) from None
 
 
-def _read(task: Task, location: str | Path, name: str | None) -> tuple[dict[str, datasets.Dataset], str]:
+def _read(task: Task, location: str | Path, name: str | None) -> SplitsRead:
+    notes: list[str] = []
     if isinstance(location, str):
-        return _read_hub(location, name)
-    of_images = task.kind == "image-classification"
-    if location.is_file():
-        files = {"train": location}
+        return _read_hub(location, name, task)
+    files = {"train": [location]} if location.is_file() else split_files(location, task, notes)
+    if files:
+        digests = {split: [sha256(path) for path in paths] for split, paths in files.items()}
+        fingerprint = " ".join(f"{split} {' '.join(of_split)}" for split, of_split in digests.items())
+        found = _read_files(files, task, {split: each[0][:16] for split, each in digests.items()}, notes)
     else:
-        files = _split_files(location, task)
-        if not files:
-            return (_read_image_folders if of_images else _read_class_folders)(location), sha256(location)
-    fingerprint = " ".join(f"{split} {sha256(file)}" for split, file in files.items())
-    found = {split: _read_file(file) for split, file in files.items()}
-    if of_images:
-        found = {split: _with_images(rows, files[split].parent, task.text[0]) for split, rows in found.items()}
-    return found, fingerprint
+        fingerprint = sha256(location)
+        of_images = task.kind == "image-classification"
+        found = read_image_folders(location, task) if of_images else read_text_folders(location, task, notes)
+    return SplitsRead(found, fingerprint, tuple(dict.fromkeys(notes)))
 
 
-def _read_hub(reference: str, name: str | None) -> tuple[dict[str, datasets.Dataset], str]:
+def _read_files(
+    files: Mapping[str, list[Path]], task: Task, fingerprints: Mapping[str, str], notes: list[str]
+) -> dict[str, datasets.Dataset]:
+    """The rows of each split's files."""
+    if task.kind == "image-classification" and all(ending(paths[0]) == ".parquet" for paths in files.values()):
+        # Images stay on disk; as patterns, brackets and stars in the paths would name other files.
+        found = {split: _from_disk(paths) for split, paths in files.items()}
+    else:
+        tables = {split: _read_shards(paths, task, notes) for split, paths in files.items()}
+        of_text = {split: table for split, table in tables.items() if ending(files[split][0]) in (".csv", ".tsv")}
+        tables |= with_numbers(of_text, text=task.text, label=task.label)
+        found = {
+            split: datasets.Dataset(InMemoryTable(table), fingerprint=fingerprints[split])
+            for split, table in tables.items()
+        }
+    if task.kind == "image-classification":
+        return {split: with_images(rows, files[split][0].parent, task.text[0]) for split, rows in found.items()}
+    return found
+
+
+def _from_disk(paths: list[Path]) -> datasets.Dataset:
+    try:
+        return datasets.Dataset.from_parquet([glob.escape(str(path)) for path in paths])  # type: ignore[return-value]
+    except Exception as error:  # pyarrow and datasets raise their own kinds
+        raise InputError(f"{paths[0]}: cannot be read as parquet ({reason_of(error.__cause__ or error)})") from error
+
+
+def _read_shards(paths: list[Path], task: Task, notes: list[str]) -> pa.Table:
+    tables = [_read_file(path, task, notes) for path in paths]
+    for table, path in zip(tables, paths, strict=True):
+        if set(table.column_names) != set(tables[0].column_names):
+            columns = ", ".join(table.column_names), ", ".join(tables[0].column_names)
+            raise InputError(f"{path}: has the columns {columns[0]}, but {paths[0].name} has {columns[1]}")
+    try:
+        return pa.concat_tables(tables, promote_options="permissive")
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise InputError(
+            f"{paths[0].parent}: columns of {paths[0].name} and the like differ in type ({error})"
+        ) from None
+
+
+def _read_hub(reference: str, name: str | None, task: Task) -> SplitsRead:
     where = f"{reference} ({name})" if name else reference
     path, wanted = split_revision(reference)
     try:
@@ -101,7 +131,13 @@ def _read_hub(reference: str, name: str | None) -> tuple[dict[str, datasets.Data
     if wanted is not None and found is not None and _COMMIT.fullmatch(wanted) and found != wanted:
         # Without a network, datasets takes what was cached last, whatever revision was asked for.
         raise InputError(f"{where}: not to be had from the Hub now, and its cache holds another revision, {found}")
-    return dict(loaded), " ".join(f"{split} {rows._fingerprint}" for split, rows in loaded.items())
+    fingerprint = " ".join(f"{split} {rows._fingerprint}" for split, rows in loaded.items())
+    try:
+        usual = with_usual_names(loaded, task)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    notes = [f"{split}: {found} of {where}" for found, split in usual.items() if found != split]
+    return SplitsRead({usual[split]: rows for split, rows in loaded.items()}, fingerprint, tuple(notes))
 
 
 def hub_revision(splits: Mapping[str, datasets.Dataset]) -> str | None:
@@ -113,80 +149,25 @@ def hub_revision(splits: Mapping[str, datasets.Dataset]) -> str | None:
     return next((name for name in folders if _COMMIT.fullmatch(name)), None)
 
 
-def _split_files(folder: Path, task: Task) -> dict[str, Path]:
-    """`train.*`, `validation.*` (under the task's names too) and `test.*` of a folder."""
-    files: dict[str, Path] = {}
-    for split in ["train", "validation", *(name for name, _ in task.validation_splits), "test"]:
-        matches = [folder / f"{split}{suffix}" for suffix in _READERS if (folder / f"{split}{suffix}").is_file()]
-        if len(matches) > 1:
-            raise InputError(f"{folder} holds {' and '.join(m.name for m in matches)}; keep one of them")
-        if matches:
-            files[split] = matches[0]
-    if "validation" in files and task.validation_splits[0][0] != "validation":
-        files.setdefault(task.validation_splits[0][0], files.pop("validation"))
-    return files
-
-
-def _read_file(path: Path) -> datasets.Dataset:
-    suffix = next((suffix for suffix in _READERS if path.name.endswith(suffix)), None)
-    if suffix is None:
-        raise InputError(f"{path}: not a {', '.join(_READERS)} file")
+def _read_file(path: Path, task: Task, notes: list[str]) -> pa.Table:
+    """The columns of one file; those of csv and tsv are text, whatever stands in them."""
+    if not is_readable(path):
+        raise InputError(f"{path}: not a {', '.join(READABLE)} file")
+    suffix = ending(path)
+    shown = suffix[1:] + (path.suffix.lower() if path.suffix.lower() in PACKED else "")
     if path.stat().st_size == 0:
         raise InputError(f"{path}: the file is empty")
     try:
-        rows = _READERS[suffix](str(path))
+        if suffix == ".parquet":
+            table = plain_types(pyarrow.parquet.ParquetFile(path).read())
+        elif suffix in (".json", ".jsonl"):
+            table = read_json(path, (*task.text, task.label), notes)
+        else:
+            table = read_separated(path, task.label, notes)
     except InputError as error:
         raise InputError(*(f"{path}: {problem}" for problem in error.problems)) from None
-    except Exception as error:  # pyarrow, pandas and datasets raise their own kinds
-        if "corresponds to no data" in str(error):
-            raise InputError(f"{path}: the file holds no rows") from None
-        cause = error.__cause__ or error
-        if isinstance(cause, UnicodeDecodeError):
-            converted = f"iconv -f latin1 -t utf-8 {path.name}"
-            raise InputError(f"{path}: is not UTF-8; save it as UTF-8, or convert it ({converted})") from None
-        raise InputError(f"{path}: cannot be read as {suffix[1:]} ({reason_of(cause)})") from error
-    if len(rows) == 0:
+    except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error, pa.ArrowException) as error:
+        raise InputError(f"{path}: cannot be read as {shown} ({reason_of(error)})") from error
+    if len(table) == 0:
         raise InputError(f"{path}: the file holds no rows")
-    return rows
-
-
-def _with_images(rows: datasets.Dataset, folder: Path, column: str) -> datasets.Dataset:
-    """The rows with images in place of the names of their files, which start at the data file's folder."""
-    if column not in rows.column_names or getattr(rows.features[column], "dtype", None) != "string":
-        return rows
-    paths = [str(folder / name) for name in rows[column]]
-    missing = next((path for path in paths if not Path(path).is_file()), None)
-    if missing is not None:
-        raise InputError(f"column {column!r} names {missing}, and there is no such file")
-    return rows.remove_columns(column).add_column(column, paths).cast_column(column, datasets.Image())  # type: ignore
-
-
-def _read_image_folders(folder: Path) -> dict[str, datasets.Dataset]:
-    """`train/<class>/*` and the like, or `<class>/*` alone, as rows of `image` and `label` (the class's name)."""
-    splits = {name: folder / name for name in ("train", "validation", "test") if (folder / name).is_dir()}
-    found = {}
-    for split, inside in (splits or {"train": folder}).items():
-        files = sorted(path for path in inside.glob("*/*") if path.suffix.lower() in _IMAGES)
-        if not files:
-            raise InputError(f"{inside}: holds no class folders with images ({', '.join(_IMAGES)}) in it")
-        rows = {"image": [str(path) for path in files], "label": [path.parent.name for path in files]}
-        found[split] = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
-    return found
-
-
-def _read_class_folders(folder: Path) -> dict[str, datasets.Dataset]:
-    """A folder `<class>/*.txt` as rows of `text` and `label` (the class's name)."""
-    files = sorted(folder.glob("*/*.txt"))
-    if not files:
-        raise InputError(f"{folder}: neither train.* ({', '.join(_READERS)}) nor class folders with .txt files in it")
-    texts, not_utf8 = [], []
-    for path in files:
-        content = path.read_bytes()
-        try:
-            texts.append(content.decode())
-        except UnicodeDecodeError:
-            not_utf8.append(path.name)
-            texts.append(content.decode("cp1252", errors="replace"))
-    if not_utf8:
-        logger.warning("%s: %d of %d files are not UTF-8 and were read as cp1252", folder, len(not_utf8), len(files))
-    return {"train": datasets.Dataset.from_dict({"text": texts, "label": [path.parent.name for path in files]})}
+    return table

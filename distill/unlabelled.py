@@ -78,11 +78,13 @@ def read_unlabelled(
     task: Task,
     stored: Mapping[str, str | list[str] | None],
     problems: list[str],
+    notes: list[str],
 ) -> tuple[datasets.Dataset | None, str]:
     """Rows of texts alone, from all splits of `data.unlabelled`, and a fingerprint of them."""
-    found, fingerprint = read_splits(task, path, None, key="data.unlabelled")
+    read = read_splits(task, path, None, key="data.unlabelled")
+    notes += [f"unlabelled: {note}" for note in read.notes]
     parts = []
-    for split, rows in found.items():
+    for split, rows in read.splits.items():
         before = len(problems)
         for column in [column for column in task.text if column not in rows.column_names]:
             near = nearest_name(column, rows.column_names)
@@ -96,7 +98,7 @@ def read_unlabelled(
             ]
             part = unlabelled_rows(named_apart(task), texts)
             parts.append(with_stored(part, rows, "unlabelled", task, stored, problems))
-    return (datasets.concatenate_datasets(parts) if parts else None), fingerprint
+    return (datasets.concatenate_datasets(parts) if parts else None), read.fingerprint
 
 
 def unlabelled_rows(task: Task, texts: Sequence[Sequence[str]]) -> datasets.Dataset:

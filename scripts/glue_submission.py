@@ -100,7 +100,7 @@ def read_test_rows(file: TestFile, data_root: Path | None) -> datasets.Dataset:
     """
     task = replace(GLUE[file.task], name=file.data or file.task)
     if data_root is None:
-        splits, where = read_splits(task, None, None)[0], f"nyu-mll/glue ({task.name})"
+        splits, where = read_splits(task, None, None).splits, f"nyu-mll/glue ({task.name})"
         if file.split not in splits:
             raise InputError(f"{where}: has no split {file.split}")
         rows = splits[file.split]
@@ -109,7 +109,7 @@ def read_test_rows(file: TestFile, data_root: Path | None) -> datasets.Dataset:
         found = sorted((data_root / task.name).glob(f"{file.split}.*"))
         if len(found) != 1:
             raise InputError(f"{where}.*: {'no such file' if not found else 'more than one file'}")
-        rows = read_splits(task, str(found[0]), None)[0]["train"]
+        rows = read_splits(task, str(found[0]), None).splits["train"]
     missing = [column for column in task.text if column not in rows.column_names]
     if missing:
         raise InputError(f"{where}: has no column {' and '.join(missing)}; found {', '.join(rows.column_names)}")

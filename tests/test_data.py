@@ -5,7 +5,7 @@ import datasets
 import numpy as np
 import pytest
 
-from distill.data import DataOptions, load_data, token_fingerprint, tokenizer_fingerprint
+from distill.data import DataOptions, _counts_to_cut, load_data, token_fingerprint, tokenizer_fingerprint
 from distill.errors import InputError
 from tests.conftest import make_tokenizer, sentences, write_rows
 
@@ -99,6 +99,44 @@ def test_a_cut_validation_split_is_stratified_seeded_and_leaks_no_text(tmp_path)
     assert other.splits["validation"]["text"] != validation["text"]
 
 
+@pytest.mark.parametrize(
+    ("sizes", "fraction", "expected"),
+    [
+        ([150] * 4, 0.1, [15] * 4),
+        ([511, 386, 417, 511, 401], 0.4, [204, 154, 167, 204, 160]),  # each rounded, as ever: one row less than 890
+        ([20, 20, 1], 0.1, [2, 2, 0]),
+        ([3, 1], 0.6, [2, 0]),
+        ([100, *[1] * 100], 0.1, [20, *[0] * 100]),
+    ],
+)
+def test_counts_of_a_cut_by_class(sizes, fraction, expected):
+    assert _counts_to_cut(sizes, fraction, np.random.default_rng(0)) == expected
+
+
+@pytest.mark.parametrize(("classes", "each"), [(150, 4), (20, 5), (77, 10), (50, 3), (2, 4), (400, 2)])
+def test_a_tenth_is_cut_off_where_classes_are_small(classes, each):
+    counts = _counts_to_cut([each] * classes, 0.1, np.random.default_rng(0))
+    assert sum(counts) == round(classes * each / 10)
+    assert set(counts) <= {each // 10, each // 10 + 1}
+    assert counts == _counts_to_cut([each] * classes, 0.1, np.random.default_rng(0))
+
+
+def test_small_classes_beside_a_large_one_give_their_share():
+    counts = _counts_to_cut([5000, *[4] * 50], 0.1, np.random.default_rng(0))
+    assert counts[0] == 500
+    assert sum(counts[1:]) == 20
+
+
+def test_a_cut_of_small_classes_is_told_and_leaves_every_class_in_train(tmp_path):
+    rows = [{"text": f"text {c} {i}", "label": f"c{c}"} for c in range(30) for i in range(4)]
+    path = write_rows(tmp_path / "rows.jsonl", [*rows, {"text": "alone", "label": "rare"}])
+    data = load_data(None, DataOptions(kind="classification", path=str(path)))
+    assert len(data.splits["validation"]) == 12
+    assert set(data.splits["train"]["label"]) == set(range(31))
+    assert "12 rows (10%) cut from train" in data.notes[0]
+    assert "19 of 31 classes have none of them" in data.notes[0]
+
+
 def test_row_limits_take_a_seeded_part(sst2_folder):
     options = {"path": str(sst2_folder), "max_train_rows": 10, "max_eval_rows": 5}
     first, second = (load_data("sst2", DataOptions(**options)) for _ in range(2))
@@ -176,11 +214,11 @@ def test_labels_that_only_validation_has(tmp_path):
         ("train.csv", b"title,body,topic\n", "holds no rows"),
         (
             "train.csv",
-            "title,body,topic\né,b,c\n".encode("latin-1"),
-            r"is not UTF-8; .*iconv -f latin1 -t utf-8 train.csv",
+            "title,body,topic\na,b,c\nочень,хороший,фильм\n".encode("cp1251"),
+            r"line 3 is not UTF-8, and not cp1252 either; .*iconv -f .* -t UTF-8 train.csv > converted",
         ),
         ("train.csv", b"title,body,topic\n" + b"a, b,c,d\n" * 5, "more cells than the header has names; .* hold ','"),
-        ("train.csv", b"title,body,topic\na,b,c\na, b,c,d\n", "Expected 3 fields in line 3, saw 4"),
+        ("train.csv", b"title,body,topic\na,b,c\na, b,c,d\n", "line 3 has 4 cells"),
         ("rows.xlsx", b"x", r"neither train\.\*"),
     ],
 )

@@ -2,7 +2,9 @@
 
 import json
 
+import datasets
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from transformers import MobileNetV2Config, ResNetConfig, ViTConfig, ViTImageProcessor, pipeline
@@ -74,6 +76,57 @@ def test_files_may_name_their_images(folder, tmp_path):
     (tmp_path / "train.jsonl").write_text(json.dumps({"image": "nowhere.png", "label": "dark"}) + "\n")
     with pytest.raises(InputError, match=r"names .*nowhere.png, and there is no such file"):
         load_data(None, DataOptions(kind="image-classification", path=str(tmp_path)))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_image_paths_stay_beside_their_file(tmp_path, suffix):
+    draw(tmp_path, "elsewhere", 2, 0)
+    draw(tmp_path / "data [x]", "pictures", 2, 0)
+    folder = tmp_path / "data [x]"
+    secret = tmp_path / "elsewhere" / "dark" / "0.png"
+    (folder / "link.png").symlink_to(secret)
+    (folder / "inner.png").symlink_to(folder / "pictures" / "dark" / "0.png")
+
+    def load(name):
+        table = datasets.Dataset.from_dict({"image": [name, "pictures/bright/1.png"], "label": ["dark", "bright"]})
+        write = {".jsonl": table.to_json, ".csv": table.to_csv, ".parquet": table.to_parquet}[suffix]
+        for split in ("train", "validation"):
+            write(str(folder / f"{split}{suffix}"))
+        return load_data(None, DataOptions(kind="image-classification", path=str(folder)))
+
+    for name in ("pictures/dark/0.png", "inner.png"):
+        assert load(name).splits["train"][0]["image"].size == (8, 8)
+    for name in (str(secret), "../elsewhere/dark/0.png", "pictures/../../elsewhere/dark/0.png", "file:///etc/passwd"):
+        with pytest.raises(InputError, match=r"names '.*' in row 1; write paths that start at .*, without \.\."):
+            load(name)
+    with pytest.raises(InputError, match=r"link.png in row 1, a link out of"):
+        load("link.png")
+
+
+def test_stored_images_are_read_and_their_paths_stay_inside(tmp_path):
+    draw(tmp_path, "pictures", 2, 0)
+    image = tmp_path / "pictures" / "dark" / "0.png"
+
+    def load(stored):
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
+        rows = {"image": [stored, stored], "label": ["dark", "bright"]}
+        for split in ("train", "validation"):
+            table = datasets.Dataset.from_dict(rows, features=features)
+            pq.write_table(table.data.table, tmp_path / f"{split}.parquet")
+        return load_data(None, DataOptions(kind="image-classification", path=str(tmp_path)))
+
+    assert load({"bytes": image.read_bytes(), "path": None}).splits["train"][0]["image"].size == (8, 8)
+    assert load({"bytes": None, "path": "pictures/dark/0.png"}).splits["train"][0]["image"].size == (8, 8)
+    with pytest.raises(InputError, match=r"write paths that start at"):
+        load({"bytes": None, "path": "/etc/passwd"})
+
+
+@pytest.mark.parametrize("name", ["val", "dev"])
+def test_folders_of_validation_images_under_their_other_names(tmp_path, name):
+    draw(tmp_path, "train", 4, 0)
+    draw(tmp_path, name, 2, 1)
+    data = load_data(None, DataOptions(kind="image-classification", path=str(tmp_path)))
+    assert {split: len(rows) for split, rows in data.splits.items()} == {"train": 4, "validation": 2}
 
 
 def test_a_folder_without_images_is_told(tmp_path):
