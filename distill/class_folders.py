@@ -1,12 +1,13 @@
 """Rows of folders: a class of texts or images in each, and images that the rows of a file name."""
 
+import hashlib
 import re
 from pathlib import Path
 
 import datasets
 
 from distill.errors import InputError
-from distill.sources import reason_of
+from distill.sources import reason_of, sha256
 from distill.split_files import READABLE, split_folders
 from distill.tasks import Task
 from distill.text_files import text_lines
@@ -76,6 +77,18 @@ def with_images(rows: datasets.Dataset, folder: Path, column: str) -> datasets.D
         return rows
     paths = [_image_inside(folder, name, column, row) for row, name in enumerate(names, 1)]
     return rows.remove_columns(column).add_column(column, paths).cast_column(column, datasets.Image())  # type: ignore
+
+
+def named_images(rows: datasets.Dataset, column: str) -> str:
+    """SHA-256 of the images that rows name, which the digest of their file does not cover."""
+    if not isinstance(rows.features.get(column), datasets.Image):
+        return ""
+    stored = rows.cast_column(column, datasets.Image(decode=False))[column]
+    digest = hashlib.sha256()
+    for image in stored:
+        if image is not None and image["bytes"] is None:
+            digest.update(sha256(Path(image["path"])).encode())
+    return digest.hexdigest()
 
 
 def _image_inside(folder: Path, name: str | None, column: str, row: int) -> str:

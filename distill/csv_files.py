@@ -111,11 +111,19 @@ def _unwrapped(line: str) -> str:
     return cells[0] + "\n" if len(cells) == 1 and _width(cells[0]) > 1 else line
 
 
+def _all_unwrapped(lines: Iterable[str], layout: _Layout) -> Iterator[str]:
+    for number, line in enumerate(lines, 1):
+        inside = _unwrapped(line)
+        if inside == line and line.strip() and number > layout.skipped + 1:
+            raise InputError(f"line {number} is not one cell in quotes that holds several, as the second line is")
+        yield inside
+
+
 def _parse(path: Path, layout: _Layout, dialect: dict[str, Any], label: str) -> _Found:
     of_text: list[str] = []
     lines: Iterable[str] = text_lines(path, of_text)
     if layout.wrapped:
-        lines = map(_unwrapped, lines)
+        lines = _all_unwrapped(lines, layout)
     rows = _numbered(csv.reader(_after(lines, layout), delimiter=layout.separator, **_spaced(dialect, layout)), layout)
     header = next(rows, (0, []))[1]
     names = _names(header, layout)

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet
 from datasets.table import InMemoryTable
 
-from distill.class_folders import read_image_folders, read_text_folders, with_images
+from distill.class_folders import named_images, read_image_folders, read_text_folders, with_images
 from distill.csv_files import read_separated
 from distill.errors import InputError
 from distill.json_files import read_json
@@ -67,6 +67,8 @@ def _read(task: Task, location: str | Path, name: str | None) -> SplitsRead:
         digests = {split: [sha256(path) for path in paths] for split, paths in files.items()}
         fingerprint = " ".join(f"{split} {' '.join(of_split)}" for split, of_split in digests.items())
         found = _read_files(files, task, {split: each[0][:16] for split, each in digests.items()}, notes)
+        if task.kind == "image-classification":
+            fingerprint += "".join(f" {split} images {named_images(found[split], task.text[0])}" for split in files)
     else:
         fingerprint = sha256(location)
         of_images = task.kind == "image-classification"
@@ -168,6 +170,9 @@ def _read_file(path: Path, task: Task, notes: list[str]) -> pa.Table:
         raise InputError(*(f"{path}: {problem}" for problem in error.problems)) from None
     except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error, pa.ArrowException) as error:
         raise InputError(f"{path}: cannot be read as {shown} ({reason_of(error)})") from error
+    twice = next((name for name in table.column_names if table.column_names.count(name) > 1), None)
+    if twice is not None:
+        raise InputError(f"{path}: column {twice!r} stands there twice; rename or remove one of them")
     if len(table) == 0:
         raise InputError(f"{path}: the file holds no rows")
     return table

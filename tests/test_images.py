@@ -103,6 +103,18 @@ def test_image_paths_stay_beside_their_file(tmp_path, suffix):
         load("link.png")
 
 
+def test_the_fingerprint_follows_the_images_that_rows_name(tmp_path):
+    draw(tmp_path, "pictures", 2, 0)
+    rows = [{"image": f"pictures/{name}", "label": name[0]} for name in ("dark/0.png", "bright/1.png")]
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = DataOptions(kind="image-classification", path=str(tmp_path))
+    before = load_data(None, options).train_fingerprint
+    assert load_data(None, options).train_fingerprint == before
+    (tmp_path / "pictures" / "dark" / "0.png").write_bytes((tmp_path / "pictures" / "bright" / "1.png").read_bytes())
+    assert load_data(None, options).train_fingerprint != before
+
+
 def test_stored_images_are_read_and_their_paths_stay_inside(tmp_path):
     draw(tmp_path, "pictures", 2, 0)
     image = tmp_path / "pictures" / "dark" / "0.png"
