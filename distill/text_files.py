@@ -54,7 +54,7 @@ def text_lines(path: Path, notes: list[str]) -> Iterator[str]:
                 letters += sum(character.isascii() and character.isalpha() for character in line)
             yield line
     if accents > _MOSTLY_FOREIGN * (accents + letters):
-        raise InputError(_not_utf8(foreign[0], path, "CP1251"))
+        raise InputError(_not_utf8(foreign[0], path))
     if foreign:
         notes.append(
             f"{path.name}: {len(foreign)} lines are not UTF-8 and were read as cp1252 (the first is line {foreign[0]})"
@@ -82,14 +82,14 @@ def _from_cp1252(line: str, number: int, path: Path) -> str:
     try:
         return _NOT_UTF8.sub(lambda found: found[0].encode("utf-8", "surrogateescape").decode("cp1252"), line)
     except UnicodeDecodeError:
-        raise InputError(_not_utf8(number, path, "SHIFT_JIS")) from None
+        raise InputError(_not_utf8(number, path)) from None
 
 
-def _not_utf8(number: int, path: Path, example: str) -> str:
+def _not_utf8(number: int, path: Path) -> str:
     unpacked = path.name.removesuffix(path.suffix) if path.suffix.lower() in PACKED else path.name
     unpack = f"unpack it, then convert it to {unpacked}" if unpacked != path.name else "convert it"
     return (
-        f"line {number} is not UTF-8, and not cp1252 either; {unpack} from the encoding that it was saved in "
-        f"(perhaps iconv -f {example} -t UTF-8 {shlex.quote(unpacked)} > converted && mv converted "
-        f"{shlex.quote(unpacked)})"
+        f"line {number} is not UTF-8, and not cp1252 either; {unpack} from the one that it was saved in "
+        f"(such as CP1251, GB18030 or SHIFT_JIS): iconv -f ENCODING -t UTF-8 {shlex.quote(unpacked)} > converted && "
+        f"mv converted {shlex.quote(unpacked)}"
     )
