@@ -31,7 +31,7 @@ def merge_labels(rows: datasets.Dataset, columns: list[str], split: str, problem
     ]
     values: dict[str, list[int]] = {}
     for column in [column for column in columns if column not in missing]:
-        given = list(rows[column])
+        given = rows[column][:]
         empty = [row for row, value in enumerate(given) if is_missing(value)]
         read = [_YES_OR_NO.get(str(value).strip().lower()) for value in given]
         if empty:
@@ -174,7 +174,7 @@ def _encode_answers(contexts: list[str], values: list[Any], impossible: list[boo
 
 def all_hidden(rows: datasets.Dataset, task: Task) -> bool:
     """GLUE's test labels are withheld: −1 in every row."""
-    return all(value == -1 or value is None for value in rows[task.label])
+    return all(is_missing(value) or value in (-1, "-1") for value in rows[task.label])
 
 
 def _as_list(value: Any) -> list[Any]:

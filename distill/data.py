@@ -42,8 +42,8 @@ class DataOptions:
     label: str | list[str] | None = field(
         default=None,
         metadata={
-            "help": "The label column; for multi-label one of lists, or a list of columns of zeros and ones; for "
-            "question answering one of text and answer_start."
+            "help": "The label column; for multi-label one of lists (of names, of ids, or of zeros and ones, one a "
+            "label), or a list of columns of zeros and ones; for question answering one of text and answer_start."
         },
     )
     label_names: list[str] | None = field(

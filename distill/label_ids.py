@@ -4,6 +4,8 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
 from typing import Literal, TypeAlias
 
 from distill.tasks import OF_CLASSES, Task
@@ -34,10 +36,10 @@ class LabelColumn:
     classes: tuple[str, ...] | None = None
     """The names of a `ClassLabel`, in the order of its ids; `rows` then holds names."""
 
-    @property
+    @cached_property
     def elements(self) -> Counter[Element]:
         """How often each label stands there."""
-        return Counter(element for row in self.rows for element in row)
+        return Counter(chain.from_iterable(self.rows))
 
 
 @dataclass(frozen=True)
@@ -330,4 +332,4 @@ def _counts(rows: list, task: Task) -> Counter[int]:
     """How many labels of each id there are."""
     if task.kind == "multi-label":
         return Counter(index for row in rows for index, value in enumerate(row) if value)
-    return Counter(index for row in rows for index in (row if task.kind in OF_LISTS else [row]))
+    return Counter(chain.from_iterable(rows) if task.kind in OF_LISTS else rows)

@@ -1,13 +1,14 @@
 """Labels of a whole data set as ids or scores: what they are is decided once, for all of its splits together."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from decimal import Decimal
+from itertools import chain
 from typing import Any
 
 import datasets
-import numpy as np
 
 from distill.label_ids import (
     DECIMAL_COMMA,
@@ -79,7 +80,7 @@ def _wrong_names(names: Sequence[str], task: Task) -> list[str]:
 
 def _column(rows: datasets.Dataset, task: Task, split: str, problems: list[str]) -> LabelColumn | None:
     """The labels of a split, or None with what is wrong in `problems`."""
-    values, where = list(rows[task.label]), where_of(task, split)
+    values, where = rows[task.label][:], where_of(task, split)
     missing = [row for row, value in enumerate(values) if is_missing(value)]
     if missing:
         problems.append(f"{where} has no label in {_rows(missing, values)}; remove or fill them")
@@ -87,17 +88,18 @@ def _column(rows: datasets.Dataset, task: Task, split: str, problems: list[str])
     wrong = [row for row, value in enumerate(values) if isinstance(value, list) != (task.kind in OF_LISTS)]
     if wrong and task.kind in OF_LISTS:
         needed = "multi-label rows need" if task.kind == "multi-label" else "token classification needs, a label a word"
-        problems.append(f"{where} holds no lists, which {needed} (the first row without one is {wrong[0]})")
+        in_text = " (csv has none: give json lines, or a column a label)" if isinstance(values[wrong[0]], str) else ""
+        problems.append(f"{where} holds no lists, which {needed}{in_text}; the first row without one is row {wrong[0]}")
         return None
     if wrong:
         problems.append(f"{where} holds lists; say kind: multi-label")
         return None
     lists = values if task.kind in OF_LISTS else [[value] for value in values]
-    holes = [row for row, labels in enumerate(lists) if any(map(is_missing, labels))]
+    types = frozenset(map(type, chain.from_iterable(lists)))
+    holes = [row for row, labels in enumerate(lists) if any(map(is_missing, labels))] if task.kind in OF_LISTS else []
     if holes:
         problems.append(f"{where} holds an empty label in {_rows(holes, values)}; remove or fill them")
         return None
-    types = frozenset(type(label) for labels in lists for label in labels)
     if types & {list, dict}:
         problems.append(f"{where} holds nested values; names or whole numbers are right")
         return None
@@ -124,7 +126,7 @@ def _element(value: Any, task: Task) -> Element:
         return int(value) if task.kind == "multi-label" else str(value)
     if isinstance(value, int):
         return value
-    if isinstance(value, float | Decimal) and np.isfinite(float(value)) and value == int(value):
+    if isinstance(value, float | Decimal) and math.isfinite(value) and value == int(value):
         return int(value)
     return str(value)
 
@@ -148,7 +150,7 @@ def _numbers_in_text(columns: list[LabelColumn]) -> list[LabelColumn]:
 
 def _scores(rows: datasets.Dataset, task: Task, split: str, problems: list[str]) -> list[float] | None:
     """The scores of a regression as floats (texts that are numbers too), or None with what is wrong in `problems`."""
-    values, where, feature = list(rows[task.label]), where_of(task, split), rows.features[task.label]
+    values, where, feature = rows[task.label][:], where_of(task, split), rows.features[task.label]
     missing = [row for row, value in enumerate(values) if is_missing(value)]
     if missing:
         problems.append(f"{where} has no label in {_rows(missing, values)}; remove or fill them")
@@ -175,7 +177,7 @@ def _score_problem(value: Any) -> str | None:
         return None if NUMBER.fullmatch(value.strip()) else ", which is no number; regression needs scores"
     if not isinstance(value, int | float | Decimal):
         return ", which is no number; regression needs scores"
-    return None if np.isfinite(float(value)) else "; scores that are not finite teach nothing, remove the row"
+    return None if math.isfinite(value) else "; scores that are not finite teach nothing, remove the row"
 
 
 def _rows(numbers: list[int], values: list) -> str:

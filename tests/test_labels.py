@@ -217,6 +217,13 @@ def test_what_zeros_and_ones_are_is_decided_for_all_splits(tmp_path):
     assert labels(ids, "validation") == [[1.0, 1.0], [1.0, 1.0]]
 
 
+def test_a_model_names_the_places_of_zeros_and_ones(tmp_path):
+    load(tmp_path, {"train": HOT, "validation": HOT}, kind="multi-label")
+    options = DataOptions(kind="multi-label", path=str(tmp_path))
+    data = load_data(None, options, to_score=True, model_labels=["x", "y", "z"])
+    assert (data.task.label_names, labels(data, "validation")) == (("x", "y", "z"), HOT)
+
+
 def test_ids_of_labels_in_lists(tmp_path):
     data = load(
         tmp_path, {"train": [[0, 2], [], [1]], "validation": [[0, 1]]}, kind="multi-label", label_names=[*"xyz"]
@@ -358,6 +365,12 @@ def test_a_text_column_called_as_one_of_ours(tmp_path, column):
     assert list(found["labels"]) == [0, 1] * 4 + [-100]
     assert list(found["length"]) == [len(ids) for ids in found["input_ids"]]
     assert "teacher_logits" not in found.column_names
+
+
+@pytest.mark.parametrize("none", [-1, "-1", None])
+def test_a_test_split_whose_labels_are_withheld_is_left_out(tmp_path, none):
+    data = load(tmp_path, {"train": ["a", "b"], "validation": ["a"], "test": [none, none]})
+    assert sorted(data.splits) == ["train", "validation"]
 
 
 def test_texts_that_are_the_label_or_stand_there_twice(tmp_path):
