@@ -106,7 +106,11 @@ def column_problem(rows: datasets.Dataset, column: str, kind: TaskKind) -> str |
 def text_problem(rows: datasets.Dataset, column: str) -> str | None:
     """What keeps a column from being text, or None."""
     if not _is_text(rows.features[column]):
-        return f"holds no text but {getattr(rows.features[column], 'dtype', 'nested values')}"
+        dtype = getattr(rows.features[column], "dtype", None)
+        if dtype is not None:
+            return f"holds no text but {dtype}; save it as text"
+        row, value = next((row, value) for row, value in enumerate(rows[column]) if not isinstance(value, str))
+        return f"holds no text but {value!r:.40} in row {row}; all rows need text (in json, in quotes)"
     texts = rows[column]
     empty = [index for index, text in enumerate(texts) if text is None]
     if empty:

@@ -39,7 +39,7 @@ def rows_to_score(
     options = parse_options(DataOptions, given, "--data", problems)
     if problems:
         raise InputError(*problems)
-    names = [source.config.id2label[index] for index in range(source.config.num_labels)]
+    names = [str(name) for _, name in sorted(source.config.id2label.items())]
     model_labels = [(label_map or {}).get(name, name) for name in names]
     try:
         data = load_data(task_name, options, to_score=not of_its_run, model_labels=model_labels)

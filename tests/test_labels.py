@@ -367,6 +367,17 @@ def test_a_text_column_called_as_one_of_ours(tmp_path, column):
     assert "teacher_logits" not in found.column_names
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [([1, 2], "holds no text but int64"), (["a", 5], "but 5 in row 1"), ([["a"], ["b"]], r"but \['a'\] in row 0")],
+)
+def test_columns_that_are_no_text(tmp_path, values, message):
+    rows = [{"text": value, "label": label} for value, label in zip(values, "ab", strict=True)]
+    write_rows(tmp_path / "train.jsonl", rows)
+    with pytest.raises(InputError, match=message):
+        load_data(None, DataOptions(kind="classification", path=str(tmp_path)))
+
+
 @pytest.mark.parametrize("none", [-1, "-1", None])
 def test_a_test_split_whose_labels_are_withheld_is_left_out(tmp_path, none):
     data = load(tmp_path, {"train": ["a", "b"], "validation": ["a"], "test": [none, none]})
