@@ -14,6 +14,7 @@ _OF_DETERMINISM = (
     *("CUDA_LAUNCH_BLOCKING", "CUBLAS_WORKSPACE_CONFIG", "ASCEND_LAUNCH_BLOCKING", "HCCL_DETERMINISTIC"),
     "FLASH_ATTENTION_DETERMINISTIC",
 )
+_HOOKS_OF_TRAINER = ("make_inputs_require_grads", "neftune_post_forward_hook")
 
 
 @contextmanager
@@ -79,7 +80,22 @@ def checkpointing_kept(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, on in before.items():
-            setattr(module, name, on)
+            if getattr(module, name) != on:
+                setattr(module, name, on)
+
+
+@contextmanager
+def hooks_of_trainer_removed(model: nn.Module) -> Iterator[None]:
+    """No hook is left that transformers puts on word embeddings for checkpointing, or for NEFTune if it fails."""
+    before = {module: set(module._forward_hooks) for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, own in before.items():
+            hooks = module._forward_hooks
+            for added in set(hooks) - own:
+                if getattr(hooks[added], "__name__", None) in _HOOKS_OF_TRAINER:
+                    del hooks[added]
 
 
 @contextmanager

@@ -19,7 +19,13 @@ from torch.profiler import record_function
 from torch.utils.data import DataLoader, RandomSampler, Sampler, SequentialSampler
 from transformers import DataCollatorForTokenClassification, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_pt_utils import nested_concat
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    EvalLoopOutput,
+    PredictionOutput,
+    TrainOutput,
+    get_last_checkpoint,
+)
 
 from distill.adapters import with_adapters
 from distill.arguments import check_given, own_arguments
@@ -30,6 +36,7 @@ from distill.conditions import (
     checkpointing_kept,
     determinism,
     frozen,
+    hooks_of_trainer_removed,
     modes_kept,
     on_device,
     using_cache,
@@ -281,6 +288,7 @@ class DistillationTrainer(transformers.Trainer):
         memory = freed_memory_kept() if self.args.device.type == "cpu" else nullcontext()
         with (
             self._running(), memory, frozen(embeddings), checkpointing_kept(self.student),
+            hooks_of_trainer_removed(self.student),
             fast_attention(models, longest, self.args.device), dropout(self.student, probability), packing,
             self.as_quantized() as self._quantized,
         ):  # fmt: skip
@@ -298,11 +306,10 @@ class DistillationTrainer(transformers.Trainer):
         )
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
-        """Trainer's, but windows of questions and rows of words in their order, for metrics that look rows up."""
-        in_order = self.problem_type in ("question_answering", "token_classification")
-        if eval_dataset is not None and (_made_as_read(eval_dataset) or in_order):
-            return SequentialSampler(eval_dataset) if self.args.world_size == 1 else None  # accelerate deals in order
-        return super()._get_eval_sampler(eval_dataset)
+        """The rows in their order, so that predictions stand beside them; Trainer would group them by length too."""
+        if eval_dataset is None or self.args.world_size > 1:  # Accelerate deals in order
+            return None
+        return SequentialSampler(eval_dataset)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         """Trainer's, but images have no length to be grouped by."""
@@ -639,6 +646,21 @@ class DistillationTrainer(transformers.Trainer):
             self._logged = Sums()
         super().log(logs, start_time)
 
+    def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
+        """Trainer's; what it changes around it is put back."""
+        with self._running():
+            return super().evaluate(*arguments, **options)
+
+    def predict(self, *arguments: Any, **options: Any) -> PredictionOutput:
+        """Trainer's, predictions in the order of the rows; what it changes around it is put back."""
+        with self._running():
+            return super().predict(*arguments, **options)
+
+    def save_model(self, *arguments: Any, **options: Any) -> None:
+        """Trainer's; also after another trainer has been made."""
+        with self._accelerate.restored():
+            super().save_model(*arguments, **options)
+
     def evaluation_loop(
         self, dataloader: Any, description: str, *arguments: Any, metric_key_prefix: str = "eval", **options: Any
     ) -> EvalLoopOutput:
@@ -652,7 +674,7 @@ class DistillationTrainer(transformers.Trainer):
             # Where weights are gathered in each forward, all processes must run as many.
             self._reduce_logits, self.preprocess_logits_for_metrics = reduce, None
         try:
-            with self._running(), self.as_quantized():  # of its own: the weights have moved since the last step began
+            with self.as_quantized():  # of its own: the weights have moved since the last step began
                 output = super().evaluation_loop(
                     dataloader, description, *arguments, metric_key_prefix=metric_key_prefix, **options
                 )
