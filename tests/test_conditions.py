@@ -32,7 +32,7 @@ EVERY_PART = dict.fromkeys((f"{part}_weight" for part in PARTS), 0.3)
 
 TRANSFORMERS_OWN = {
     *("_output_capturing_hooks_installed", "_gradient_checkpointing_func", "gradient_checkpointing"),
-    *("_require_grads_hook", "_require_grads_hooks"),
+    *("_require_grads_hook", "_require_grads_hooks", "neftune_noise_alpha"),
 }
 """Attributes that its modules have from the first call or checkpointing on, whether it is on or off."""
 

@@ -162,7 +162,7 @@ def make_models(kind="classes", narrow=False):
     return teacher, student
 
 
-def train(folder, case, *, batch_size=8, accumulation=1, steps=1, change_rows=lambda rows: rows):
+def train(folder, case, *, batch_size=8, accumulation=1, steps=1, bf16=False, change_rows=lambda rows: rows):
     """Gradients and log of an optimizer step (plain SGD at learning rate 1: old − new weights), then an evaluation."""
     options = dict(CASES[case])
     kind, narrow = options.pop("kind", "classes"), options.pop("narrow", False)
@@ -171,7 +171,7 @@ def train(folder, case, *, batch_size=8, accumulation=1, steps=1, change_rows=la
         output_dir=str(folder), per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation,
         per_device_eval_batch_size=batch_size, max_steps=steps, optim="sgd", learning_rate=1.0 if steps == 1 else 0.1,
         warmup_steps=0, weight_decay=0.0, max_grad_norm=0.0, logging_steps=1, save_strategy="no", disable_tqdm=True,
-        bf16=False, cache_teacher="none", **options,
+        bf16=bf16, cache_teacher="none", **options,
     )  # fmt: skip
     rows = make_rows(kind)
     trainer = DistillationTrainer(
