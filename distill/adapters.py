@@ -30,6 +30,7 @@ from typing_extensions import TypedDict  # typing's own from Python 3.12 on
 from distill.errors import InputError, in_one_line, nearest_name
 from distill.tasks import TaskKind
 
+_ADAPTED = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -141,7 +142,7 @@ def on_another_base(model: PeftModel, change: Callable[[PreTrainedModel], PreTra
     Raises:
         InputError: adapters that can't be taken off, as prompts can't.
     """
-    if any(config.is_prompt_learning for config in model.peft_config.values()):
+    if has_prompts(model):
         raise InputError("model: its prompts are no adapters of layers; quantize the model beneath them")
     weights = {name: get_peft_model_state_dict(model, adapter_name=name) for name in model.peft_config}
     configs, active = dict(model.peft_config), model.active_adapter
@@ -215,17 +216,37 @@ def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     return model.merge_and_unload() if isinstance(model, PeftModel) else model
 
 
-def merged_copy(model: PeftModel) -> PreTrainedModel:
+def has_adapters(model: PreTrainedModel | PeftModel) -> bool:
+    """Whether a model is PEFT's, or has adapters in its own layers, as one loaded from an adapter's folder has."""
+    return isinstance(model, PeftModel) or any(isinstance(layer, _ADAPTED) for layer in model.modules())
+
+
+def merged_copy(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The plain model with the active adapters added to its weights; the given one stays as it is.
 
     Raises:
         InputError: adapters that no weights can hold (prompts), or quantized weights, which would round them away.
     """
-    if any(config.is_prompt_learning for config in model.peft_config.values()):
+    if isinstance(model, PeftModel) and has_prompts(model):
         raise InputError("teacher: its prompts are no adapters of layers; take the model beneath them")
     if getattr(model.config, "quantization_config", None) is not None:
         raise InputError("teacher: its adapters belong to quantized weights; take the float model that was quantized")
-    return copy.deepcopy(model).merge_and_unload()
+    copied = copy.deepcopy(model)
+    if isinstance(copied, PeftModel):
+        return copied.merge_and_unload()
+    for name, layer in [named for named in copied.named_modules() if isinstance(named[1], _ADAPTED)]:
+        if isinstance(layer, BaseTunerLayer):
+            layer.merge()
+            copied.set_submodule(name, layer.get_base_layer())
+        else:  # trained as a whole
+            plain = layer.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+            copied.set_submodule(name, plain)
+    return copied
+
+
+def has_prompts(model: PeftModel) -> bool:
+    """Whether its adapters are tokens before those of a row."""
+    return any(config.is_prompt_learning for config in model.peft_config.values())
 
 
 def adapter_states(model: PreTrainedModel | PeftModel) -> list[str]:
@@ -233,7 +254,7 @@ def adapter_states(model: PreTrainedModel | PeftModel) -> list[str]:
     return [
         f"{name} {layer.active_adapters} {layer.disable_adapters} {getattr(layer, 'scaling', None)}"
         for name, layer in model.named_modules()
-        if isinstance(layer, BaseTunerLayer | AuxiliaryTrainingWrapper)
+        if isinstance(layer, _ADAPTED)
     ]
 
 

@@ -18,6 +18,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from distill.adapters import on_another_base
+from distill.conditions import evaluating
 from distill.embeddings import Int8Embedding, Nf4Embedding, TiedLinear
 from distill.errors import InputError
 from distill.formats import (
@@ -73,7 +74,8 @@ def quantize_model(
         return on_another_base(model, lambda base: quantize_model(base, settings, calibration=calibration))
     formats = choose_formats(model, settings)
     if calibration is not None:
-        compensate(model, formats, settings, calibration)
+        with evaluating(model):
+            compensate(model, formats, settings, calibration)
     return apply_formats(model, formats, settings)
 
 

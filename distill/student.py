@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import DistilBertConfig, PretrainedConfig, PreTrainedModel
 
-from distill.adapters import merged_copy
+from distill.adapters import has_adapters, merged_copy
 from distill.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ def build_student(
     Raises:
         InputError: layers or sizes out of range, or a teacher that is quantized or of another family.
     """
-    if isinstance(teacher, PeftModel):
+    if has_adapters(teacher):
         teacher = merged_copy(teacher)
     if getattr(teacher.config, "quantization_config", None) is not None:
         raise InputError("teacher: is quantized, and a student needs float weights; take the model that was quantized")

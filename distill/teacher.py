@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.profiler import record_function
 from transformers import PretrainedConfig, PreTrainedModel
 
+from distill.adapters import has_prompts
 from distill.cache import TEACHER_OUTPUTS, Layout, TeacherCache, restored
 from distill.conditions import evaluating
 from distill.config import PARTS, DistillationConfig, is_on
 from distill.errors import InputError
-from distill.predictions import ProblemType, plain_model, predicting_alone, problem_type
+from distill.predictions import OF_ROWS, ProblemType, plain_model, predicting_alone, problem_type
 from distill.representations import (
     Reader,
     Representations,
@@ -261,6 +262,12 @@ def _match(
     vocabulary: int | None,
 ) -> Teacher:
     problems = comparable(config, [model.config for model in (student, teacher)], same_tokens=not prefix)
+    inside = [f"{part}_weight" for part in on if part not in ("soft", "hard")]
+    if isinstance(teacher, PeftModel) and has_prompts(teacher) and (inside or problem not in OF_ROWS):
+        problems.append(
+            f"{', '.join(inside) or 'teacher'}: the teacher's prompts are tokens that the student lacks; "
+            "its predictions of whole rows alone can be compared"
+        )
     inside_fits = not problems
     pairs = {} if problems else layer_pairs(config, depth_of(student.config), depth_of(teacher.config))
     if "attention" in on and inside_fits:

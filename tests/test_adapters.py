@@ -39,6 +39,23 @@ def plan_of(tmp_path, sst2_folder, pretrained, step):
     return make_plan(load_recipe(path, draft=True))
 
 
+def test_a_student_is_cut_from_a_step_that_makes_adapters(tmp_path, sst2_folder, pretrained):
+    """Of the adapters added to their model; told while planning or made, not after the teacher was trained."""
+    step = (
+        "adapted: {run: finetune, model: teacher, lora: {r: 4}, max_steps: 20, learning_rate: 1e-2}\n"
+        "  cut: {run: distill, teacher: adapted, num_layers: 4, max_steps: 1, learning_rate: 1e-9}"
+    )
+    plan = plan_of(tmp_path, sst2_folder, pretrained, step)
+    run_plan(plan, only=["teacher", "adapted", "cut"])
+    logits = []
+    for name in ("adapted", "cut", "teacher"):
+        model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / name).eval()
+        with torch.no_grad():
+            logits.append(model(input_ids=torch.tensor([[2, 7, 8, 3]])).logits)
+    torch.testing.assert_close(logits[1], logits[0], atol=1e-3, rtol=1e-3)
+    assert (logits[2] - logits[0]).abs().max() > 1e-2
+
+
 def make_trainer(folder, **options):
     teacher, student = make_models()
     args = DistillationConfig(

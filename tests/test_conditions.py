@@ -10,8 +10,8 @@ import warnings
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
-from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from distill import (
     DataOptions,
@@ -242,6 +242,35 @@ def test_a_student_of_a_teacher_with_adapters_has_its_merged_weights(arch):
     assert all(parameter.requires_grad for parameter in student.parameters())
     assert student.training
     assert not {p.data_ptr() for p in student.parameters()} & {p.data_ptr() for p in teacher.parameters()}
+
+
+def test_a_student_of_a_loaded_adapter_has_its_merged_weights(tmp_path):
+    """transformers puts adapters into a model's own layers."""
+    tiny_bert().save_pretrained(tmp_path / "base")
+    base = BertForSequenceClassification.from_pretrained(tmp_path / "base")
+    adapted(base).save_pretrained(tmp_path / "adapter")
+    teacher = BertForSequenceClassification.from_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        teacher.classifier.weight.add_(1.0)  # trained with the adapters, as a whole
+    before = state_of(teacher)
+    student = build_student(teacher)
+    assert_same(before, state_of(teacher))
+    batch = {"input_ids": torch.tensor([[2, 7, 8, 3]])}
+    with torch.no_grad():
+        torch.testing.assert_close(student(**batch).logits, teacher(**batch).logits, atol=1e-5, rtol=1e-4)
+        assert (student(**batch).logits - base(**batch).logits).abs().max() > 0.1
+
+
+def test_a_teacher_with_prompts_teaches_predictions_alone(tmp_path):
+    config = PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=4)
+    teacher = get_peft_model(tiny_bert(), config)
+    for options, problem in (({}, None), ({"hidden_weight": 1.0}, "hidden_weight: the teacher's prompts are tokens")):
+        args = DistillationConfig(output_dir=str(tmp_path), max_steps=1, save_strategy="no", **options)
+        with pytest.raises(InputError, match=problem) if problem else contextlib.nullcontext():
+            DistillationTrainer(
+                model=tiny_bert(seed=1), teacher=teacher, args=args, train_dataset=make_rows(),
+                processing_class=make_tokenizer(),
+            ).train()  # fmt: skip
 
 
 def test_a_student_of_a_quantized_teacher_is_refused():
