@@ -165,7 +165,7 @@ class DistillationTrainer(transformers.Trainer):
             trainer_arguments["data_collator"] = DataCollatorForTokenClassification(tokenizer)
         self._fillers = fillers_of(self.teachers)
         self._prepared_forward: dict[str, Any] = {}
-        self._runs = 0
+        self._is_running = False
         self._use_cache = getattr(model.config, "use_cache", None)
         with modes_kept([model]), verbosity_of(args), determinism(args.full_determinism):
             forget_other_precision(args.mixed_precision)
@@ -239,14 +239,14 @@ class DistillationTrainer(transformers.Trainer):
 
         Teachers lie on the trainer's device, and what the losses compare can be read.
         """
-        if self._runs:  # an evaluation in the middle of a training
+        if self._is_running:  # an evaluation in the middle of a training
             yield
             return
         models = [each.model for each in self.teachers if each.model is not None]
         readers = [each.reader for each in self.teachers if each.reader is not None]
         if isinstance(self.model, ProjectedStudent):
             readers.append(self.model.reader)
-        self._runs = 1
+        self._is_running = True
         try:
             with ExitStack() as stack:
                 stack.enter_context(self._accelerate.restored())
@@ -262,7 +262,7 @@ class DistillationTrainer(transformers.Trainer):
                     stack.enter_context(reader.attached())
                 yield
         finally:
-            self._runs = 0
+            self._is_running = False
 
     @contextmanager
     def _forward_as_prepared(self) -> Iterator[None]:
