@@ -214,6 +214,7 @@ class DistillationTrainer(transformers.Trainer):
         if self.model_wrapped is self.model:
             # An evaluation has marked the model as prepared, and Accelerate would leave out DDP: processes that share
             # no gradients, each training alone (seen with transformers 5.23, accelerate 1.15).
+            self._prepared_forward = {}
             self.model._is_accelerate_prepared = False
             self.accelerator._models.clear()
         try:

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import functools
 import logging
 import os
 import warnings
@@ -145,7 +146,11 @@ def test_finetuning_leaves_no_autocast_around_the_model(tmp_path):
     seen = []
     model.bert.encoder.layer[0].output.dense.register_forward_hook(lambda m, i, output: seen.append(output.dtype))
     before["hooks"] = state_of(model, weights=False)["hooks"]
-    for run in (trainer.train, lambda: trainer.evaluate(make_rows()), trainer.train):
+    prepared = []
+    prepare = trainer.accelerator.prepare_model
+    trainer.accelerator.prepare_model = lambda *a, **k: prepared.append(k.get("evaluation_mode")) or prepare(*a, **k)
+    evaluate = functools.partial(trainer.evaluate, make_rows())
+    for run in (evaluate, trainer.train, evaluate, trainer.train):
         run()
         assert set(seen) == {torch.bfloat16}
         seen.clear()
@@ -153,6 +158,7 @@ def test_finetuning_leaves_no_autocast_around_the_model(tmp_path):
         assert seen == [torch.float32]
         seen.clear()
         assert_same(before, state_of(model, weights=False))
+    assert prepared.count(None) == 2  # each training anew, which under DDP is what shares the gradients
 
 
 def test_a_language_model_may_use_its_cache_again(tmp_path):
