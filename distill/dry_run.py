@@ -1,6 +1,7 @@
 """What a training would stop at, found before it: each trainer is built on a stand-in, and takes one empty step."""
 
 import copy
+import gc
 import sys
 import tempfile
 import warnings
@@ -22,6 +23,7 @@ from transformers.utils import is_liger_kernel_available
 
 from distill.adapters import lora_config
 from distill.benchmark import refuse_too_short
+from distill.data import Data
 from distill.errors import InputError, in_one_line, nearest_name
 from distill.finished import is_finished
 from distill.hub import require_token
@@ -68,13 +70,13 @@ def runnable_plan(
     problems = [located(problem, path, recipe.flags) for problem in push_problems(recipe)] if pushes else []
     again = set(rerun or ())
 
-    def check_step(planned: PlannedStep, configs: Mapping[str, PretrainedConfig], kind: TaskKind | None) -> list[str]:
+    def check_step(planned: PlannedStep, configs: Mapping[str, PretrainedConfig], data: Data | None) -> list[str]:
         if again & set(planned.parents):
             again.add(planned.step.name)
         todo = force or planned.step.name in again or not is_finished(planned)
         runs = todo and (only is None or planned.step.name in only)
         shards = launches and any(getattr(planned.step.options, name, None) for name in _SHARDING)
-        return training_problems(planned, configs, kind) if runs and not shards else []
+        return training_problems(planned, configs, data) if runs and not shards else []
 
     try:
         plan = make_plan(recipe, check_step=check_step)
@@ -115,24 +117,24 @@ def _benchmark_problems(plan: Plan) -> Sequence[str]:
 # --- one training ---------------------------------------------------------------------------------------------------
 
 
-def training_problems(
-    planned: PlannedStep, configs: Mapping[str, PretrainedConfig], kind: TaskKind | None
-) -> list[str]:
+def training_problems(planned: PlannedStep, configs: Mapping[str, PretrainedConfig], data: Data | None) -> list[str]:
     """What a step's training would stop at, each problem with the step's name, and the option where it is known.
 
     Args:
         configs: of the models that the step refers to.
-        kind: None where the data can't be read; then only what no model is needed for is looked at.
+        data: None where it can't be read; then only what no model is needed for is looked at.
     """
     options, where = planned.step.options, f"steps.{planned.step.name}"
     if not isinstance(options, FinetuneOptions | DistillOptions):
         return []
     problems = [*_logger_problems(options), *_outside_problems(options)]
-    if not problems and kind is not None:
+    if data is not None:
+        problems += _batch_problems(options, data)
+    if not problems and data is not None:
         teachers = [None if name == FROM_DATA else configs[name] for name in teachers_of(planned.step.given)]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the training says them
-            problems = _rehearsal_problems(options, planned.config, teachers, kind)
+            problems = _rehearsal_problems(options, planned.config, teachers, data.task.kind)
     return [problem_at(where, problem) for problem in problems]
 
 
@@ -185,6 +187,16 @@ def _outside_problems(options: FinetuneOptions | DistillOptions) -> list[str]:
     return problems
 
 
+def _batch_problems(options: FinetuneOptions | DistillOptions, data: Data) -> list[str]:
+    """Rows that fill no batch, of which Trainer would make a training without a step."""
+    splits = ("train", "unlabelled") if isinstance(options, DistillOptions) else ("train",)
+    rows = sum(len(data.splits[split]) for split in splits if split in data.splits)
+    batch = options.per_device_train_batch_size * options.world_size
+    if not options.dataloader_drop_last or rows >= batch:
+        return []
+    return [f"dataloader_drop_last: leaves nothing of {rows} rows, as a batch is {batch}; leave it out"]
+
+
 def _rehearsal_problems(
     options: FinetuneOptions | DistillOptions,
     config: PretrainedConfig,
@@ -197,6 +209,7 @@ def _rehearsal_problems(
         models = [FROM_DATA if each is None else from_config(each, kind) for each in teachers]
     stand_ins = [_with_small_weights(model) for model in (student, *models) if isinstance(model, PreTrainedModel)]
     forget_precision()
+    gc.freeze()  # Trainer collects garbage before it trains, and would go through all that was ever imported
     try:
         with tempfile.TemporaryDirectory() as folder, packed(stand_ins) if options.packing else nullcontext():
             with _about(""):
@@ -210,6 +223,7 @@ def _rehearsal_problems(
     except InputError as error:
         return list(error.problems)
     finally:
+        gc.unfreeze()
         forget_precision()
     return []
 

@@ -137,7 +137,7 @@ class Plan:
     """Models outside the recipe, by the reference that the user wrote."""
 
 
-StepCheck = Callable[[PlannedStep, Mapping[str, PretrainedConfig], TaskKind | None], list[str]]
+StepCheck = Callable[[PlannedStep, Mapping[str, PretrainedConfig], Data | None], list[str]]
 
 
 def make_plan(recipe: Recipe, *, check_step: StepCheck | None = None) -> Plan:
@@ -145,7 +145,8 @@ def make_plan(recipe: Recipe, *, check_step: StepCheck | None = None) -> Plan:
 
     Args:
         recipe: may be a draft.
-        check_step: tells more problems of a step, from its plan and the configs of the models that it refers to.
+        check_step: tells more problems of a step, from its plan, the configs of the models that it refers to, and
+            the data.
 
     Raises:
         InputError: with every problem of the recipe, its data, models, layers and labels.
@@ -165,7 +166,7 @@ def make_plan(recipe: Recipe, *, check_step: StepCheck | None = None) -> Plan:
             step = planned[name] = _plan_step(name, recipe, data, planned, failed, sources)
             if check_step is not None:
                 configs = {each: (planned.get(each) or sources[each]).config for each in step.parents}
-                problems += check_step(step, configs, data.task.kind if data is not None else None)
+                problems += check_step(step, configs, data)
         except _Unplannable as error:
             failed.add(name)
             problems += [f"steps.{name}.{problem}" for problem in error.problems]

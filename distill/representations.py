@@ -307,10 +307,6 @@ class ProjectedStudent(nn.Module):
             for name in names if teacher_width != width else ():
                 self.projections[name] = nn.Linear(width, teacher_width, bias=False)
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The student's; Trainer puts NEFTune's noise on them."""
-        return self.student.get_input_embeddings()
-
     def activation_checkpointing_enable(self, **options: Any) -> None:
         """The student's; Trainer asks for it, by the second name in transformers 5.17."""
         known = getattr(self.student, "activation_checkpointing_enable", self.student.gradient_checkpointing_enable)

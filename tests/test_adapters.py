@@ -113,10 +113,37 @@ def test_heads_of_tokens_and_spans_are_trained_as_a_whole(family, head):
     assert any(".lora_A." in each for each in trained)
 
 
-def test_a_target_that_is_no_module_is_refused():
-    config = lora_config({"target_modules": ["query", "vlaue"]}, "classification")
-    with pytest.raises(InputError, match=r"lora\.target_modules: no module 'vlaue'; did you mean 'value'"):
-        with_adapters(make_models()[0], config)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_modules": ["query", "vlaue"]}, r"lora\.target_modules: no module 'vlaue'; did you mean 'value'"),
+        ({"target_modules": []}, r"lora\.target_modules: names no module"),
+        ({"target_modules": "query"}, r"lora\.target_modules: the pattern 'query' matches no module; .* \(\[query\]\)"),
+        ({"target_modules": "all_linear"}, r"lora\.target_modules: the pattern 'all_linear' matches no module"),
+        ({"target_modules": "(query"}, r"lora\.target_modules: '\(query' is no regular expression"),
+        ({"target_modules": ["LayerNorm"]}, r"lora: Target module LayerNorm"),
+        ({"modules_to_save": ["pooler", "heads"]}, r"lora\.modules_to_save: no module 'heads'"),
+    ],
+)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_target_that_is_no_module_is_refused(options, message, device):
+    with pytest.raises(InputError, match=message):
+        with_adapters(make_models()[0].to(device), lora_config(options, "classification"))
+
+
+@pytest.mark.parametrize(
+    ("targets", "count"),
+    [
+        (["query"], 4),
+        (r".*layer\.[01]\..*\.(query|value)", 4),
+        ("all-linear", 4 * 6 + 1),
+        (["0.attention.self.key"], 1),
+    ],
+)
+def test_a_text_is_one_pattern_and_a_list_is_names(targets, count):
+    model = with_adapters(make_models()[0], lora_config({"target_modules": targets}, "classification"))
+    adapted = [name for name, _ in model.named_parameters() if "lora_A" in name]
+    assert len(adapted) == count  # make_models' teacher has 4 blocks of 6 linear layers, and a pooler
 
 
 @pytest.mark.parametrize("start", ["student", "nf4"])

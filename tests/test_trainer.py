@@ -53,6 +53,36 @@ def test_the_teacher_does_not_change_and_every_student_weight_does(tmp_path):
     assert checkpoint.keys() == student.state_dict().keys()
 
 
+@pytest.mark.parametrize("distilled", [True, False])
+def test_neftune_adds_noise_to_the_students_embeddings_while_it_trains(tmp_path, distilled):
+    found = []
+
+    class Watched(DistillationTrainer):
+        def training_step(self, model, inputs, *arguments):
+            model.train()
+            embeddings, ids = self.student.get_input_embeddings(), inputs["input_ids"]
+            noise = (embeddings(ids) - embeddings.weight[ids]).detach().abs()
+            found.append((noise.max().item(), 5 / (ids.shape[1] * 64) ** 0.5))
+            for each in self.teachers:
+                words = each.model.get_input_embeddings()
+                assert torch.equal(words(ids), words.weight[ids])
+            return super().training_step(model, inputs, *arguments)
+
+    options = {"output_dir": str(tmp_path), "max_steps": 2, "neftune_noise_alpha": 5, "save_strategy": "no"}
+    student, teacher = tiny_bert(num_hidden_layers=2), tiny_bert() if distilled else None
+    config = DistillationConfig if distilled else TrainingConfig
+    trainer = Watched(
+        model=student, teacher=teacher, args=config(**options), train_dataset=make_rows(),
+        processing_class=make_tokenizer(),
+    )  # fmt: skip
+    trainer.train()
+    assert len(found) == 2
+    for largest, bound in found:  # uniform in ± alpha / sqrt(tokens · width), Jain et al. 2023
+        assert 0.9 * bound < largest <= bound + 1e-6
+    ids = torch.arange(5)
+    assert torch.equal(student.train().get_input_embeddings()(ids), student.get_input_embeddings().weight[ids])
+
+
 def narrow_student(**changes):
     return tiny_bert(seed=3, hidden_size=32, num_hidden_layers=2, intermediate_size=64, **changes)
 
