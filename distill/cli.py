@@ -186,7 +186,7 @@ def _check(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
     if _is_launched(arguments):
         return _launch(arguments, overrides, ["check", str(arguments.recipe)])
     check_launch()
-    plan = runnable_plan(arguments.recipe, overrides)
+    plan = runnable_plan(load_recipe(arguments.recipe, overrides, draft=True))
     print_plan(plan)
     for problem in push_problems(plan.recipe):
         results.print(f"note: {problem}")
@@ -223,8 +223,9 @@ def run_recipe(
 ) -> None:
     """Run a recipe's unfinished steps, then (unless `only` some were asked for) report, and push what it says."""
     check_launch()
+    recipe = load_recipe(path, overrides, draft=True)
     # Before the hours, not after them.
-    plan = runnable_plan(path, overrides, only=only, rerun=rerun, force=force, pushes=only is None)
+    plan = runnable_plan(recipe, only=only, rerun=rerun, force=force, pushes=only is None)
     run_plan(plan, only=only, rerun=rerun, force=force, profile=profile)
     if only is None:
         on_main_process(lambda: _report_and_push(plan))
@@ -373,7 +374,8 @@ def _launch(arguments: argparse.Namespace, overrides: dict[str, str], command: l
     check_config(find_config(arguments.accelerate_config), arguments.num_processes)
     only, rerun = getattr(arguments, "only", None), getattr(arguments, "rerun", None)
     force = getattr(arguments, "force", False)
-    plan = runnable_plan(arguments.recipe, overrides, only=only, rerun=rerun, force=force, launches=True)
+    recipe = load_recipe(arguments.recipe, overrides, draft=True)
+    plan = runnable_plan(recipe, only=only, rerun=rerun, force=force, launches=True)
     if command[0] == "run":
         with locked(plan.recipe.output_dir):
             pass  # else every process would tell of the run that has it

@@ -7,7 +7,6 @@ import tempfile
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +32,7 @@ from distill.options import DistillOptions, FinetuneOptions, teachers_of
 from distill.packing import packed
 from distill.plan import Plan, PlannedStep, make_plan
 from distill.processes import forget_precision
-from distill.recipe import Recipe, load_recipe, located, problem_at
+from distill.recipe import Recipe, located, problem_at
 from distill.tasks import TaskKind
 from distill.teacher import FROM_DATA
 from distill.trainer import DistillationTrainer
@@ -45,8 +44,7 @@ _LARGEST_SIDES = (64, 64, 8, 8)
 
 
 def runnable_plan(
-    path: Path,
-    overrides: Mapping[str, str] | None = None,
+    recipe: Recipe,
     *,
     only: Collection[str] | None = None,
     rerun: Collection[str] | None = None,
@@ -57,6 +55,7 @@ def runnable_plan(
     """The plan of a recipe whose steps, as far as can be told beforehand, will all run.
 
     Args:
+        recipe: may be a draft.
         only: the steps that will run; with all of them the report is written too.
         rerun: these run though they are finished, and what depends on them.
         force: all finished steps run, too.
@@ -66,8 +65,7 @@ def runnable_plan(
     Raises:
         InputError: with every problem of the recipe, its data, models and trainings.
     """
-    recipe = load_recipe(path, overrides, draft=True)
-    problems = [located(problem, path, recipe.flags) for problem in push_problems(recipe)] if pushes else []
+    problems = [located(problem, recipe.path, recipe.flags) for problem in push_problems(recipe)] if pushes else []
     again = set(rerun or ())
 
     def check_step(planned: PlannedStep, configs: Mapping[str, PretrainedConfig], data: Data | None) -> list[str]:
@@ -81,7 +79,7 @@ def runnable_plan(
     try:
         plan = make_plan(recipe, check_step=check_step)
         if only is None:
-            problems += [located(problem, path, recipe.flags) for problem in _benchmark_problems(plan)]
+            problems += [located(problem, recipe.path, recipe.flags) for problem in _benchmark_problems(plan)]
     except InputError as error:
         problems = [*error.problems, *problems]
     if problems:
