@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from distill.adapters import base_of
 from distill.data import Truncated, describe_cut
+from distill.folders import write_atomically
 from distill.local_names import base_name
 from distill.markdown import code, escaped
 from distill.quantize import METHOD
@@ -46,7 +47,7 @@ def write_model_card(folder: Path, record: dict[str, Any], report: dict[str, Any
         report: what report.json holds, once the model was measured.
     """
     card = model_card(folder, record, report, name=record["name"], plots="../")
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    write_atomically(folder / "README.md", card)
 
 
 def model_card(

@@ -69,7 +69,7 @@ class StepProfile(TrainerCallback):
     def _write(self, profiler: profile) -> None:
         profiler.export_chrome_trace(str(self._folder / "profile.json"))
         (self._folder / "profile.md").write_text(_table(profiler, self._steps), encoding="utf-8")
-        log.print(f"      profile of {self._steps} steps in {self._folder}: profile.md, profile.json (a trace)")
+        log.print(f"      profile of {self._steps} steps for the run folder: profile.md, profile.json (a trace)")
 
 
 def _table(profiler: profile, steps: int) -> str:
