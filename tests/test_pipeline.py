@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 import distill  # noqa: F401  (registers the quantized formats)
+from distill.check import print_plan
 from distill.errors import InputError
 from distill.finished import is_finished, remarks_on
 from distill.pipeline import read_record, run_plan
@@ -222,6 +223,10 @@ def test_a_change_of_code_is_told_and_nothing_is_trained_again(finished, change_
         assert remarks_on(made.steps[name]) == [remark]
     assert said.count("the code has changed") == len(trained)  # losses make no quantized model
     assert write_report(made)["models"] == report["models"]
+    capsys.readouterr()
+    print_plan(made)
+    checked = " ".join(capsys.readouterr().out.split())
+    assert [checked.count(f"finished already {remarks_on(made.steps[name])[0]}") for name in trained] == [1, 1, 1]
 
 
 def as_made_before(folder):
