@@ -18,8 +18,8 @@ from distill.sources import causes
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # Rust (safetensors, tokenizers) and torch's zip writer raise their own kinds, with the reason in words at best.
 _NO_ROOM_IN_WORDS = re.compile(
-    rf"(?:os error|code:) (?P<number>{'|'.join(map(str, sorted(_NO_ROOM)))})\b"
-    rf"|{'|'.join(map(os.strerror, sorted(_NO_ROOM)))}|PytorchStreamWriter failed|inline_container\.cc.*unexpected pos"
+    rf"(?:os error|Os \{{ code:) (?P<number>{'|'.join(map(str, sorted(_NO_ROOM)))})\b"
+    rf"|{'|'.join(map(os.strerror, sorted(_NO_ROOM)))}|(?P<torch>PytorchStreamWriter failed|inline_container\.cc.* pos)"
 )
 
 
@@ -135,4 +135,6 @@ def _no_room(error: BaseException) -> str | None:
     found = None if isinstance(error, InputError) else _NO_ROOM_IN_WORDS.search(str(error))
     if found is None:
         return None
+    if found["torch"]:
+        return "torch does not say more"
     return os.strerror(int(found["number"])) if found["number"] else found[0]
