@@ -420,6 +420,19 @@ steps:
 """
 
 
+AS_ERIKA = """
+import os, socket
+before, hostname = {{key: os.environ.get(key) for key in ("HOME", "LOGNAME")}}, socket.gethostname
+os.environ.update(HOME={home!r}, LOGNAME="erika.quux")
+socket.gethostname = lambda: "quuxbox"
+"""
+AS_BEFORE = """
+socket.gethostname = hostname
+for key, value in before.items():
+    os.environ.pop(key) if value is None else os.environ.update({key: value})
+"""
+
+
 def test_a_push_tells_no_path_user_or_host(hub, worker, tmp_path):
     """A run whose model, rows and folders lie where nobody else should look."""
     place = tmp_path / "zanzibar" / "erika.quux" / "secret-clients"
@@ -429,11 +442,7 @@ def test_a_push_tells_no_path_user_or_host(hub, worker, tmp_path):
     rows = [{"text": row["sentence"], "label": ["ham", "spam"][row["label"]]} for row in sentences(60)]
     write_rows(place / "rows-of-erika.quux" / "train.jsonl", rows)
     (place / "r.yaml").write_text(LOCAL_RECIPE.format(place=place))
-    of_erika = "import os, socket\nbefore = {{key: os.environ.get(key) for key in ('HOME', 'LOGNAME')}}\nname = socket.gethostname\n"
-    of_erika += (
-        f"os.environ.update(HOME={str(place.parent)!r}, LOGNAME='erika.quux')\nsocket.gethostname = lambda: 'quuxbox'"
-    )
-    worker(code=of_erika)
+    worker(code=AS_ERIKA.format(home=str(place.parent)))
     try:
         reply = worker("run", place / "r.yaml")
         assert reply.status == 0, reply.err
@@ -448,9 +457,7 @@ def test_a_push_tells_no_path_user_or_host(hub, worker, tmp_path):
             )
             assert worker("push", run / name, "--repo-id", f"me/quiet-{name}", "--dry-run", tmp_path / name).status == 0
     finally:
-        worker(
-            code="os.environ.update({key: value for key, value in before.items() if value})\nsocket.gethostname = name"
-        )
+        worker(code=AS_BEFORE)
     assert {path: path.read_bytes() for path in before} == before
     assert before[run / "recipe.yaml"].count(b"secret-clients") > 2  # there was something to hide
     assert before[run / "report.json"].count(b"secret-clients") > 2
