@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from distill.adapters import base_of
 from distill.data import Truncated, describe_cut
+from distill.errors import InputError
 from distill.folders import write_atomically
 from distill.local_names import base_name
 from distill.markdown import code, escaped
@@ -17,7 +18,7 @@ from distill.quantize import METHOD
 from distill.readers import GLUE_ON_THE_HUB
 from distill.recipe import read_yaml
 from distill.records import read_record
-from distill.sources import split_revision
+from distill.sources import reason_of, split_revision
 from distill.usages import USAGES, usage_code
 from distill.yaml12 import dump_yaml
 
@@ -299,13 +300,20 @@ def _results(record: dict[str, Any], report: dict[str, Any], output_dir: Path, p
 
     Models from local folders appear by their folders' names alone.
     """
-    text = (output_dir / "report.md").read_text(encoding="utf-8").partition("\n\n")[2].strip()
+    text = _read_markdown(output_dir / "report.md").partition("\n\n")[2].strip()
     others = {escaped(model["name"]) for model in report["models"] if model["name"] != record["name"]}
     text = "\n".join(line for line in text.splitlines() if not _is_of_others(line, others))
     for reference, revision in record["sources"].items():
         if revision is None:
             text = text.replace(escaped(reference), escaped(_base_name(reference)))
     return text.replace("](report.png)", f"]({plots}report.png)")
+
+
+def _read_markdown(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: cannot be read ({reason_of(error)}); `distill report` writes it") from None
 
 
 def _is_of_others(line: str, others: set[str]) -> bool:

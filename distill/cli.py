@@ -122,7 +122,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("models", nargs="+", metavar="model")
     for field in fields(BenchmarkOptions):
-        bench.add_argument(f"--{field.name}", default=None, help=f"{field.metadata['help']} (default {field.default})")
+        told = f"{field.metadata['help']} (default {field.default})"
+        bench.add_argument(f"--{field.name}", default=None, help=told.replace("%", "%%"))
     bench.set_defaults(command=_bench)
 
     report = commands.add_parser(

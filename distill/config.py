@@ -132,6 +132,7 @@ class TrainingConfig(TrainingArguments):
     gradient_accumulation_steps: Annotated[int, Field(ge=1)] = _inherited("gradient_accumulation_steps")
     label_smoothing_factor: Annotated[float, Field(ge=0, lt=1)] = _inherited("label_smoothing_factor")
     neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = _inherited("neftune_noise_alpha")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = _inherited("seed")
     max_grad_norm: Annotated[float, Field(ge=0)] = _inherited("max_grad_norm")
     class_weights: list[Annotated[float, Field(gt=0)]] | None = field(
         default=None, metadata={"help": "Weight of each class in the hard loss, in the order of the labels."}

@@ -82,7 +82,9 @@ class DataOptions:
     max_eval_rows: Annotated[int, Field(ge=1)] | None = field(
         default=None, metadata={"help": "Score a random part of this many rows a split."}
     )
-    seed: int = field(default=42, metadata={"help": "Seed of every random part and split."})
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = field(
+        default=42, metadata={"help": "Seed of every random part and split."}
+    )
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = field(
         default=0.1, metadata={"help": "Share of the training rows cut off where there is no validation split."}
     )

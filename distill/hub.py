@@ -123,9 +123,12 @@ def to_push(folder: Path, repo_id: str) -> dict[str, Path | bytes]:
     if problem:
         raise InputError(f"--repo-id: {problem}")
     record, report = _finished(folder)
-    names = LocalNames(folder, read_yaml(folder.resolve().parent / "recipe.yaml"), report)
+    names = LocalNames(folder, _read_recipe(folder.resolve().parent / "recipe.yaml"), report)
     adapted, config = _adapted(folder) if (folder / ADAPTER_CONFIG).is_file() else (None, {})
     content = published(folder, names, report)
+    config_name = "config.json" if adapted is None else ADAPTER_CONFIG
+    if config_name not in content or not any(name.endswith(".safetensors") for name in content):
+        raise InputError(f"{folder}: lacks its {config_name} or its weights; `distill run` the step again")
     if adapted is not None:
         content[ADAPTER_CONFIG] = (json_text(names.rewritten(config), indent=2) + "\n").encode()
     card = names.in_markdown(model_card(folder.resolve(), record, report, name=repo_id, adapted=adapted))
@@ -196,6 +199,16 @@ def _finished(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f"{folder}: report.json leaves it out, as it is not what the recipe would make now; `distill run` it again"
         )
     return record, report
+
+
+def _read_recipe(file: Path) -> dict[str, Any]:
+    recipe = read_yaml(file)
+    steps = recipe.get("steps")
+    if not isinstance(steps, dict) or not all(isinstance(step, dict) for step in steps.values()):
+        raise InputError(f"{file}: is not the recipe that `distill run` wrote there; run it again")
+    if not isinstance(recipe.get("output_dir"), str):
+        raise InputError(f"{file}: names no output_dir, as the recipe that `distill run` writes does; run it again")
+    return recipe
 
 
 def _read_report(file: Path, remedy: str) -> dict[str, Any]:

@@ -29,7 +29,7 @@ _USUAL_NAMES = {
 """What other tools call options, and their names here."""
 _FILES_OF_A_RUN = ("recipe.yaml", "report.json", "report.md", "report.png")
 _KEYED = re.compile(r"[a-z][a-z0-9_]*(\.[a-z_]+)*: ")
-_STEP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_STEP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
 _LANGUAGE = re.compile(r"[a-z]{2,3}|code|multilingual")  # ISO 639-1, 639-2 or 639-3, and the Hub's two special words
 
@@ -96,8 +96,8 @@ def load_recipe(path: Path, overrides: Mapping[str, str] | None = None, *, draft
     for key in unknown:
         problems.append(f"{key}: unknown key; {nearest_name(key, _TOP_LEVEL)}")
     output_dir = content.get("output_dir")
-    if not isinstance(output_dir, str):
-        found = "missing" if output_dir is None else f"{output_dir!r} is no path"
+    if not output_dir or not isinstance(output_dir, str) or not _can_be_looked_for(Path(output_dir)):
+        found = f"{output_dir!r} is no path" if output_dir else "missing"
         problems.append(f"output_dir: {found}; say where the run folders go, like runs/{path.stem}")
     folder = Path(str(output_dir)).expanduser()
     names = {}
@@ -137,6 +137,15 @@ def load_recipe(path: Path, overrides: Mapping[str, str] | None = None, *, draft
         language=language,
         push=push,
     )
+
+
+def _can_be_looked_for(path: Path) -> bool:
+    """Whether the system takes the name, which may be too long."""
+    try:
+        path.exists()
+    except OSError:
+        return False
+    return True
 
 
 def located(problem: str, path: Path, flags: Collection[str]) -> str:
@@ -249,14 +258,15 @@ def _parse_step(name: str, given: Any, output_dir: Path, right: dict[str, Any], 
     where, found = f"steps.{name}", len(problems)
     if not _STEP_NAME.fullmatch(name) or name in _TOP_LEVEL + _FILES_OF_A_RUN:
         problems.append(
-            f"{where}: a step's name is letters, digits, '.', '_', '-', no top-level key and no file that a run writes"
+            f"{where}: a step's name is at most 100 letters, digits, '.', '_', '-', no top-level key and no file that "
+            "a run writes"
         )
     if not isinstance(given, dict) or "run" not in given:
         problems.append(f"{where}.run: missing; one of {', '.join(VERBS)}")
         return None
     given = dict(given)
     verb = given.pop("run")
-    if verb not in VERBS:
+    if not isinstance(verb, str) or verb not in VERBS:
         problems.append(f"{where}.run: no verb {verb!r}; {nearest_name(str(verb), VERBS)}")
         return None
     values = _right_values(VERBS[verb], given, where, problems)

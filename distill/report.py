@@ -61,6 +61,9 @@ def write_report(plan: Plan) -> dict[str, Any]:
     if stale:
         said = f"left out, as they are not what the recipe would make now: {', '.join(stale)}; "
         log.print(remark(f"{said}`distill run` makes them anew"))
+    blocked = [file for file in ("report.json", "report.md", "report.png") if (plan.recipe.output_dir / file).is_dir()]
+    if blocked:
+        raise InputError(f"{plan.recipe.output_dir / blocked[0]}: is a folder, and the report would be written there")
     names = finished if plan.baseline in plan.steps else [plan.baseline, *finished]
     locations = {name: _location(plan, name) for name in names}
     fingerprints = {name: _model_fingerprint(plan, name) for name in names}

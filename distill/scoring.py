@@ -30,7 +30,13 @@ def rows_to_score(
         InputError: wrong options or rows, or none are named and the model comes from no run.
     """
     record = read_record(Path(source.location))
-    of_its_run = task_name is None and not given.keys() & {"kind", "path"} and "data" in record
+    unnamed = task_name is None and not given.keys() & {"kind", "path"}
+    of_its_run = unnamed and isinstance(record.get("data"), dict) and "task" in record
+    if unnamed and not of_its_run:
+        raise InputError(
+            f"{source.reference}: say which rows to score it on, with --task, or with --data.kind and --data.path "
+            "(its folder has no step.json that tells its run's)"
+        )
     if of_its_run:
         task_name = record["task"] if record["task"] in GLUE else None
         of_the_run = record["data"].items()
@@ -44,7 +50,8 @@ def rows_to_score(
     try:
         data = load_data(task_name, options, to_score=not of_its_run, model_labels=model_labels)
     except InputError as error:
-        raise InputError(*error.problems, *([f"these are {_OF_ITS_RUN}"] if of_its_run else [])) from None
+        *others, last = error.problems
+        raise InputError(*others, f"{last} (these are {_OF_ITS_RUN})" if of_its_run else last) from None
     if of_its_run:
         note = _OF_ITS_RUN
     elif _trained_on(record, data, options):
@@ -56,7 +63,9 @@ def rows_to_score(
 
 def _trained_on(record: Mapping[str, Any], data: Data, options: DataOptions) -> bool:
     """Whether more rows are scored than the model's run held out of the same file or folder."""
-    path = record.get("data", {}).get("path")
+    if not {"data", "rows", "scored"} <= record.keys():
+        return False
+    path = record["data"].get("path")
     if path is None or options.path is None or _resolved(path) != _resolved(options.path):
         return False
     held_out = sum(record["rows"].get(split, 0) for split, _, _ in record["scored"])

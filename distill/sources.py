@@ -41,7 +41,11 @@ def locate(reference: str) -> Path | str:
     """
     location, _, digest = reference.partition("#sha256=")
     path = _inside_package(location) if location.startswith("package:") else Path(location).expanduser()
-    if path.exists():
+    try:
+        exists = path.exists()
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        raise InputError(f"{location}: no file or folder can be looked for there ({error.strerror})") from None
+    if exists:
         if digest:
             _verify(path, digest)
         return path

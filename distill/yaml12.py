@@ -53,7 +53,7 @@ def yaml_problem(error: yaml.YAMLError) -> str:
     """What is wrong, in one line, with its place."""
     mark = getattr(error, "problem_mark", None)
     if mark is None:
-        return " ".join(str(error).split())
+        return " ".join(str(error).replace('in "<unicode string>", ', "at ").split())
     said = ", ".join(part for part in (error.context, error.problem) if part)  # type: ignore[attr-defined]
     return f"line {mark.line + 1}, column {mark.column + 1}: {said}"
 
