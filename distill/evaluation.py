@@ -25,7 +25,16 @@ from distill.encoding import Processor
 from distill.hardware import compute_device
 from distill.intervals import score_interval
 from distill.metrics import compute_metrics, language_scores, predict, span_scores, tag_scores, token_losses, words_of
-from distill.predictions import CHUNK, IGNORED, OF_ROWS, labels_of, logits_in_chunks, logits_of, problem_type
+from distill.predictions import (
+    CHUNK,
+    IGNORED,
+    OF_ROWS,
+    labels_of,
+    logits_in_chunks,
+    logits_of,
+    problem_type,
+    refuse_not_finite_outputs,
+)
 from distill.questions import answers_of
 from distill.representations import accepted_inputs
 from distill.tasks import OF_LANGUAGE, Task
@@ -51,7 +60,11 @@ class Evaluation:
 def evaluate_model(
     model: PreTrainedModel, tokenizer: Processor, data: Data, *, name: str = "model", batch_size: int = 64
 ) -> Evaluation:
-    """Metrics on every scored split (`test_…` for a labelled test split, which chooses nothing)."""
+    """Metrics on every scored split (`test_…` for a labelled test split, which chooses nothing).
+
+    Raises:
+        InputError: outputs that are NaN or infinite, of which an argmax would make an accuracy.
+    """
     model = model.to(compute_device()).eval()
     metrics: dict[str, float] = {}
     interval = (0.0, 0.0)
@@ -60,7 +73,7 @@ def evaluate_model(
     for split, prefix, suffix in data.scored_splits():
         rows = data.tokenized(split, tokenizer)
         batches = _inputs(model, rows, tokenizer, batch_size=batch_size, text=f"Scoring {name} on {split}")
-        predicted, found, of_rows = _score(model, data, split, rows, batches)
+        predicted, found, of_rows = _score(model, data, split, rows, batches, name=name)
         metrics |= {prefix + key + suffix: value for key, value in found.items()}
         if not predictions:
             predictions, logits = predicted, of_rows
@@ -77,7 +90,8 @@ def predict_rows(
         name: of the rows, beside the progress bar.
     """
     batches = _inputs(model.eval(), rows, tokenizer, batch_size=batch_size, text=f"Predicting {name}")
-    return predict(task, _together(_forwards(batches, model), len(rows))).tolist()
+    logits = _together(_forwards(batches, model, type(model).__name__), len(rows))
+    return predict(task, logits).tolist()
 
 
 _Inputs: TypeAlias = Iterator[tuple[NDArray[np.int64], dict[str, Tensor]]]
@@ -88,15 +102,15 @@ _Batches: TypeAlias = Iterator[tuple[NDArray[np.int64], Tensor]]
 
 
 def _score(
-    model: PreTrainedModel, data: Data, split: str, rows: datasets.Dataset, inputs: _Inputs
+    model: PreTrainedModel, data: Data, split: str, rows: datasets.Dataset, inputs: _Inputs, *, name: str
 ) -> tuple[list, dict[str, float], list | None]:
     """(predictions, metrics, logits) of a split; logits where a row has one prediction."""
     task = data.task
     if task.kind in OF_LANGUAGE:
         with torch.inference_mode():
-            predicted = _language_predictions(model, rows, inputs)
+            predicted = _language_predictions(model, rows, inputs, name)
         return predicted, language_scores(token_losses(predicted)), None
-    batches = _forwards(inputs, model)
+    batches = _forwards(inputs, model, name)
     if task.kind == "question-answering":
         of_windows: list = [None] * len(rows)
         for numbers, found in batches:
@@ -177,7 +191,9 @@ def answers_to(
     return answers_of(questions[task.text[1]], of_windows, may_be_none=may_be_none)
 
 
-def _language_predictions(model: PreTrainedModel, rows: datasets.Dataset, batches: _Inputs) -> list[dict[str, Any]]:
+def _language_predictions(
+    model: PreTrainedModel, rows: datasets.Dataset, batches: _Inputs, name: str
+) -> list[dict[str, Any]]:
     predicted: list = [None] * len(rows)
     of_rows = rows["labels"]
     for numbers, batch in batches:
@@ -193,6 +209,7 @@ def _language_predictions(model: PreTrainedModel, rows: datasets.Dataset, batche
         )  # a causal LM's last predicts nothing
         losses, tokens = [], []
         for logits, targets in zip(logits_in_chunks(model, batch, places), labels[known].split(CHUNK), strict=True):
+            refuse_not_finite_outputs(logits, None, name)
             losses.append(torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none"))
             tokens.append(logits.argmax(-1))
         counts = known.sum(1).tolist()
@@ -226,11 +243,13 @@ def _together(batches: _Batches, num_rows: int) -> NDArray:
     return together
 
 
-def _forwards(batches: _Inputs, model: PreTrainedModel) -> _Batches:
+def _forwards(batches: _Inputs, model: PreTrainedModel, name: str) -> _Batches:
     """The logits of batches; for spans B×2×T."""
     with torch.inference_mode():
         for chosen, batch in batches:
-            yield chosen, logits_of(model(**batch)).float().cpu()
+            logits = logits_of(model(**batch)).float().cpu()
+            refuse_not_finite_outputs(logits, batch.get("attention_mask"), name)
+            yield chosen, logits
 
 
 def _inputs(

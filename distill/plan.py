@@ -45,8 +45,8 @@ from distill.options import (
     width_of_student,
 )
 from distill.recipe import Recipe, Step, located
-from distill.representations import depth_of
-from distill.student import is_fresh, student_config
+from distill.representations import Reader, Wanted, depth_of
+from distill.student import build_student, is_fresh, student_config
 from distill.tasks import Task, TaskKind
 from distill.teacher import FROM_DATA, comparable, layer_pairs
 
@@ -244,6 +244,9 @@ def _plan_step(
             chosen, width = chosen_layers(options, depth_of(config)), width_of_student(options)
             if not options.from_scratch and not is_fresh(config, width):
                 layers = tuple(chosen)
+            cut = cuts_student(options, config) or source_option == "teacher"
+            if cut and kind is not None and layers is not None:
+                _check_student(options, source.config, kind)
             if cuts_student(options, config):
                 config = student_config(config, options.student_arch, chosen, width)
         if isinstance(options, DistillOptions):
@@ -257,6 +260,7 @@ def _plan_step(
                     )
                 problems += comparable(options, [config, teacher.config], same_tokens=same)
                 pairs[teacher.reference] = layer_pairs(options, depth_of(config), depth_of(teacher.config))
+                problems += _reading_problems(options, pairs[teacher.reference], teacher.config, config, kind)
     except InputError as error:
         problems += error.problems
     for option, model in inputs.items():
@@ -330,6 +334,42 @@ def _best_metric_problems(options: FinetuneOptions | DistillOptions, data: Data)
     if wanted in known:
         return []
     return [f"metric_for_best_model: {wanted!r} is not computed for {data.task.kind}; there are {', '.join(known)}"]
+
+
+def _check_student(options: FinetuneOptions | DistillOptions, config: PretrainedConfig, kind: TaskKind) -> None:
+    """Make the student on meta, of a source of this config: what can't be cut is told before anything is trained.
+
+    Raises:
+        InputError: blocks that don't stand in one list, as ALBERT's, or sizes that don't fit.
+    """
+    with torch.device("meta"):
+        build_student(
+            from_config(config, kind),
+            student_arch=options.student_arch,
+            layers=chosen_layers(options, depth_of(config)),
+            width=width_of_student(options),
+        )
+
+
+def _reading_problems(
+    options: DistillOptions,
+    pairs: Mapping[str, list[tuple[int, int]]],
+    teacher: PretrainedConfig,
+    student: PretrainedConfig,
+    kind: TaskKind | None,
+) -> list[str]:
+    """What keeps the attention maps and relations of two models from being read."""
+    problems: list[str] = []
+    for side, config in enumerate((student, teacher)):
+        compared = {part: tuple(pair[side] for pair in pairs.get(part, ())) for part in ("attention", "relation")}
+        if kind is not None and any(compared.values()):
+            with torch.device("meta"):
+                skeleton = from_config(config, kind)
+            try:
+                Reader(skeleton, [Wanted(attention=compared["attention"], relations=compared["relation"])])
+            except InputError as error:
+                problems += error.problems
+    return problems
 
 
 def _check_quantization(options: QuantizeOptions, config: PretrainedConfig, data: Data) -> None:

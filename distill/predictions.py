@@ -82,6 +82,36 @@ def logits_of(outputs: Any) -> Tensor:
     return outputs["logits"]
 
 
+def all_finite(logits: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Whether every logit is a finite number, those of padding aside: one boolean, on their device.
+
+    Args:
+        logits: as `logits_of` gives them.
+        attention_mask: B×T, of models that read tokens.
+    """
+    sums = logits.float().sum(-1) if logits.ndim < 3 or logits.shape[1] != 2 else logits.float()
+    if attention_mask is not None and sums.ndim > 1:  # attention may give padding anything
+        valid = attention_mask.to(sums.device).bool()
+        if sums.ndim == 3 and sums.shape[::2] == valid.shape:
+            sums = sums.masked_fill(~valid.unsqueeze(1), 0)
+        elif sums.shape == valid.shape:
+            sums = sums.masked_fill(~valid, 0)
+    return sums.isfinite().all()
+
+
+def refuse_not_finite_outputs(logits: Tensor, attention_mask: Tensor | None, name: str) -> None:
+    """Raise an `InputError` where a model predicts NaN or infinite values.
+
+    Args:
+        name: of the model.
+    """
+    if not all_finite(logits, attention_mask):
+        raise InputError(
+            f"{name}: its predictions are NaN or infinite, so there is nothing to score; its weights are broken, or "
+            "its dtype overflows (load it in float32 or bfloat16)"
+        )
+
+
 @dataclass(frozen=True)
 class Labels:
     """Of a batch: the labels of its predictions, and which predictions count where a teacher is compared."""

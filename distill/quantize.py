@@ -18,6 +18,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from distill.adapters import on_another_base
+from distill.checkpoints import refuse_not_finite
 from distill.conditions import evaluating
 from distill.embeddings import Int8Embedding, Nf4Embedding, TiedLinear
 from distill.errors import InputError
@@ -62,7 +63,8 @@ def quantize_model(
         calibration: batches of the model's inputs, on which 4-bit weights are rounded by GPTQ.
 
     Raises:
-        InputError: it is quantized already, has no linear layer in its blocks, or a setting is wrong.
+        InputError: it is quantized already, has no linear layer in its blocks or weights that are NaN or infinite, or a
+            setting is wrong.
     """
     if settings is None:
         settings = QuantizationSettings(format=format, double_quant=double_quant is not False)
@@ -72,6 +74,7 @@ def quantize_model(
     if isinstance(model, PeftModel):
         choose_formats(model.get_base_model(), settings)  # before its adapters are taken off
         return on_another_base(model, lambda base: quantize_model(base, settings, calibration=calibration))
+    refuse_not_finite(model, "model")
     formats = choose_formats(model, settings)
     if calibration is not None:
         with evaluating(model):

@@ -28,7 +28,7 @@ from distill.formats import (
 )
 from distill.linears import Int8Linear, dequantized
 from distill.metrics import divergences
-from distill.predictions import ProblemType, counted_logits, logits_of, problem_type
+from distill.predictions import ProblemType, counted_logits, logits_of, problem_type, refuse_not_finite_outputs
 from distill.quantize import quantized_module
 from distill.records import json_text
 from distill.representations import accepted_inputs
@@ -159,7 +159,9 @@ def calibration_logits(model: PreTrainedModel, batches: Sequence[Mapping[str, Te
     with torch.inference_mode():
         for batch in batches:
             batch = {name: values.to(device) for name, values in batch.items()}
-            of_batch = counted_logits(problem, batch, logits_of(model(**accepted_inputs(model, batch))))
+            logits = logits_of(model(**accepted_inputs(model, batch)))
+            refuse_not_finite_outputs(logits, batch.get("attention_mask"), model.name_or_path or type(model).__name__)
+            of_batch = counted_logits(problem, batch, logits)
             found.append(of_batch[:: 1 + tokens // _TOKENS].float().cpu())
     widest = max(each.shape[-1] for each in found)  # spans are as wide as their batch
     return torch.cat([F.pad(each, (0, widest - each.shape[-1]), value=-1e4) for each in found]).numpy()

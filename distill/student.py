@@ -3,7 +3,7 @@
 import copy
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,6 +33,13 @@ class Width:
         """Whether a model of this config has other sizes."""
         return any(size not in (None, getattr(config, name, None)) for name, size in vars(self).items())
 
+
+# Lists in configs with an entry for each layer; others, as DeBERTa's `pos_att_type`, may merely be as long.
+_PER_LAYER = (
+    *("layer_types", "mlp_layer_types", "layers_block_type", "attention_layers", "no_rope_layers", "kv_source_layers"),
+    *("num_attention_heads_per_layer", "intermediate_size", "num_key_value_heads", "activation_sparsity_pattern"),
+    *("indexer_types", "layer_rope_theta"),
+)
 
 # DistilBERT's names for BERT's weights (Sanh et al. 2019, section 3: same blocks, no token types, no pooler).
 _DISTILBERT_NAMES = {
@@ -112,7 +119,8 @@ def build_student(
         weights = _narrow_feed_forward(teacher, weights, width.intermediate_size)
     if student_arch == "distilbert":
         weights = _as_distilbert(weights)
-    student = student_class(teacher, student_arch)(config)
+    with torch.device("meta") if teacher.device.type == "meta" else nullcontext():  # a plan asks if it can be made
+        student = student_class(teacher, student_arch)(config)
     try:
         student.load_state_dict(weights)
     except RuntimeError as error:  # ModernBERT's first layer has no norm before its attention
@@ -175,9 +183,9 @@ def student_config(
         _set_sizes(student, width)
     if student_arch == "distilbert":
         return _distilbert_config(student, len(layers))
-    num_teacher_layers = config.num_hidden_layers
-    for name, value in list(vars(student).items()):  # per-layer settings (layer_types and the like)
-        if isinstance(value, list) and len(value) == num_teacher_layers:
+    for name in _PER_LAYER:
+        value = getattr(student, name, None)
+        if isinstance(value, list) and len(value) == config.num_hidden_layers:
             setattr(student, name, [value[layer] for layer in layers])
     student.num_hidden_layers = len(layers)
     return student

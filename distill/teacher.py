@@ -17,7 +17,7 @@ from distill.cache import TEACHER_OUTPUTS, Layout, TeacherCache, restored
 from distill.conditions import evaluating
 from distill.config import PARTS, DistillationConfig, is_on
 from distill.errors import InputError
-from distill.predictions import OF_ROWS, ProblemType, plain_model, predicting_alone, problem_type
+from distill.predictions import OF_ROWS, ProblemType, all_finite, plain_model, predicting_alone, problem_type
 from distill.representations import (
     Reader,
     Representations,
@@ -67,6 +67,8 @@ class Teacher:
     """Of its outputs over the training rows."""
     autocast: Callable[[], AbstractContextManager] = nullcontext
     """Of the trainer; Accelerate puts its own around the student's forward alone."""
+    all_finite: Tensor | None = None
+    """Whether all it has predicted so far was a number, on its device: to ask for it waits for a GPU."""
 
     def outputs(self, batch: Mapping[str, Any], *, counted: Tensor | None = None) -> tuple[Tensor, Representations]:
         """Logits and representations of a batch, without gradients: those that it carries, or else computed.
@@ -82,8 +84,20 @@ class Teacher:
         predicting = predicting_alone(self.model, counted)
         with record_function("teacher"), torch.inference_mode(), evaluating(self.model), self.autocast(), predicting:
             logits, (shown,) = self.reader(self.inputs(batch))
+            finite = all_finite(logits, batch.get("attention_mask"))
+        self.all_finite = finite if self.all_finite is None else self.all_finite & finite
+        if finite.device.type == "cpu":
+            self.refuse_not_finite()
         # Outside of inference mode, as the student's backward may keep them.
         return logits.clone(), shown.cloned()
+
+    def refuse_not_finite(self) -> None:
+        """Raise an `InputError` if it has predicted NaN or infinite values."""
+        if self.all_finite is not None and self.model is not None and not self.all_finite:
+            raise InputError(
+                f"teacher: {self.model.name_or_path or type(self.model).__name__} predicts NaN or infinite values, so "
+                "nothing can be learned from it; its weights are broken, or its dtype overflows"
+            )
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """What of a batch it reads: the student's inputs, or columns of its own."""

@@ -433,6 +433,7 @@ class DistillationTrainer(transformers.Trainer):
                 num_processes=self.args.world_size,
                 wait=wait_for_everyone,
             )  # fmt: skip
+            teacher.refuse_not_finite()
 
     # --- the loss ---------------------------------------------------------------------------------------------------
 
@@ -637,6 +638,8 @@ class DistillationTrainer(transformers.Trainer):
         always the loss.
         """
         if "loss" in logs and self._logged.totals:
+            for teacher in self.teachers:
+                teacher.refuse_not_finite()
             self._watch.stop_if_diverged(self.state)
             totals = self._logged.reduced(self.accelerator)
             steps = self._logged.steps * self.accelerator.num_processes

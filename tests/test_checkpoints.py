@@ -17,10 +17,14 @@ from transformers import (
     LlamaModel,
 )
 
-from distill import quantize_model
+from distill import DistillationConfig, DistillationTrainer, quantize_model
 from distill.checkpoints import fit_of, plain_names, stored_shapes
+from distill.data import DataOptions, load_data
 from distill.errors import InputError
+from distill.evaluation import evaluate_model
 from distill.models import find_model, has_head, load_classifier, load_for_finetuning, stored_fit
+from distill.predictions import all_finite
+from distill.sensitivity import calibration_logits
 from distill.tasks import GLUE, own_task
 from tests.conftest import tiny_bert, tiny_config
 
@@ -196,3 +200,70 @@ def test_headers_are_read_without_the_weights(tmp_path):
     stored = stored_shapes([tmp_path / "model.safetensors"])
     assert stored["classifier.weight"].shape == (2, 64)
     assert all(tensor.is_meta for tensor in stored.values())
+
+
+# --- outputs --------------------------------------------------------------------------------------------------------
+
+
+class Overflows(torch.nn.Module):
+    """In place of a model's last layer: its outputs times infinity, as of weights that overflow."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, states):
+        return self.layer(states) * float("inf")
+
+
+@pytest.fixture
+def overflowing():
+    model = tiny_bert(**NAMES)
+    model.classifier = Overflows(model.classifier)
+    model.name_or_path = "overflowing"
+    return model
+
+
+def test_outputs_that_are_not_finite_are_not_scored(overflowing, tokenizer, sst2_folder):
+    data = load_data("sst2", DataOptions(path=str(sst2_folder), max_length=24))
+    with pytest.raises(InputError, match="mine: its predictions are NaN or infinite, so there is nothing to score"):
+        evaluate_model(overflowing, tokenizer, data, name="mine")
+    batch = {"input_ids": torch.tensor([[2, 7, 3]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+    with pytest.raises(InputError, match="overflowing: its predictions are NaN"):
+        calibration_logits(overflowing, [batch])
+
+
+@pytest.mark.parametrize("cache", ["none", "logits"])
+def test_a_teacher_whose_outputs_are_not_finite_is_named(overflowing, tokenizer, sst2_folder, tmp_path, cache):
+    data = load_data("sst2", DataOptions(path=str(sst2_folder), max_length=24))
+    args = DistillationConfig(output_dir=str(tmp_path), max_steps=2, disable_tqdm=True, cache_teacher=cache)
+    trainer = DistillationTrainer(
+        model=tiny_bert(**NAMES), teacher=overflowing, args=args, train_dataset=data.tokenized("train", tokenizer),
+        processing_class=tokenizer,
+    )  # fmt: skip
+    with pytest.raises(InputError, match="teacher: overflowing predicts NaN or infinite values"):
+        trainer.train()
+
+
+def test_weights_that_are_not_finite_are_not_quantized():
+    model = tiny_bert(**NAMES)
+    with torch.no_grad():
+        model.bert.encoder.layer[0].output.dense.weight[0, 0] = float("inf")
+    with pytest.raises(InputError, match="NaN or infinite"):
+        quantize_model(model, format="int8")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_padding_may_be_anything(bad):
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    for shape, padded in (((2, 3, 4), (0, 2, 1)), ((2, 2, 3), (0, 1, 2))):  # tokens, spans
+        logits = torch.zeros(shape)
+        logits[padded] = bad
+        assert all_finite(logits, mask)
+        logits[1, 1, 1] = bad
+        assert not all_finite(logits, mask)
+    rows = torch.zeros(2, 3)
+    assert all_finite(rows, mask)
+    rows[0, 2] = bad
+    assert not all_finite(rows, mask[:, :2])
+    assert not all_finite(rows, None)

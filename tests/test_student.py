@@ -2,14 +2,23 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
+from transformers import (
+    AlbertConfig,
+    AlbertModel,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    DebertaV2Config,
+    Qwen2Config,
+)
 
 from distill.check import print_plan
 from distill.errors import InputError
 from distill.pipeline import run_plan
 from distill.plan import make_plan
 from distill.recipe import load_recipe
-from distill.student import build_student, choose_layers
+from distill.student import build_student, choose_layers, student_config
 from tests.conftest import tiny_bert
 
 IDS = torch.tensor([[2, 5, 9, 14, 3, 0, 0], [2, 6, 7, 8, 9, 10, 3]])
@@ -130,6 +139,58 @@ steps:
     sizes = {"hidden_size": 16, "intermediate_size": 32}
     assert all(getattr(config, name) == size for name, size in sizes.items() if name in more)
     assert config.num_hidden_layers == 2
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("num_layers: 2", "its blocks don't stand in one ModuleList, so no layers can be chosen"),
+        ("model: teacher, relation_weight: 1.0", "its blocks don't stand in one ModuleList"),
+    ],
+)
+def test_what_cannot_be_cut_is_told_before_the_teacher_is_trained(tmp_path, sst2_folder, tokenizer, more, message):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
+    AlbertModel(AlbertConfig(vocab_size=25, embedding_size=16, **sizes)).save_pretrained(tmp_path / "albert")
+    tokenizer.save_pretrained(tmp_path / "albert")
+    path = tmp_path / "r.yaml"
+    path.write_text(f"""
+task: sst2
+output_dir: {tmp_path / "run"}
+data: {{path: {sst2_folder}, max_length: 32}}
+steps:
+  teacher: {{run: finetune, model: {tmp_path / "albert"}, max_steps: 2}}
+  student: {{run: distill, teacher: teacher, max_steps: 2, {more}}}
+""")
+    with pytest.raises(InputError, match=message):
+        make_plan(load_recipe(path))
+
+
+def test_neurons_that_cannot_be_cut_are_told_before_the_teacher_is_trained(tmp_path, sst2_folder, tokenizer):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    BertModel(BertConfig(vocab_size=25, **sizes)).save_pretrained(tmp_path / "square")  # which axis are neurons?
+    tokenizer.save_pretrained(tmp_path / "square")
+    path = tmp_path / "r.yaml"
+    path.write_text(f"""
+task: sst2
+output_dir: {tmp_path / "run"}
+data: {{path: {sst2_folder}, max_length: 32}}
+steps:
+  teacher: {{run: finetune, model: {tmp_path / "square"}, max_steps: 2}}
+  student: {{run: distill, teacher: teacher, intermediate_size: 16, max_steps: 2}}
+""")
+    with pytest.raises(InputError, match="intermediate_size: the feed-forward network"):
+        make_plan(load_recipe(path))
+
+
+def test_only_lists_of_layers_are_cut_with_them():
+    """DeBERTa's `pos_att_type` has as many entries as this model has layers."""
+    config = DebertaV2Config(
+        vocab_size=25, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        pos_att_type=["p2c", "c2p"], relative_attention=True,
+    )  # fmt: skip
+    assert student_config(config, "same", [1]).pos_att_type == ["p2c", "c2p"]
+    layered = Qwen2Config(num_hidden_layers=3, layer_types=["full_attention", "sliding_attention", "full_attention"])
+    assert student_config(layered, "same", [1, 2]).layer_types == ["sliding_attention", "full_attention"]
 
 
 def test_a_student_of_a_student_can_be_cut_again(bert):
