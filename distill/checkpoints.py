@@ -5,7 +5,7 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ import transformers
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from distill.adapters import stored_beside_adapters
 from distill.errors import InputError
+from distill.tasks import OF_LANGUAGE, TaskKind
 
 logger = logging.getLogger(__name__)
 
@@ -191,6 +193,39 @@ def load_weights(
             model, info = model_class.from_pretrained(None, state_dict=state, **options)
             model.name_or_path = location
     return model, _judged(info, model)
+
+
+def fit_problems(fit: Fit, kind: TaskKind, *, new_head: bool) -> list[str]:
+    """What is wrong with stored weights.
+
+    Args:
+        new_head: whether the head may be new; where it may not, a pooler that nothing reads still may.
+    """
+    if fit.problem is not None:
+        return [fit.problem]
+    per_token = kind in ("token-classification", "question-answering", *OF_LANGUAGE)
+    untrained = fit.new_head if per_token else fit.untrained
+    if new_head or (not untrained and not fit.reshaped_head):
+        return []
+    if fit.reshaped_head:
+        return [replace(fit, reshaped=fit.reshaped_head).problem or ""]
+    return [no_head_message(sorted(untrained))]
+
+
+def with_head_of_adapters(fit: Fit, folder: Path) -> Fit:
+    """A base's fit, less what is stored beside its adapters."""
+    beside = stored_beside_adapters(folder)
+    return replace(
+        fit,
+        new_head=tuple(name for name in fit.new_head if name not in beside),
+        new_pooler=tuple(name for name in fit.new_pooler if name not in beside),
+        reshaped_head=tuple(each for each in fit.reshaped_head if each[0] not in beside),
+    )
+
+
+def no_head_message(missing: list[str]) -> str:
+    """What to say of a model without a trained head."""
+    return f"has no trained head for this task ({', '.join(missing[:3])} missing); fine-tune it first (run: finetune)"
 
 
 def prefix_note(names: Mapping[str, str]) -> str | None:

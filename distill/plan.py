@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from distill.checkpoints import fit_problems, no_head_message
 from distill.config import TrainingConfig, is_on
 from distill.data import Data, load_data, token_fingerprint, tokenizer_fingerprint
 from distill.errors import InputError, near_name
@@ -20,16 +21,12 @@ from distill.metrics import computed
 from distill.models import (
     ModelSource,
     find_model,
-    fit_problems,
     fit_to_tokenizer,
     from_config,
-    has_head,
     label_order,
     load_processor,
     longest_input,
-    no_head_message,
     set_labels,
-    stored_fit,
 )
 from distill.options import (
     DistillOptions,
@@ -45,9 +42,10 @@ from distill.options import (
     width_of_student,
 )
 from distill.recipe import Recipe, Step, located
-from distill.representations import Reader, Wanted, depth_of
-from distill.student import build_student, is_fresh, student_config
-from distill.tasks import Task, TaskKind
+from distill.representations import depth_of
+from distill.stored_models import check_student, has_head, reading_problems, stored_fit, weights_to_train
+from distill.student import is_fresh, student_config
+from distill.tasks import TaskKind
 from distill.teacher import FROM_DATA, comparable, layer_pairs
 
 FINGERPRINT_VERSION = 2
@@ -55,7 +53,7 @@ FINGERPRINT_VERSION = 2
 by what their step.json says (`records.is_finished`), and not made anew."""
 
 # The code that decides what a step makes; where it has changed, `run` and `check` say so of a finished model.
-_MODEL_CODE = ("checkpoints", "models", "student", "steps", "options")
+_MODEL_CODE = ("checkpoints", "label_names", "model_folders", "processors", "models", "student", "steps", "options")
 _TRAINING_CODE = (
     *_MODEL_CODE,
     *(
@@ -246,7 +244,7 @@ def _plan_step(
                 layers = tuple(chosen)
             cut = cuts_student(options, config) or source_option == "teacher"
             if cut and kind is not None and layers is not None:
-                _check_student(options, source.config, kind)
+                check_student(options, source.config, kind)
             if cuts_student(options, config):
                 config = student_config(config, options.student_arch, chosen, width)
         if isinstance(options, DistillOptions):
@@ -260,7 +258,7 @@ def _plan_step(
                     )
                 problems += comparable(options, [config, teacher.config], same_tokens=same)
                 pairs[teacher.reference] = layer_pairs(options, depth_of(config), depth_of(teacher.config))
-                problems += _reading_problems(options, pairs[teacher.reference], teacher.config, config, kind)
+                problems += reading_problems(options, pairs[teacher.reference], teacher.config, config, kind)
     except InputError as error:
         problems += error.problems
     for option, model in inputs.items():
@@ -336,42 +334,6 @@ def _best_metric_problems(options: FinetuneOptions | DistillOptions, data: Data)
     return [f"metric_for_best_model: {wanted!r} is not computed for {data.task.kind}; there are {', '.join(known)}"]
 
 
-def _check_student(options: FinetuneOptions | DistillOptions, config: PretrainedConfig, kind: TaskKind) -> None:
-    """Make the student on meta, of a source of this config: what can't be cut is told before anything is trained.
-
-    Raises:
-        InputError: blocks that don't stand in one list, as ALBERT's, or sizes that don't fit.
-    """
-    with torch.device("meta"):
-        build_student(
-            from_config(config, kind),
-            student_arch=options.student_arch,
-            layers=chosen_layers(options, depth_of(config)),
-            width=width_of_student(options),
-        )
-
-
-def _reading_problems(
-    options: DistillOptions,
-    pairs: Mapping[str, list[tuple[int, int]]],
-    teacher: PretrainedConfig,
-    student: PretrainedConfig,
-    kind: TaskKind | None,
-) -> list[str]:
-    """What keeps the attention maps and relations of two models from being read."""
-    problems: list[str] = []
-    for side, config in enumerate((student, teacher)):
-        compared = {part: tuple(pair[side] for pair in pairs.get(part, ())) for part in ("attention", "relation")}
-        if kind is not None and any(compared.values()):
-            with torch.device("meta"):
-                skeleton = from_config(config, kind)
-            try:
-                Reader(skeleton, [Wanted(attention=compared["attention"], relations=compared["relation"])])
-            except InputError as error:
-                problems += error.problems
-    return problems
-
-
 def _check_quantization(options: QuantizeOptions, config: PretrainedConfig, data: Data) -> None:
     """Whether its patterns match modules and its budget can be kept."""
     with torch.device("meta"):
@@ -413,7 +375,7 @@ def _resolve_input(
             notes = stored_fit(source, data.task, new_head=False)[1]
     elif data is not None:
         trained = has_head(source, data.task)
-        notes = _weights_to_train(source, data.task) if weights else []
+        notes = weights_to_train(source, data.task) if weights else []
     kind = data.task.kind if data is not None else None
     processor = load_processor(source.location, kind)
     config = copy.deepcopy(source.config)
@@ -423,19 +385,6 @@ def _resolve_input(
     return _Input(
         reference, config, source.location, source.location, fingerprint, has_head=trained, notes=tuple(notes)
     )
-
-
-def _weights_to_train(source: ModelSource, task: Task) -> list[str]:
-    """What is to be said of the weights that a training starts from.
-
-    Raises:
-        InputError: they are not those of the model's config, its head aside.
-    """
-    fit, notes = stored_fit(source, task, new_head=True)
-    problems = [] if fit is None else fit_problems(fit, task.kind, new_head=True)
-    if problems:
-        raise InputError(*(f"{source.reference}: {problem}" for problem in problems))
-    return notes
 
 
 def check_fetched(plan: Plan, planned: PlannedStep) -> None:
@@ -482,16 +431,12 @@ def _classifier_problems(source: ModelSource, data: Data | None, label_map: dict
     """What keeps a model from outside from being used as it is: no trained head, or other labels."""
     if data is None:
         return []
-    if not has_head(source, data.task):
-        fit, _ = stored_fit(source, data.task, new_head=False)
-        missing = fit.new_head if fit is not None else ()
-        architecture = (source.config.architectures or ["its class"])[0]
-        return [f"{source.reference} {no_head_message(sorted(missing) or [architecture])}"]
     fit, _ = stored_fit(source, data.task, new_head=False)
-    if fit is not None:
-        problems = fit_problems(fit, data.task.kind, new_head=False)
-        if problems:
-            return [f"{source.reference}: {problem}" for problem in problems]
+    problems = [] if fit is None else fit_problems(fit, data.task.kind, new_head=False)
+    if problems:
+        return [f"{source.reference}: {problem}" for problem in problems]
+    if not has_head(source, data.task):
+        return [f"{source.reference} {no_head_message([(source.config.architectures or ['its class'])[0]])}"]
     try:
         label_order(source.config, data.task, label_map, where=source.reference)
     except InputError as error:

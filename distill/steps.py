@@ -100,7 +100,13 @@ def distill(
             teachers.append((FROM_DATA, None))
             continue
         location = next(models)
-        teacher = load_classifier(location, data.task, label_map=options.teacher_label_map, dtype=torch.float32)
+        teacher = load_classifier(
+            location,
+            data.task,
+            label_map=options.teacher_label_map,
+            dtype=torch.float32,
+            merge=options.model is None,  # layers are taken from it
+        )
         teachers.append((teacher, location))
     started_from = inputs.get("model") or inputs["teacher"]
     if "model" in inputs:

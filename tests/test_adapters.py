@@ -1,8 +1,10 @@
 """LoRA: adapters alone are trained, saved, read again, merged; and refused where they could not be read."""
 
 import json
+import shutil
 
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
@@ -10,14 +12,16 @@ from transformers import AutoModelForSequenceClassification, pipeline
 
 from distill import DistillationConfig, DistillationTrainer, build_student
 from distill.adapters import lora_config, with_adapters
+from distill.check import print_plan
 from distill.cli import main
 from distill.errors import InputError
-from distill.models import load_classifier
+from distill.models import find_model, load_classifier
 from distill.pipeline import run_plan
 from distill.plan import make_plan
 from distill.recipe import load_recipe
 from distill.report import write_report
-from tests.conftest import make_tokenizer
+from distill.tasks import own_task
+from tests.conftest import make_tokenizer, sentences, write_rows
 from tests.test_exactness import make_models, make_rows
 
 RECIPE = """
@@ -217,3 +221,91 @@ def test_merged_adapters_make_a_whole_model(tmp_path, sst2_folder, pretrained):
 def test_what_could_not_be_read_again_is_refused(tmp_path, sst2_folder, pretrained, step, message):
     with pytest.raises(InputError, match=message):
         plan_of(tmp_path, sst2_folder, pretrained, step)
+
+
+# --- adapters made by others ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory, pretrained, tokenizer):
+    """A PEFT folder for three classes, on a base that has no head; and the logits that it should give."""
+    folder = tmp_path_factory.mktemp("foreign")
+    torch.manual_seed(0)
+    base = AutoModelForSequenceClassification.from_pretrained(pretrained, num_labels=3)
+    config = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"])
+    model = get_peft_model(base, config).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or "classifier" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    assert not (folder / "config.json").exists()
+    ids = torch.tensor([[2, 7, 8, 9, 3]])
+    with torch.no_grad():
+        return folder, ids, model(input_ids=ids).logits
+
+
+THREE = own_task("classification", ("text",), "label").with_label_names(("a", "b", "c"))
+MAP = {"LABEL_0": "c", "LABEL_1": "a", "LABEL_2": "b"}
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_adapters_made_by_others_give_what_they_gave(foreign, merge):
+    folder, ids, expected = foreign
+    with pytest.raises(InputError, match="its labels have no names"):
+        load_classifier(str(folder), THREE)
+    model = load_classifier(str(folder), THREE, label_map=MAP, merge=merge)
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids).logits, expected[:, [1, 2, 0]], atol=1e-5, rtol=0)
+    assert any("lora" in name for name, _ in model.named_parameters()) is not merge
+
+
+def test_adapters_made_by_others_teach_from_recipe_to_report(foreign, tmp_path, pretrained):
+    rows = [{"text": row["sentence"], "label": "abc"[number % 3]} for number, row in enumerate(sentences(48))]
+    for split in ("train", "validation"):
+        write_rows(tmp_path / "rows" / f"{split}.jsonl", rows)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"""
+output_dir: {tmp_path}/run
+data: {{kind: classification, path: {tmp_path}/rows, max_length: 24}}
+benchmark: {{sequence_length: 16, rounds: 1}}
+steps:
+  student: {{run: distill, teacher: {foreign[0]}, num_layers: 2, max_steps: 2, teacher_label_map: {MAP}}}
+""")
+    plan = make_plan(load_recipe(path))
+    print_plan(plan)
+    run_plan(plan)
+    baseline, student = write_report(plan)["models"]
+    assert baseline["num_parameters"] > student["num_parameters"]
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "student").config.num_labels == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"base_model_name_or_path": "acme/none"}, "its adapters belong to acme/none: no such folder here"),
+        ({"base_model_name_or_path": "./none"}, r"its adapters belong to \./none: no such file or folder"),
+        ({"target_modules": ["query"]}, r"its adapters are not those of .*value\.lora_A"),
+        ({"r": 4}, "its adapters are not those of"),
+    ],
+)
+def test_adapters_of_another_model_are_refused_in_one_message(foreign, tmp_path, change, message):
+    folder = tmp_path / "adapter"
+    shutil.copytree(foreign[0], folder)
+    config = json.loads((folder / "adapter_config.json").read_text()) | change
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=message):
+        load_classifier(str(folder), THREE, label_map=MAP)
+
+
+def test_adapters_are_no_model_to_start_from(foreign):
+    with pytest.raises(InputError, match="holds adapters, and this starts from a whole model; merge them"):
+        find_model(str(foreign[0]))
+
+
+def test_other_adapters_are_another_model(foreign, tmp_path):
+    shutil.copytree(foreign[0], tmp_path / "a")
+    before = find_model(str(tmp_path / "a"), adapters=True).fingerprint
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    weights = safetensors.torch.load_file(file)
+    safetensors.torch.save_file({name: weight + 1 for name, weight in weights.items()}, file, metadata={"format": "pt"})
+    assert find_model(str(tmp_path / "a"), adapters=True).fingerprint != before

@@ -22,9 +22,10 @@ from distill.checkpoints import fit_of, plain_names, stored_shapes
 from distill.data import DataOptions, load_data
 from distill.errors import InputError
 from distill.evaluation import evaluate_model
-from distill.models import find_model, has_head, load_classifier, load_for_finetuning, stored_fit
+from distill.models import find_model, load_classifier, load_for_finetuning
 from distill.predictions import all_finite
 from distill.sensitivity import calibration_logits
+from distill.stored_models import has_head, stored_fit
 from distill.tasks import GLUE, own_task
 from tests.conftest import tiny_bert, tiny_config
 
