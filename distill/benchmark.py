@@ -223,7 +223,7 @@ def _skeleton(config: PretrainedConfig) -> PreTrainedModel:
         return (
             model_class._from_config(plain_config)
             if hasattr(model_class, "_from_config")
-            else model_class.from_config(plain_config)
+            else model_class.from_config(plain_config, trust_remote_code=False)
         )
 
 

@@ -76,6 +76,8 @@ def find_model(reference: str, *, weights: bool = True, adapters: bool = False) 
                 f"{reference}: holds adapters, and this starts from a whole model; merge them (peft: merge_and_unload) "
                 "and save that"
             )
+        if not (folder / ADAPTER_WEIGHTS).is_file():
+            raise InputError(f"{reference}: holds adapters without {ADAPTER_WEIGHTS}; pickled ones are not read")
         base = base_folder(folder)
     if base is not None or revision is None:
         _check_folder(base or folder, weights=weights and (base is None or base_revision(base) is None))

@@ -31,7 +31,7 @@ from distill.adapters import with_adapters
 from distill.arguments import check_given, own_arguments
 from distill.batches import COUNTED_ROWS, Reader, length_loader, row_lengths, with_columns
 from distill.cache import TEACHER_OUTPUTS, CachePlan, Outputs, build_cache, plan_cache
-from distill.checkpoints import quiet_loading
+from distill.checkpoints import load_weights
 from distill.conditions import (
     checkpointing_kept,
     determinism,
@@ -737,14 +737,11 @@ class DistillationTrainer(transformers.Trainer):
         if self._trainer_loads:
             super()._load_from_checkpoint(resume_from_checkpoint, self.student if model is None else model)
         else:  # a file has neither tied weights nor always the modules' own names, and Trainer would skip those
-            with quiet_loading():
-                saved = type(self.student).from_pretrained(
-                    resume_from_checkpoint,
-                    config=self.student.config,
-                    dtype=self.student.dtype,
-                    use_safetensors=True,
-                    trust_remote_code=False,
-                )
+            saved, fit = load_weights(
+                resume_from_checkpoint, type(self.student), self.student.config, self.student.dtype
+            )
+            if fit.problem is not None or fit.untrained:
+                raise InputError(f"{resume_from_checkpoint}: {fit.problem or 'its head is not stored'}")
             self.student.load_state_dict(saved.state_dict())
         if self._quantized is not None and self.args.qat_activations:
             ranges = safetensors.torch.load_file(Path(resume_from_checkpoint) / _RANGES_FILE)["ranges"]

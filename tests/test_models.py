@@ -1,4 +1,5 @@
 import copy
+import json
 
 import pytest
 import torch
@@ -133,6 +134,16 @@ def test_a_digest_is_checked_before_use(tmp_path):
         find_model(f"{tmp_path}#sha256={'0' * 64}")
 
 
+@pytest.mark.parametrize("head", [True, False])
+def test_a_model_is_measured_with_its_head_also_without_architectures(tmp_path, head):
+    stored = save(tmp_path, ["negative", "positive"])
+    (stored if head else stored.bert).save_pretrained(tmp_path)
+    edit_config(tmp_path, architectures=None)
+    options = BenchmarkOptions(sequence_length=8, throughput_batch_size=1, rounds=1)
+    measured = benchmark_models({"it": str(tmp_path)}, options)["it"]
+    assert measured.num_parameters == (stored if head else stored.bert).num_parameters()
+
+
 def test_the_fingerprint_follows_the_weights(tmp_path):
     save(tmp_path / "a", ["x", "y"])
     save(tmp_path / "b", ["x", "y"])
@@ -182,6 +193,25 @@ def test_max_length_is_compared_with_the_positions_that_roberta_can_use(tmp_path
         benchmark_models({"teacher": str(tmp_path / "roberta")}, BenchmarkOptions(sequence_length=25, rounds=1))
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_no_code_of_a_models_own_is_run(tmp_path, tokenizer, known, monkeypatch):
+    """Nor is the user asked whether it may be."""
+    save(tmp_path / "m", ["negative", "positive"], tokenizer)
+    (tmp_path / "m" / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    own = {"AutoConfig": "code.C", "AutoModelForSequenceClassification": "code.M", "AutoTokenizer": ["code.T", None]}
+    edit_config(tmp_path / "m", auto_map=own, **({} if known else {"model_type": "own", "architectures": ["M"]}))
+    file = tmp_path / "m" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_map": {"AutoTokenizer": ["code.T", None]}}))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    if known:  # transformers has classes of its own for it
+        load_classifier(str(tmp_path / "m"), GLUE["sst2"])
+        load_for_finetuning(str(tmp_path / "m"), GLUE["sst2"])
+    else:
+        with pytest.raises(InputError, match="it needs code of its own, auto_map, which is not run"):
+            find_model(str(tmp_path / "m"))
+    assert not (tmp_path / "ran").exists()
+
+
 # --- padding --------------------------------------------------------------------------------------------------------
 
 _CAUSAL = {
@@ -199,14 +229,11 @@ _CAUSAL = {
 
 @pytest.mark.parametrize("family", _CAUSAL)
 @pytest.mark.parametrize(("eos", "config_pad"), [(3, None), ([3, 4], None), (3, 3), (None, None)])
-@pytest.mark.parametrize("side", ["right", "left"])
-def test_a_causal_classifier_reads_no_padding(tmp_path, tokenizer, family, eos, config_pad, side):
+def test_a_causal_classifier_reads_no_padding(tmp_path, tokenizer, family, eos, config_pad):
     """A row beside longer ones gets the logits that it has on its own."""
     config = copy.deepcopy(_CAUSAL[family])
     config.eos_token_id, config.pad_token_id, config.bos_token_id = eos, config_pad, None
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.padding_side = side
     tokenizer.save_pretrained(tmp_path)
     labels = {"LABEL_0": "negative", "LABEL_1": "positive"}
     for model in (
@@ -218,8 +245,6 @@ def test_a_causal_classifier_reads_no_padding(tmp_path, tokenizer, family, eos, 
         texts = ["a good film", "the plot was very bad and a sad end"]
         together = tokenizer(texts, padding=True, return_tensors="pt")
         inputs = {name: together[name] for name in ("input_ids", "attention_mask")}
-        if side == "left" and family == "gpt2":  # its positions are counted from the left
-            inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
         alone = tokenizer(texts[:1], return_tensors="pt")["input_ids"]
         with torch.no_grad():
             torch.testing.assert_close(model(**inputs).logits[:1], model(input_ids=alone).logits, atol=1e-5, rtol=1e-4)

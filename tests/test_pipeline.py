@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,10 +20,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 import distill  # noqa: F401  (registers the quantized formats)
+from distill import report as report_module
 from distill.check import print_plan
 from distill.errors import InputError
+from distill.evaluation import Evaluation
 from distill.finished import is_finished, remarks_on
-from distill.pipeline import read_record, run_plan
+from distill.pipeline import is_finished, read_record, run_plan
 from distill.plan import make_plan
 from distill.recipe import load_recipe
 from distill.report import write_report
@@ -152,6 +156,34 @@ def test_the_report_is_rebuilt_from_its_folder(finished, capsys):
     assert main(["report", str(run)]) == 0
     assert json.loads((run / "report.json").read_text()) == json.loads(json.dumps(report))
     assert "student-nf4" in capsys.readouterr().out
+
+
+def test_scores_are_taken_from_the_cache_of_the_same_device_libraries_and_tokenizer(finished, monkeypatch):
+    made = plan(finished[0])
+    name, folder = "student", made.steps["student"].folder
+    cache, scored = folder.parent / ".cache", []
+
+    def score(*arguments, **options):
+        scored.append(options["name"])
+        return Evaluation(**known)
+
+    known = json.loads(json.dumps(asdict(report_module._evaluation(made, name, str(folder), "f", cache))))
+    monkeypatch.setattr(report_module, "evaluate_model", score)
+    read = partial(report_module._evaluation, made, name, str(folder), "f", cache)
+    assert read() == Evaluation(**known)
+    assert not scored
+    around = report_module.environment()
+    for change in ({"torch": "0"}, {"transformers": "0"}, {"gpu": "another"}):
+        monkeypatch.setattr(report_module, "environment", lambda change=change: around | change)
+        read()
+        read()
+    assert len(scored) == 3
+    file = folder / "tokenizer_config.json"
+    before = file.read_text()
+    file.write_text(json.dumps(json.loads(before) | {"truncation_side": "left"}))
+    read()
+    file.write_text(before)
+    assert len(scored) == 4
 
 
 def test_a_report_names_what_it_leaves_out(finished, capsys):
