@@ -13,7 +13,6 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-import transformers
 from pydantic import Field
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PretrainedConfig, PreTrainedModel
@@ -98,7 +97,7 @@ def benchmark_models(
                     throughputs[name].append(options.throughput_batch_size / throughput)
     results = {}
     for name, model in models.items():
-        skeleton = _skeleton(model.config)
+        skeleton = _skeleton(model)
         folder = Path(locations[name]) if name in locations else None
         results[name] = Benchmark(
             num_parameters=sum(p.numel() for p in skeleton.parameters()) + _in_adapters(model),
@@ -212,19 +211,14 @@ def _load(location: str) -> PreTrainedModel:
     return model if base is None else with_stored_adapters(model, Path(location))
 
 
-def _skeleton(config: PretrainedConfig) -> PreTrainedModel:
+def _skeleton(model: PreTrainedModel) -> PreTrainedModel:
     """The unquantized model on meta: its parameters and operations without its weights."""
-    plain = config.to_dict()
+    plain = model.config.to_dict()
     plain.pop("quantization_config", None)
-    plain_config = type(config).from_dict(plain)
+    plain_config = type(model.config).from_dict(plain)
     plain_config._attn_implementation = "eager"  # matrix products that the FLOP counter sees
-    model_class = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
     with torch.device("meta"):
-        return (
-            model_class._from_config(plain_config)
-            if hasattr(model_class, "_from_config")
-            else model_class.from_config(plain_config, trust_remote_code=False)
-        )
+        return type(model)._from_config(plain_config)
 
 
 def _in_adapters(model: PreTrainedModel) -> int:
