@@ -25,7 +25,7 @@ from distill.check import print_plan
 from distill.errors import InputError
 from distill.evaluation import Evaluation
 from distill.finished import is_finished, remarks_on
-from distill.pipeline import is_finished, read_record, run_plan
+from distill.pipeline import read_record, run_plan
 from distill.plan import make_plan
 from distill.recipe import load_recipe
 from distill.report import write_report
