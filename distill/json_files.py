@@ -140,7 +140,9 @@ def _of_several_types(
         array = pa.array([_as_text(value) for value in values])
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
         if used:
-            raise InputError(f"column {name!r} holds values that differ in their form ({error})") from None
+            raise InputError(
+                f"column {name!r} holds nested values beside plain ones ({error}); give all one form"
+            ) from None
         return pa.array([None if value is None else json.dumps(value) for value in values])
     if used:
         where = f", from {unit} {other[0]} on {_kind(other[1])} too" if other else " of several types or sizes"
@@ -171,7 +173,9 @@ def _as_text(value: Any) -> Any:
         return [_as_text(each) for each in value]
     if isinstance(value, dict):
         return {key: _as_text(each) for key, each in value.items()}
-    return value if value is None or isinstance(value, str) else json.dumps(value)
+    if value is None or value != value:  # NaN is how pandas writes what is missing
+        return None
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _without_halves(value: Any) -> Any:

@@ -87,7 +87,7 @@ def _from_cp1252(line: str, number: int, path: Path) -> str:
 
 def _not_utf8(number: int, path: Path) -> str:
     unpacked = path.name.removesuffix(path.suffix) if path.suffix.lower() in PACKED else path.name
-    unpack = f"unpack it, then convert it to {unpacked}" if unpacked != path.name else "convert it"
+    unpack = "unpack it, and convert it" if unpacked != path.name else "convert it"
     return (
         f"line {number} is not UTF-8, and not cp1252 either; {unpack} from the one that it was saved in "
         f"(such as CP1251, GB18030 or SHIFT_JIS): iconv -f ENCODING -t UTF-8 {shlex.quote(unpacked)} > converted && "

@@ -218,6 +218,12 @@ def test_a_column_of_numbers_and_words_is_text(tmp_path, late):
     assert f"column 'label' holds numbers, from line {late + 1} on text too; all are read as text" in notes
 
 
+def test_what_is_missing_is_no_text(tmp_path):
+    rows = [{"text": "a", "label": value} for value in ("a", None, float("nan"), 1)]
+    found, _ = rows_of(tmp_path / "train.jsonl", lines(*rows))
+    assert list(found["label"]) == ["a", None, None, "1"]
+
+
 def test_json_gives_columns_their_types(tmp_path):
     rows = [
         {"text": "2020-01-01", "label": 1, "score": 1, "tags": [], "far": 10**30, "mixed": {"a": 1}},
@@ -252,6 +258,7 @@ def test_a_list_of_rows_is_read(tmp_path, name, indent):
         (lines(ROWS[0], '{"text": "a"'), r"cannot be read as jsonl \(line 2: "),
         (lines(ROWS[0], ["a", "ham"]), "line 2 is no object with a value for each column, but lists"),
         (lines(ROWS[0], '{"text": "a", "text": "b", "label": "c"}'), "line 2: key 'text' stands twice"),
+        (lines({"text": ["a", ["b"]], "label": "ham"}), "column 'text' holds nested values beside plain ones"),
         (lines(ROWS[0], {"text": ["a"], "label": "ham"}), "column 'text' holds text at first, but lists on line 2"),
     ],
 )
