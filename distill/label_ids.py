@@ -138,8 +138,6 @@ def _names_of_rows(columns: list[LabelColumn], task: Task, notes: list[str], pro
     names = tuple(dict.fromkeys(map(str, sorted(elements, key=lambda each: (isinstance(each, str), each)))))
     if any(float in column.types for column in columns):
         notes.append(f"column {task.label!r} holds whole numbers written as floats, read as classes {_shown(names)}")
-    if len({type(each) for each in everywhere}) > 1:
-        notes.append(f"column {task.label!r} holds numbers and words, all of them read as names: {_shown(names)}")
     return _Names(names, "rows")
 
 
@@ -295,7 +293,10 @@ def _unknown(unknown: Counter, column: LabelColumn, task: Task, known: _Names) -
     told = f"holds {str(value)!r}, which is none of the {what} ({_shown(known.names)}); the first is row {row}"
     if known.source == "rows":
         return f"{told}. No training row has it: add some, remove these, or name all in data.label_names"
-    return f"{told}. As names are numbers, numbers in the rows are names too, not ids" if numbers else told
+    if numbers:
+        return f"{told}. As names are numbers, numbers in the rows are names too, not ids"
+    of_model = ". These are the model's names; label_map says what the rows call each"
+    return told + of_model if known.source == "model" else told
 
 
 def _labels_alike(task: Task) -> list[str]:

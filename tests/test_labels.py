@@ -121,7 +121,6 @@ def test_a_number_and_its_text_are_one_class(tmp_path):
     mixed = load(tmp_path, {"train": [1, "1", "good", 2], "validation": ["good"]})
     assert mixed.task.label_names == ("1", "2", "good")
     assert labels(mixed) == [0, 0, 2, 1]
-    assert "column 'label' holds numbers and words, all of them read as names: 1, 2, good" in mixed.notes
 
 
 def test_booleans(tmp_path):
@@ -161,7 +160,7 @@ def test_labels_that_no_training_row_has_are_told(tmp_path):
         (["a", "b"], {"label_names": ["a", "b", "a"]}, "label_names: 'a' stands there twice"),
         (["a", "b"], {"label_names": ["a", " "]}, "label_names: one of them is empty"),
         (["a", "b"], {"label_names": ["a"]}, "'a' is one class; classification needs two or more"),
-        (["a", None, "b", float("nan")], {}, r"no label in 2 of 4 rows \(the first is row 1\)"),
+        (["a", None, "b", None], {}, r"no label in 2 of 4 rows \(the first is row 1\)"),
         (["a", "b", "  "], {}, r"no label in 1 of 3 rows \(the first is row 2\)"),
         ([1.0, 2.0, float("nan")], {}, r"no label in 1 of 3 rows \(the first is row 2\)"),
         ([1.0, 2.5], {}, "holds scores like 2.5; say kind: regression"),
@@ -186,6 +185,9 @@ def test_a_model_names_ids_and_never_the_classes_of_a_column(tmp_path):
     load(tmp_path, {"train": [1, 0, 1], "validation": [1]})
     ids = load_data(None, DataOptions(**options), model_labels=["no", "yes", "maybe"])
     assert (ids.task.label_names, labels(ids)) == (("no", "yes", "maybe"), [1, 0, 1])
+    load(tmp_path, {"train": ["yes", "no"], "validation": ["no"]})
+    with pytest.raises(InputError, match=r"holds 'no', which is none of the classes \(N, Y\).* label_map says"):
+        load_data(None, DataOptions(**options), model_labels=["N", "Y"])
     for path in tmp_path.iterdir():
         path.unlink()
     load(tmp_path, {"train": of_classes([0, 1], ["no", "yes"]), "validation": of_classes([0], ["no", "yes"])})
@@ -304,7 +306,7 @@ def test_tags_without_an_outside_one_are_told(tmp_path):
     [
         ([["O", None], ["B-x"]], "holds an empty label in 1 of 2 rows (the first is row 0)"),
         (["O", "B-x"], "holds no lists, which token classification needs"),
-        ([["O", ["B-x"]], ["O", ["O"]]], "holds nested values"),
+        ([[["O"]], [["B-x"]]], "holds nested values"),
     ],
 )
 def test_wrong_tags(tmp_path, rows, message):
@@ -369,7 +371,11 @@ def test_a_text_column_called_as_one_of_ours(tmp_path, column):
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [([1, 2], "holds no text but int64"), (["a", 5], "but 5 in row 1"), ([["a"], ["b"]], r"but \['a'\] in row 0")],
+    [
+        ([1, 2], "holds no text but int64"),
+        ([{"a": 1}, {"a": 2}], "but {'a': 1} in row 0"),
+        ([["a"], ["b"]], r"but \['a'\] in row 0"),
+    ],
 )
 def test_columns_that_are_no_text(tmp_path, values, message):
     rows = [{"text": value, "label": label} for value, label in zip(values, "ab", strict=True)]
