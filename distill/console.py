@@ -1,6 +1,7 @@
 """Where the commands print: results to stdout, what is going on to stderr; names and paths as they are."""
 
 import logging
+import re
 import sys
 import unicodedata
 from collections.abc import Iterable
@@ -15,10 +16,15 @@ Item = TypeVar("Item")
 
 # Those that steer a terminal, that turn the direction of what follows, and that no output can encode.
 _HIDDEN = ("Cc", "Cf", "Cs")
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 
 
 def visible(text: str) -> str:
-    """Text in which every control character but line breaks and tabs is written out (`\\x1b`), half surrogates too."""
+    """Text in which every control character but line breaks and tabs is written out (`\\x1b`), half surrogates too.
+
+    Of a token of the Hub only its beginning is left.
+    """
+    text = _TOKEN.sub("hf_…", text)
     return "".join(_written_out(character) if _is_hidden(character) else character for character in text)
 
 

@@ -2,6 +2,8 @@
 
 import contextlib
 import getpass
+import itertools
+import os
 import re
 import socket
 import tempfile
@@ -40,54 +42,50 @@ class LocalNames:
     """
 
     def __init__(self, folder: Path, recipe: dict[str, Any], report: dict[str, Any]):
-        run = folder.resolve().parent
-        self._steps = recipe["steps"]
-        self._sources: dict[str, str | None] = {}
-        self._data_is_local: dict[str, bool] = {}
-        for name in self._steps:
-            record = read_record(run / name)
-            self._sources |= record.get("sources", {})
-            if record.get("data", {}).get("path") is not None:
-                self._data_is_local[record["data"]["path"]] = record.get("data_revision") is None
-        self._names: dict[str, str] = {}
-        output_dir = Path(recipe["output_dir"]).expanduser()
-        for name in self._steps:
-            self._names[str(output_dir / name)] = self._names[str(run / name)] = name
+        run, output_dir = folder.resolve().parent, Path(os.path.expanduser(recipe["output_dir"]))
+        self._steps: dict[str, dict[str, Any]] = recipe["steps"]
+        self._is_local: dict[str, bool] = {}
+        """For the models and rows that the run's records tell of."""
+        for record in (read_record(run / name) for name in self._steps):
+            self._is_local |= {name: revision is None for name, revision in record.get("sources", {}).items()}
+            if "data" in record:
+                self._is_local[record["data"]["path"]] = record["data_revision"] is None
+        self._names = {str(place / name): name for name in self._steps for place in (output_dir, run)}
         data = recipe.get("data") or {}
-        references = [*self._sources, report["baseline"], *self._models(), data.get("path"), data.get("unlabelled")]
-        taken = {*self._steps}
-        for reference in dict.fromkeys(each for each in references if isinstance(each, str)):
-            if reference not in self._steps and self._is_local(reference):
-                location, digest = _split_digest(reference)
-                name = base = base_name(location)
-                count = 1
-                while name in taken:
-                    count += 1
-                    name = f"{base}-{count}"
-                taken.add(name)
-                self._names[reference] = name + digest
-                self._names[location] = name
-        roots = [Path.home(), Path.cwd(), run, output_dir, Path(constants.HF_HOME), Path(constants.HF_HUB_CACHE)]
+        self._add_names(
+            [*self._is_local, report["baseline"], *self._models(), data.get("path"), data.get("unlabelled")]
+        )
+        roots = [_home(), Path.cwd(), run, output_dir, Path(constants.HF_HOME), Path(constants.HF_HUB_CACHE)]
         roots += map(Path, (tempfile.gettempdir(), *_USUAL_ROOTS))
         self._roots = {str(each) for root in roots for each in (root, root.resolve()) if len(each.parts) > 1}
 
-    def _models(self) -> Iterator[str]:
+    def _models(self) -> Iterator[str | None]:
         """Every model that the recipe names."""
         for options in self._steps.values():
             for key in ("model", "teacher"):
                 value = options.get(key)
                 yield from value if isinstance(value, list) else [value]
 
-    def _is_local(self, reference: str) -> bool:
-        location, _ = _split_digest(reference)
+    def _add_names(self, references: list[str | None]) -> None:
+        """Call each of them that lies here by its base name, which is made another's than a step's or an earlier's."""
+        taken = {*self._steps}
+        for reference in dict.fromkeys(each for each in references if each is not None and each not in self._steps):
+            location, digest = _split_digest(reference)
+            if not self._lies_here(reference, location):
+                continue
+            base = base_name(location)
+            numbered = (f"{base}-{number}" for number in itertools.count(2))
+            name = next(each for each in itertools.chain([base], numbered) if each not in taken)
+            taken.add(name)
+            self._names |= {reference: name + digest, location: name}
+
+    def _lies_here(self, reference: str, location: str) -> bool:
         if location.startswith("package:"):
             return False
-        if reference in self._sources:
-            return self._sources[reference] is None
-        if reference in self._data_is_local:
-            return self._data_is_local[reference]
+        if reference in self._is_local:
+            return self._is_local[reference]
         looks_local = _PATH.fullmatch(location) or _DATA_FILE.fullmatch(location) or location.count("/") > 1
-        return bool(looks_local) or Path(location).expanduser().exists()
+        return bool(looks_local) or os.path.exists(location)
 
     def rewritten_recipe(self, recipe: dict[str, Any]) -> dict[str, Any]:
         """A recipe that names no place here: its rows, models and output folder by their names alone."""
@@ -149,7 +147,11 @@ def base_name(path: str) -> str:
     name = re.split(r"[/\\]", path.rstrip("/\\"))[-1]
     for of_here, instead in _names_of_here():
         name = re.sub(rf"(?<![A-Za-z0-9]){re.escape(of_here)}(?![A-Za-z0-9])", instead, name, flags=re.I)
-    return "local" if name.strip(".~") == "" or name == Path.home().name else name
+    return "local" if name.strip(".~") == "" or name == _home().name else name
+
+
+def _home() -> Path:
+    return Path(os.path.expanduser("~"))  # `~` itself for a user without one
 
 
 def _names_of_here() -> list[tuple[str, str]]:

@@ -40,11 +40,11 @@ def locate(reference: str) -> Path | str:
         InputError: nothing there, the package is not installed, or the digest differs.
     """
     location, _, digest = reference.partition("#sha256=")
-    path = _inside_package(location) if location.startswith("package:") else Path(location).expanduser()
     try:
+        path = _inside_package(location) if location.startswith("package:") else Path(location).expanduser()
         exists = path.exists()
-    except OSError as error:  # a name that is too long, a folder that may not be read
-        raise InputError(f"{location}: no file or folder can be looked for there ({error.strerror})") from None
+    except (OSError, RuntimeError) as error:  # a name that is too long, a folder that may not be read, no such user
+        raise InputError(f"{location}: no file or folder can be looked for there ({reason_of(error)})") from None
     if exists:
         if digest:
             _verify(path, digest)

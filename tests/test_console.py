@@ -64,6 +64,16 @@ def test_control_characters_are_written_out(terminal, text, shown):
         assert shown.partition("\n")[0] in said
 
 
+def test_no_token_is_printed(terminal):
+    token = "hf_" + "aB3" * 11 + "x"
+    log_errors([f"steps.teacher.hub_tokn: unknown option; got '{token}'"])
+    terminal.print(f"Bearer {token}, hf_transfer and hf_hub are none")
+    said = terminal.export_text()
+    assert "got 'hf_…'" in said
+    assert "Bearer hf_…, hf_transfer and hf_hub are none" in said
+    assert token not in said
+
+
 def test_no_module_writes_markup_that_would_be_printed_as_it_is():
     markup = re.compile(r"\[/?(red|yellow|green|bold|dim|/)\]")
     for path in [*(ROOT / "distill").glob("*.py"), *(ROOT / "scripts").glob("*.py")]:

@@ -92,6 +92,7 @@ CASES = {
     "no folder": (RUN, {"output_dir": ""}, "output_dir: missing; say where the run folders go"),
     "a folder with too long a name": (RUN, {"output_dir": "x" * 5000}, "is no path; say where the run folders go"),
     "a model with too long a name": (["eval", "x" * 5000], {}, "no file or folder can be looked for there"),
+    "a home of nobody": (["eval", "~nobody-of-that-name/x"], {}, "no file or folder can be looked for there"),
     "a seed below zero": (RUN, {"data.seed": -1}, "data.seed: should be greater than or equal to 0"),
     "a seed that torch refuses": (RUN, {"steps.teacher.seed": 10**30}, "steps.teacher.seed: should be less than"),
     "a flag that is no YAML": ([*RUN, "--teacher.max_steps", "["], {}, "--teacher.max_steps: '[' is no YAML value"),
