@@ -1,12 +1,10 @@
 """Resolve a recipe against its data and models without training: every problem at once, and what steps will make."""
 
-import ast
 import copy
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,8 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from distill.checkpoints import fit_problems, no_head_message
-from distill.config import TrainingConfig, is_on
+from distill.code_fingerprint import code_fingerprint
+from distill.config import is_on
 from distill.data import Data, load_data, token_fingerprint, tokenizer_fingerprint
 from distill.errors import InputError, near_name
 from distill.metrics import computed
@@ -51,35 +50,6 @@ from distill.teacher import FROM_DATA, comparable, layer_pairs
 FINGERPRINT_VERSION = 2
 """Of how fingerprints are made. Raise it with any change of that: folders made before are then compared with the plan
 by what their step.json says (`records.is_finished`), and not made anew."""
-
-# The code that decides what a step makes; where it has changed, `run` and `check` say so of a finished model.
-_MODEL_CODE = ("checkpoints", "label_names", "model_folders", "processors", "models", "student", "steps", "options")
-_TRAINING_CODE = (
-    *_MODEL_CODE,
-    *(
-        *("text_files", "csv_files", "json_files", "tables", "split_files", "class_folders"),
-        "readers",
-        "columns",
-        "labels",
-        "unlabelled",
-        "tasks",
-        "data",
-        "encoding",
-        "masking",
-        "batches",
-        "cache",
-        "hardware",
-    ),
-    *("packing", "config", "losses", "predictions", "representations", "teacher", "objective", "monitoring"),
-    *("adapters", "arguments", "conditions", "trainer"),
-)
-_CODE = {
-    "finetune": _TRAINING_CODE,
-    "distill": _TRAINING_CODE,
-    "quantize": (*_MODEL_CODE, "linears", "embeddings", "formats", "quantize", "sensitivity"),
-}
-_GPTQ_CODE = ("gptq", "fake_weights")  # beside, where it is asked for
-_QAT_CODE = ("affine", "fake_weights", "qat", "formats", "embeddings")  # beside, where `qat` is given
 
 # Options that change what is shown or kept while a step runs, and not what it makes.
 NOT_IN_FINGERPRINT = {
@@ -291,7 +261,7 @@ def _plan_step(
         layers=layers,
         layer_pairs=pairs,
         fingerprint=_fingerprint(step, {option: model.fingerprint for option, model in inputs.items()}, data),
-        code=_code(step),
+        code=code_fingerprint("steps"),
         described=_described(step, inputs, sources, recipe, data),
         made_from=tuple(planned[model.reference] for model in inputs.values() if model.is_step),
         notes=tuple(dict.fromkeys(note for model in inputs.values() for note in model.notes)),
@@ -528,21 +498,3 @@ def resolved_options(options: Options) -> dict[str, Any]:
     """The options of a step, defaults too, without tokens and without its folder."""
     resolved = asdict(options) if isinstance(options, QuantizeOptions) else options.to_dict()
     return {key: value for key, value in resolved.items() if not key.endswith("_token") and key != "output_dir"}
-
-
-def _code(step: Step) -> str:
-    """A hash of the modules that make a step."""
-    aware = isinstance(step.options, TrainingConfig) and step.options.qat is not None
-    together = isinstance(step.options, QuantizeOptions) and step.options.gptq
-    modules = (*_CODE[step.run], *(_QAT_CODE if aware else ()), *(_GPTQ_CODE if together else ()))
-    return hashlib.sha256(" ".join(code_fingerprint(module) for module in modules).encode()).hexdigest()
-
-
-@cache
-def code_fingerprint(module: str) -> str:
-    """Of a module of this package, comments, docstrings and layout aside."""
-    tree = ast.parse((Path(__file__).parent / f"{module}.py").read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
-            node.body = node.body[1:] or [ast.Pass()]
-    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()

@@ -9,6 +9,7 @@ from typing import Any
 
 from distill.benchmark import as_row, benchmark_models, environment
 from distill.card import write_model_card
+from distill.code_fingerprint import code_fingerprint
 from distill.console import log, remark
 from distill.data import Truncated, tokenizer_fingerprint
 from distill.errors import InputError
@@ -17,28 +18,11 @@ from distill.intervals import agreement, divergence_from, paired_difference, won
 from distill.models import fetch_weights, load_classifier, load_processor
 from distill.options import QuantizeOptions
 from distill.pipeline import is_finished, lineage, write_atomically
-from distill.plan import Plan, PlannedStep, code_fingerprint
+from distill.plan import Plan, PlannedStep
 from distill.presentation import as_markdown, draw
 from distill.records import finite, json_text, read_record
 from distill.tasks import is_better_lower
 
-_SCORING_CODE = (
-    *(
-        "readers",
-        "data",
-        "encoding",
-        "masking",
-        "tasks",
-        "metrics",
-        "scorers",
-        "entities",
-        "questions",
-        "checkpoints",
-        "models",
-        "linears",
-    ),
-    *("embeddings", "quantize", "evaluation", "intervals"),
-)
 _SAME_BYTES = 0.1
 """Models within this share of another's bytes take as many; adapters of rank 8 add less than that."""
 
@@ -122,7 +106,7 @@ def _evaluation(plan: Plan, name: str, location: str, fingerprint: str, cache: P
         plan.data.fingerprint,
         tokenizer_fingerprint(processor),
         _scored_with(),
-        [code_fingerprint(module) for module in _SCORING_CODE],
+        code_fingerprint("evaluation"),
     )
     known = _read_cache(file, key)
     if known is not None:
@@ -146,7 +130,7 @@ def _benchmarks(
 ) -> dict[str, dict[str, Any]]:
     """All models together in alternating rounds, or none: timings of different runs don't compare."""
     options = plan.recipe.benchmark
-    key = _key(fingerprints, asdict(options), environment(), [code_fingerprint("benchmark")])
+    key = _key(fingerprints, asdict(options), environment(), code_fingerprint("benchmark"))
     known = _read_cache(cache / "benchmark.json", key)
     if known is None:
         quantized = [each for each in plan.steps.values() if each.step.run == "quantize"]
@@ -166,8 +150,7 @@ def _comparisons(
     student = next((name for name in trained if plan.steps[name].step.run == "distill"), None)
     if student is None:
         return []
-    code = [code_fingerprint(module) for module in _SCORING_CODE]
-    key = _key(fingerprints, plan.data.fingerprint, _scored_with(), code)
+    key = _key(fingerprints, plan.data.fingerprint, _scored_with(), code_fingerprint("evaluation"))
     known = _read_cache(cache / "comparisons.json", key)
     if known is None:
         labels = plan.data.labels(plan.data.task.validation_splits[0][0])

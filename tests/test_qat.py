@@ -9,7 +9,6 @@ from transformers import BertForMaskedLM
 from transformers.pytorch_utils import Conv1D
 
 from distill import DistillationConfig, DistillationTrainer, build_student
-from distill import plan as plan_module
 from distill.affine import affine_from_range, affine_of, fake_quantize
 from distill.config import TrainingConfig
 from distill.embeddings import QuantizedEmbedding
@@ -346,7 +345,7 @@ def test_options_without_effect_and_wrong_ones_are_told(tmp_path):
         )
 
 
-def test_a_recipe_trains_for_a_format_and_its_code_is_known(tmp_path, pretrained, sst2_folder, monkeypatch):
+def test_a_recipe_trains_for_a_format(tmp_path, pretrained, sst2_folder):
     path = tmp_path / "r.yaml"
     path.write_text(
         f"task: sst2\noutput_dir: {tmp_path / 'run'}\ndata: {{path: {sst2_folder}, max_length: 24}}\nsteps:\n"
@@ -358,9 +357,3 @@ def test_a_recipe_trains_for_a_format_and_its_code_is_known(tmp_path, pretrained
     assert run_plan(made) == ["student", "qat", "nf4"]
     trained, source = (load_file(tmp_path / "run" / name / "model.safetensors") for name in ("qat", "student"))
     assert {name: weight.dtype for name, weight in trained.items()} == dict.fromkeys(source, torch.float32)
-    monkeypatch.setattr(plan_module, "code_fingerprint", lambda module: f"changed {module == 'fake_weights'}")
-    other = make_plan(load_recipe(path)).steps
-    monkeypatch.setattr(plan_module, "code_fingerprint", lambda module: f"changed {module == 'nothing'}")
-    same = make_plan(load_recipe(path)).steps
-    assert [name for name in other if other[name].code != same[name].code] == ["qat"]
-    assert [step.fingerprint for step in other.values()] == [step.fingerprint for step in made.steps.values()]
