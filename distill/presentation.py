@@ -189,7 +189,7 @@ def _comparison_lines(report: dict[str, Any]) -> list[str]:
             lines.append(f"{each['model']} − {each['over']}: no number, as the metric of one of them is none")
             continue
         is_better = (high < 0) if is_better_lower(report["metric"]) else (low > 0)
-        verdict = "a tie" if low <= 0 <= high else f"{each['model']} is {'better' if is_better else 'worse'}"
+        verdict = "a tie" if low <= 0 <= high else "better" if is_better else "worse"
         interval = f"95 % interval {low:+.4f} to {high:+.4f}"
         lines.append(f"{each['model']} − {each['over']}: {each['difference']:+.4f}, {interval} ({verdict})")
     return lines + [_recovery_line(each, report["baseline"]) for each in report["recoveries"]]
