@@ -15,6 +15,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.integrations import deepspeed
 
 from distill.adapters import stored_beside_adapters
 from distill.errors import InputError
@@ -149,7 +150,7 @@ def fit_of(
     Args:
         names: the one under which each is looked for.
     """
-    with quiet_loading():
+    with quiet_loading(), unsharded():
         model, info = model_class.from_pretrained(
             None,
             config=config,
@@ -252,6 +253,24 @@ def refuse_not_finite(model: nn.Module, where: str) -> None:
     ]
     if broken:
         raise InputError(f"{where}: holds weights that are NaN or infinite ({_listed(broken)}); make or save it anew")
+
+
+@contextlib.contextmanager
+def on_meta() -> Iterator[None]:
+    """Build models on meta, to look at names and shapes."""
+    with unsharded(), torch.device("meta"):
+        yield
+
+
+@contextlib.contextmanager
+def unsharded() -> Iterator[None]:
+    """Without ZeRO-3, which would shard weights that are not there."""
+    sharding = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = sharding
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from distill.checkpoints import (
     fit_of,
     fit_problems,
     load_weights,
+    on_meta,
     plain_names,
     readable_on_meta,
     refuse_not_finite,
@@ -153,7 +154,7 @@ def model_class(config: PretrainedConfig, kind: TaskKind) -> type[PreTrainedMode
         InputError: its family has none.
     """
     try:
-        with torch.device("meta"):
+        with on_meta():
             return type(from_config(config, kind))
     except ValueError as error:
         raise InputError(f"{config.model_type} makes no model for {kind} ({reason_of(error)})") from error
@@ -171,7 +172,7 @@ def saved_class(location: str, config: PretrainedConfig) -> type[PreTrainedModel
             fit = fit_of(stored, chosen, config, plain_names(stored, chosen, config))
             if not (fit.problem or fit.untrained or fit.unread):
                 return chosen
-    with torch.device("meta"):
+    with on_meta():
         return type(transformers.AutoModel.from_config(config, trust_remote_code=False))
 
 

@@ -4,13 +4,13 @@ import copy
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from transformers import PretrainedConfig
 
 from distill.checkpoints import (
     Fit,
     fit_of,
     fit_problems,
+    on_meta,
     plain_names,
     prefix_note,
     readable_on_meta,
@@ -85,7 +85,7 @@ def check_student(options: FinetuneOptions | DistillOptions, config: PretrainedC
     Raises:
         InputError: blocks that don't stand in one list, as ALBERT's, or sizes that don't fit.
     """
-    with torch.device("meta"):
+    with on_meta():
         build_student(
             from_config(config, kind),
             student_arch=options.student_arch,
@@ -106,7 +106,7 @@ def reading_problems(
     for side, config in enumerate((student, teacher)):
         compared = {part: tuple(pair[side] for pair in pairs.get(part, ())) for part in ("attention", "relation")}
         if kind is not None and any(compared.values()):
-            with torch.device("meta"):
+            with on_meta():
                 skeleton = from_config(config, kind)
             try:
                 Reader(skeleton, [Wanted(attention=compared["attention"], relations=compared["relation"])])

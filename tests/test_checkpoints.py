@@ -16,6 +16,7 @@ from transformers import (
     LlamaConfig,
     LlamaModel,
 )
+from transformers.integrations import deepspeed
 
 from distill import DistillationConfig, DistillationTrainer, quantize_model
 from distill.checkpoints import fit_of, plain_names, stored_shapes
@@ -201,6 +202,23 @@ def test_headers_are_read_without_the_weights(tmp_path):
     stored = stored_shapes([tmp_path / "model.safetensors"])
     assert stored["classifier.weight"].shape == (2, 64)
     assert all(tensor.is_meta for tensor in stored.values())
+
+
+def test_models_are_looked_at_under_zero_3_too(tmp_path):
+    class Zero3:
+        def is_zero3(self):
+            return True
+
+    tiny_bert(**NAMES).save_pretrained(tmp_path)
+    sharding = Zero3()
+    deepspeed.set_hf_deepspeed_config(sharding)
+    try:
+        fit, _ = stored_fit(find_model(str(tmp_path)), SST2, new_head=False)
+        assert fit is not None
+        assert fit.problem is None
+        assert deepspeed.is_deepspeed_zero3_enabled()
+    finally:
+        deepspeed.unset_hf_deepspeed_config()
 
 
 # --- outputs --------------------------------------------------------------------------------------------------------
