@@ -32,11 +32,6 @@ def rows_to_score(
     record = read_record(Path(source.location))
     unnamed = task_name is None and not given.keys() & {"kind", "path"}
     of_its_run = unnamed and isinstance(record.get("data"), dict) and "task" in record
-    if unnamed and not of_its_run:
-        raise InputError(
-            f"{source.reference}: say which rows to score it on, with --task, or with --data.kind and --data.path "
-            "(its folder has no step.json that tells its run's)"
-        )
     if of_its_run:
         task_name = record["task"] if record["task"] in GLUE else None
         of_the_run = record["data"].items()
@@ -45,6 +40,11 @@ def rows_to_score(
     options = parse_options(DataOptions, given, "--data", problems)
     if problems:
         raise InputError(*problems)
+    if unnamed and not of_its_run:
+        raise InputError(
+            f"{source.reference}: say which rows to score it on, with --task, or with --data.kind and --data.path "
+            "(its folder has no step.json that tells its run's)"
+        )
     names = [str(name) for _, name in sorted(source.config.id2label.items())]
     model_labels = [(label_map or {}).get(name, name) for name in names]
     try:
