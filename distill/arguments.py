@@ -17,6 +17,7 @@ from distill.console import log
 from distill.errors import InputError
 from distill.predictions import label_columns, plain_model, problem_type
 from distill.representations import width_of
+from distill.tasks import is_better_lower
 
 
 def own_arguments(args: TrainingArguments | None, student: PretrainedConfig, *, with_teacher: bool) -> TrainingConfig:
@@ -52,6 +53,8 @@ def _converted(args: TrainingArguments, wanted: type[TrainingConfig]) -> Trainin
             f"{wanted.__name__}"
         )
     given |= {name: args.mixed_precision == name for name in ("bf16", "fp16")}  # a launcher may have said it
+    if given["greater_is_better"] and is_better_lower(given["metric_for_best_model"]):
+        given["greater_is_better"] = None  # Trainer's own guess, which knows `…loss` alone
     if wanted is DistillationConfig and args.process_index == 0:
         log.print(
             f"      args: of {type(args).__name__} every value is kept (learning rate {args.learning_rate:g}, "

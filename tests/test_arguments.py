@@ -50,6 +50,12 @@ def test_plain_arguments_keep_every_value_they_hold(tmp_path, capsys):
     assert "loss/soft" in trainer.state.log_history[0]
 
 
+def test_plain_arguments_keep_the_checkpoint_of_least_perplexity(tmp_path):
+    plain = TrainingArguments(output_dir=str(tmp_path), metric_for_best_model="perplexity", use_cpu=True)
+    assert plain.greater_is_better is True  # Trainer's guess
+    assert make_trainer(plain).args.greater_is_better is False
+
+
 def test_plain_arguments_without_a_teacher_train_on_the_labels(tmp_path):
     plain = TrainingArguments(output_dir=str(tmp_path), max_steps=1, save_strategy="no", use_cpu=True, logging_steps=1)
     trainer = make_trainer(plain, teacher=None)
