@@ -710,15 +710,12 @@ steps:
     assert compared == {"first", "second", "of-one", "of-three"}
 
 
-def test_no_token_is_written(tmp_path, pretrained, sst2_folder):
+def test_a_token_in_a_recipe_is_refused_and_not_shown(tmp_path, pretrained, sst2_folder):
     steps = "\n  teacher: {{run: finetune, model: {pretrained}, max_steps: 1, hub_token: hf_secret}}\n"
-    path = write_recipe(tmp_path, pretrained, sst2_folder, steps)
-    made = plan(path)
-    run_plan(made)
-    write_report(made)
-    for file in (tmp_path / "run").rglob("*"):
-        if file.is_file():
-            assert b"hf_secret" not in file.read_bytes(), file
+    with pytest.raises(InputError, match=r"steps\.teacher\.hub_token: .*`push:`") as error:
+        plan(write_recipe(tmp_path, pretrained, sst2_folder, steps))
+    assert "hf_secret" not in str(error.value)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
