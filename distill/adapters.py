@@ -79,7 +79,8 @@ def lora_config(options: LoraOptions, kind: TaskKind) -> LoraConfig:
         lora_alpha=options.get("alpha", 2 * rank),
         lora_dropout=options.get("dropout", 0.0),
         target_modules=targets,
-        exclude_modules=heads if targets == "all-linear" else None,
+        # PEFT trains DistilBERT's pre_classifier with its classifier, as the names end alike.
+        exclude_modules=[*(heads or []), "pre_classifier"] if targets == "all-linear" else None,
         modules_to_save=options.get("modules_to_save", heads),
         task_type=_TASK_TYPES.get(kind),
     )

@@ -21,6 +21,7 @@ from distill.plan import make_plan
 from distill.recipe import load_recipe
 from distill.report import write_report
 from distill.tasks import own_task
+from tests.architectures import ARCHITECTURES, small_model
 from tests.conftest import make_tokenizer, sentences, write_rows
 from tests.test_exactness import make_models, make_rows
 
@@ -309,3 +310,11 @@ def test_other_adapters_are_another_model(foreign, tmp_path):
     weights = safetensors.torch.load_file(file)
     safetensors.torch.save_file({name: weight + 1 for name, weight in weights.items()}, file, metadata={"format": "pt"})
     assert find_model(str(tmp_path / "a"), adapters=True).fingerprint != before
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_default_adapters_train_the_whole_head(architecture):
+    adapted = with_adapters(small_model(architecture), lora_config({}, "classification"))
+    trained = {name for name, each in adapted.named_parameters() if each.requires_grad and "lora_" not in name}
+    heads = {"gpt2": ["score"], "distilbert": ["pre_classifier", "classifier"]}.get(architecture, ["classifier"])
+    assert {name.split(".")[2] for name in trained} == set(heads)
