@@ -1,7 +1,6 @@
 """The report: every model of a run scored and measured side by side, as report.json, report.md and a plot."""
 
 import hashlib
-import importlib.metadata
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -121,8 +120,7 @@ def _scored_with() -> dict[str, Any]:
     """What else a score may hang on: the device, and the versions of what computes there."""
     around = environment()
     versions = {package: around[package] for package in ("torch", "transformers", "bitsandbytes", "peft")}
-    own = importlib.metadata.version("distill-transformers")
-    return versions | {"distill": own, "device": around["gpu"] or around["cpu"]}
+    return versions | {"device": around["gpu"] or around["cpu"]}
 
 
 def _benchmarks(
