@@ -96,10 +96,12 @@ def load_recipe(path: Path, overrides: Mapping[str, str] | None = None, *, draft
     for key in unknown:
         problems.append(f"{key}: unknown key; {nearest_name(key, _TOP_LEVEL)}")
     output_dir = content.get("output_dir")
-    if not output_dir or not isinstance(output_dir, str) or not _can_be_looked_for(Path(output_dir)):
+    if output_dir and isinstance(output_dir, str) and _can_be_looked_for(Path(output_dir)):
+        folder = Path(output_dir).expanduser()
+    else:
+        folder = Path("runs") / path.stem  # of a draft, which nothing is written for
         found = f"{output_dir!r} is no path" if output_dir else "missing"
-        problems.append(f"output_dir: {found}; say where the run folders go, like runs/{path.stem}")
-    folder = Path(str(output_dir)).expanduser()
+        problems.append(f"output_dir: {found}; say where the run folders go, like {folder}")
     names = {}
     for key in ("task", "baseline"):
         names[key] = content.get(key)

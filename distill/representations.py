@@ -308,7 +308,7 @@ class ProjectedStudent(nn.Module):
                 self.projections[name] = nn.Linear(width, teacher_width, bias=False)
 
     def activation_checkpointing_enable(self, **options: Any) -> None:
-        """The student's; Trainer asks for it, by the second name in transformers 5.17."""
+        """The student's; Trainer asks for it, by the second name before transformers 5.20."""
         known = getattr(self.student, "activation_checkpointing_enable", self.student.gradient_checkpointing_enable)
         known(**options)
 

@@ -84,7 +84,7 @@ def test_cached_and_live_teachers_give_the_same_training(tmp_path, monkeypatch, 
 def test_bf16_and_float32_have_a_cache_each(tmp_path):
     for bf16 in (None, False):
         make_cached(tmp_path, "soft", 16, bf16=bf16, cache_teacher="logits").train()
-    assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert len([each for each in (tmp_path / "cache").iterdir() if each.name != ".locks"]) == 2
 
 
 @pytest.mark.parametrize("options", [{"hidden_weight": 0.5, "relation_weight": 0.5}, {"qat": "int8"}])

@@ -137,7 +137,7 @@ steps:
         "steps.student.soft_weight: should be a valid number, unable to parse string as a number; got 'much'",
         "steps.student.teacher: missing. The fine-tuned teacher",
         "steps.q.format: should be 'int8', 'nf4', 'fp4' or 'bf16'; got 'int4'",
-        "steps.bad name: a step's name is letters, digits",
+        "steps.bad name: a step's name is at most 100 letters, digits",
         "steps.data: a step's name is",
         "--studnt.temperature: no such step or key; did you mean 'student'?",
     ):
