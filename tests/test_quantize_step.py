@@ -175,7 +175,7 @@ def test_wrong_options_are_told_before_anything_runs(tmp_path, model, sst2_folde
         make_plan(load_recipe(write_recipe(tmp_path, model, sst2_folder, steps)))
     for problem, key in zip(
         error.value.problems,
-        ["a.format:", "b.bits_b", "c.overrides", "d.block_size", "e.gptq", "f: calib"],
+        ["a.format:", "b.bits_b", "c.overrides", "d.block_size", "e.gptq", "f.calib"],
         strict=True,
     ):
         assert f"steps.{key}" in problem
