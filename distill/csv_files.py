@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from distill.errors import InputError
-from distill.text_files import text_lines
+from distill.text_files import ending, text_lines
 
 _SEPARATORS = ",;\t"
 _ROWS_AT_ONCE = 50_000
@@ -85,7 +85,8 @@ def _layout(path: Path) -> _Layout:
     second = next((line for line in lines if line.strip()), "")
     inner = _unwrapped(first)
     wrapped = inner != first or (_width(first) > 1 and _unwrapped(second) != second)
-    separator = max(_SEPARATORS, key=lambda each: len(_split(inner, each)))
+    usual = "\t" if ending(path) == ".tsv" else _SEPARATORS[0]  # where the header has one as often as another, or none
+    separator = max(usual + _SEPARATORS, key=lambda each: len(_split(inner, each)))
     notes = ["every line stands in quotes as a whole; they were taken off"] if wrapped else []
     later = _split(inner, separator)[1:]
     spaces = bool(later) and all(name.startswith(" ") for name in later)
@@ -240,7 +241,11 @@ def _swallowed(path: Path, layout: _Layout, found: _Found, label: str) -> str | 
             first, *inner = cell.split("\n")
             if not inner:
                 continue
-            whole = [[*row[:column], *_cells(first, layout)], *(_cells(line, layout) for line in inner[:-1])]
+            whole = [_cells(line, layout) for line in inner[:-1]]
+            if column < place:  # the label must stand in the cell, and not before or behind it, as in any row
+                whole.append([*row[:column], *_cells(first, layout)])
+            elif column > place:
+                whole.append([*_cells(inner[-1], layout), *row[column + 1 :]])
             if any(len(cells) == len(found.names) and cells[place].strip('"\r') in labels for cells in whole):
                 return (
                     f"a quote that opens on line {number} closes {len(inner)} lines later, and swallows rows between; "

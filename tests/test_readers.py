@@ -105,6 +105,7 @@ def test_ids_and_scores_of_a_csv_are_read_as_before(tmp_path):
         ('text,label\na,ham\n"b,ham\nc" d,ham\n', "lines 3 to 4: a quote opens or closes in the middle of a cell"),
         ('text,label\na,ham\nz,spam\n"b,ham\nc,spam\nd",ham\n', "a quote that opens on line 4 closes 2 lines later"),
         ('text,label\na,ham\nz,spam\n"b\nc,spam\nd",ham\n', "a quote that opens on line 4 closes 2 lines later"),
+        ('label,text\nham,a\nspam,z\nham,"b\nspam,c"\n', "a quote that opens on line 4 closes 1 lines later"),
         ("text,label\na,ham\nb\n\nc\n", r"line 3 has 1 cells \(2 lines are like it\), and the header has 2 names"),
         ("text,label\n\n\na,b,ham\n", "line 4 has 3 cells, more cells than the header has names"),
         ("text,label,text\na,ham,b\n", "line 1 names column 'text' twice"),
@@ -123,6 +124,23 @@ def test_cells_of_several_lines_are_no_rows(tmp_path):
     rows, notes = rows_of(tmp_path / "train.csv", 'text,label\n"one, two\nthree, four\nfive",ham\nb,spam\nc,ham\n')
     assert list(rows["text"]) == ["one, two\nthree, four\nfive", "b", "c"]
     assert not notes
+
+
+@pytest.mark.parametrize("header", ["label,text", "id,label,text", "label,text,note", "note,text,label"])
+def test_cells_of_several_lines_stand_before_or_behind_the_label(tmp_path, header):
+    names, text = header.split(","), '"Dear all\nthat is it\nbye"'
+    cells = [{"id": "1", "label": label, "text": text, "note": text} for label in ("ham", "spam", "ham", "spam")]
+    cells.append({"id": "2", "label": "ham", "text": "b", "note": "c"})
+    content = "\n".join([header, *(",".join(row[name] for name in names) for row in [*cells, cells[-1], cells[-1]])])
+    rows, _ = rows_of(tmp_path / "train.csv", content)
+    assert list(rows["text"]) == ["Dear all\nthat is it\nbye"] * 4 + ["b"] * 3
+
+
+@pytest.mark.parametrize("header", ["text", "text\tlabel, if any"])
+def test_tabs_separate_in_a_tsv_where_its_header_leaves_it_open(tmp_path, header):
+    rest = "\tham" * header.count("\t")
+    rows, _ = rows_of(tmp_path / "train.tsv", f"{header}\none, two{rest}\nthree, four, five{rest}\n")
+    assert list(rows["text"]) == ["one, two", "three, four, five"]
 
 
 @pytest.mark.parametrize(
