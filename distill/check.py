@@ -21,7 +21,7 @@ from distill.config import TrainingConfig
 from distill.console import log, results, styled
 from distill.data import describe_cut
 from distill.errors import InputError
-from distill.finished import is_finished, remarks_on
+from distill.finished import is_finished, pending_reruns, remarks_on
 from distill.formats import QuantizationSettings, choose_formats
 from distill.models import from_config, label_order, load_processor, size_on_disk
 from distill.options import DistillOptions, FinetuneOptions, QuantizeOptions, StudentOptions, is_adapter, teachers_of
@@ -91,7 +91,7 @@ def print_plan(plan: Plan) -> None:
     results.print(f"rows: {rows}; at most {data.max_length} tokens each")
     for note in data.notes:
         results.print(f"note: {note}")
-    total, said = 0.0, list[str]()
+    total, said, reruns = 0.0, list[str](), pending_reruns(plan.recipe.output_dir)
     for name, planned in plan.steps.items():
         with log.status(f"{name}: timing a few batches"):
             estimate = estimate_step(plan, planned)
@@ -116,7 +116,9 @@ def print_plan(plan: Plan) -> None:
         for teacher, pairs in planned.layer_pairs.items():
             for part, layers in pairs.items():
                 results.print(f"  {part} loss: {show_pairs(layers)} (student→{teacher}; 0 is the embeddings)")
-        if is_finished(planned):
+        if name in reruns:
+            results.print("  will be made anew, as --rerun asked a run that was stopped")
+        if is_finished(planned) and name not in reruns:
             for line in ["finished already", *remarks_on(planned)]:
                 results.print(f"  {line}")
         elif estimate.seconds is None:

@@ -24,7 +24,7 @@ from distill.adapters import lora_config
 from distill.benchmark import refuse_too_short
 from distill.data import Data
 from distill.errors import InputError, in_one_line, nearest_name
-from distill.finished import is_finished
+from distill.finished import is_finished, pending_reruns
 from distill.hub import require_token
 from distill.models import from_config
 from distill.objective import COUNTS
@@ -66,7 +66,7 @@ def runnable_plan(
         InputError: with every problem of the recipe, its data, models and trainings.
     """
     problems = [located(problem, recipe.path, recipe.flags) for problem in push_problems(recipe)] if pushes else []
-    again = set(rerun or ())
+    again = {*(rerun or ()), *pending_reruns(recipe.output_dir)}
 
     def check_step(planned: PlannedStep, configs: Mapping[str, PretrainedConfig], data: Data | None) -> list[str]:
         if again & set(planned.parents):

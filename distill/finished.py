@@ -19,6 +19,14 @@ from distill.representations import width_of
 
 _OF_THE_MACHINE = {"bf16", "fp16", "use_cpu", "dataloader_pin_memory"}
 """Options that are resolved by the hardware where the user does not say them."""
+RERUNS = ".rerun"
+"""In the output folder: the steps that are still to be made anew, as a run was asked to."""
+
+
+def pending_reruns(output_dir: Path) -> set[str]:
+    """The steps that a run was asked to make anew (`--rerun`), and has not yet."""
+    file = output_dir / RERUNS
+    return set(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else set()
 
 
 def is_finished(planned: PlannedStep) -> bool:

@@ -15,7 +15,7 @@ from distill.card import inherited, write_model_card
 from distill.config import TrainingConfig
 from distill.console import log
 from distill.errors import InputError, nearest_name
-from distill.finished import is_finished, remarks_on
+from distill.finished import RERUNS, is_finished, pending_reruns, remarks_on
 from distill.folders import locked, settle, told_of_a_full_disk, unfinished, write_atomically, written_whole
 from distill.hardware import allocator
 from distill.models import fetch_weights
@@ -31,8 +31,6 @@ from distill.yaml12 import dump_yaml
 
 _BEGUN = ".begun"
 """In a step's folder: what its checkpoints are of."""
-_RERUNS = ".rerun"
-"""In the output folder: the steps that are still to be made anew, as they were asked for."""
 
 
 def run_plan(
@@ -65,11 +63,12 @@ def run_plan(
     folder = plan.recipe.output_dir
     steps, again = _chosen(plan, only, (only or list(plan.steps)) if force else rerun or [])
     _check_folders(folder, steps)
-    _fetch_weights(plan, [planned for planned in steps if planned.step.name in again or not is_finished(planned)])
+    asked = again | pending_reruns(folder)
+    _fetch_weights(plan, [planned for planned in steps if planned.step.name in asked or not is_finished(planned)])
     with told_of_a_full_disk(folder), ExitStack() as held:
         on_main_process(lambda: held.enter_context(locked(folder)))
         on_main_process(lambda: _begin(plan, again))
-        reruns = _reruns(folder)
+        reruns = pending_reruns(folder)
         todo = {planned.step.name: planned.step.name in reruns or not is_finished(planned) for planned in steps}
         wait_for_everyone()  # nobody writes before all have read
         for number, planned in enumerate(steps, start=1):
@@ -79,11 +78,11 @@ def run_plan(
                 continue
             _say(f"{place} {name}: {planned.step.run}{_parameters(planned)}")
             if read_record(planned.folder).get("status") == "finished":
-                reason = "" if name in reruns else ": its options, inputs or rows have changed since"
-                _say(f"      made anew{reason}; the model that is there stays until this one is whole")
+                reason = "as --rerun asked" if name in reruns else "as its options, inputs or rows have changed since"
+                _say(f"      made anew, {reason}; the model that is there stays until this one is whole")
             clock = time.perf_counter()
             _run(plan, planned, profile=profile)
-            on_main_process(partial(_note_reruns, folder, _reruns(folder) - {name}))
+            on_main_process(partial(_note_reruns, folder, pending_reruns(folder) - {name}))
             _say(f"      {name}: finished in {time.perf_counter() - clock:.0f} s → {planned.folder}")
     return [name for name, ran in todo.items() if ran]
 
@@ -111,20 +110,14 @@ def _begin(plan: Plan, again: set[str]) -> None:
         if planned.step.name in again:
             shutil.rmtree(planned.folder / CHECKPOINTS, ignore_errors=True)
     save_recipe(plan.recipe)
-    _note_reruns(plan.recipe.output_dir, again | _reruns(plan.recipe.output_dir) & plan.steps.keys())
-
-
-def _reruns(output_dir: Path) -> set[str]:
-    """Steps that a run was asked to make anew, and has not yet."""
-    file = output_dir / _RERUNS
-    return set(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else set()
+    _note_reruns(plan.recipe.output_dir, again | pending_reruns(plan.recipe.output_dir) & plan.steps.keys())
 
 
 def _note_reruns(output_dir: Path, names: set[str]) -> None:
     if names:
-        write_atomically(output_dir / _RERUNS, json.dumps(sorted(names)))
+        write_atomically(output_dir / RERUNS, json.dumps(sorted(names)))
     else:
-        (output_dir / _RERUNS).unlink(missing_ok=True)
+        (output_dir / RERUNS).unlink(missing_ok=True)
 
 
 def save_recipe(recipe: Recipe) -> None:
@@ -218,16 +211,12 @@ def _prepare_folder(planned: PlannedStep) -> str:
     code = begun["code"] if resumes else planned.code
     if code != planned.code:
         _say(f"      begun by other code; `distill run … --rerun {planned.step.name}` begins it anew")
-    if read_record(folder).get("status") != "finished" and folder.is_dir():
-        for path in folder.iterdir():
-            if path != checkpoints:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
     folder.mkdir(parents=True, exist_ok=True)
     record = {"name": planned.step.name, "fingerprint": planned.fingerprint, "fingerprint_version": FINGERPRINT_VERSION}
     record |= {"code": code, "status": "running"}
-    _write_record(folder / _BEGUN, record)
-    if read_record(folder).get("status") != "finished":
+    if read_record(folder).get("status") != "finished":  # first, as a folder without it is taken for somebody else's
         _write_record(folder / "step.json", record)
+    _write_record(folder / _BEGUN, record)
     return code
 
 

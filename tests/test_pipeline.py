@@ -335,6 +335,8 @@ def test_a_finished_model_stays_until_its_successor_is_whole(
 
 
 def test_steps_are_made_anew_by_name_with_what_depends_on_them(tmp_path, pretrained, sst2_folder, monkeypatch, capsys):
+    from distill.cli import main
+
     steps = """
   teacher: {{run: finetune, model: {pretrained}, max_steps: 2}}
   student: {{run: distill, teacher: teacher, num_layers: 2, max_steps: 2}}
@@ -362,7 +364,11 @@ def test_steps_are_made_anew_by_name_with_what_depends_on_them(tmp_path, pretrai
         patch.setattr("distill.sessions.Clock.on_step_end", stop)
         with pytest.raises(KeyboardInterrupt):
             run_plan(plan(path), rerun=["teacher"])
+    capsys.readouterr()
+    assert main(["check", str(path)]) == 0
+    assert capsys.readouterr().out.count("will be made anew, as --rerun asked") == 2
     assert run_plan(plan(path)) == ["student", "int8"]  # as it was asked for; the teacher is done
+    assert capsys.readouterr().err.count("made anew, as --rerun asked; the model that is there stays") == 2
     assert run_plan(plan(path), force=True) == ["teacher", "student", "alone", "int8"]
     assert not (tmp_path / "run" / ".rerun").exists()
 
