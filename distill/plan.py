@@ -49,7 +49,7 @@ from distill.teacher import FROM_DATA, comparable, layer_pairs
 
 FINGERPRINT_VERSION = 2
 """Of how fingerprints are made. Raise it with any change of that: folders made before are then compared with the plan
-by what their step.json says (`records.is_finished`), and not made anew."""
+by what their step.json says (`finished.is_finished`), and not made anew."""
 
 # Options that change what is shown or kept while a step runs, and not what it makes.
 NOT_IN_FINGERPRINT = {
