@@ -17,12 +17,12 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-import torch
 
 from distill.console import log, log_errors, remark, results
 from distill.data import tokenize
 from distill.errors import InputError
 from distill.evaluation import predict_rows
+from distill.hardware import compute_device
 from distill.models import find_model, load_classifier, load_tokenizer
 from distill.readers import read_splits
 from distill.tasks import GLUE, Task
@@ -146,7 +146,7 @@ def predict_files(models: str, rows: dict[str, datasets.Dataset]) -> dict[str, s
     texts = {}
     for task, location in locations.items():
         model = load_classifier(location, GLUE[task])
-        model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+        model = model.to(compute_device())
         tokenizer = load_tokenizer(location)
         for name in [name for name, file in FILES.items() if file.task == task]:
             inputs = tokenize(
