@@ -421,7 +421,9 @@ class DistillationTrainer(transformers.Trainer):
 
             def outputs(numbers: list[int], teacher: Teacher = teacher, read: Reader = read) -> tuple[Outputs, Tensor]:
                 batch = self._completed(self._prepare_inputs(read(numbers)))
-                return teacher.outputs(batch), batch["attention_mask"]
+                found = teacher.outputs(batch)
+                teacher.refuse_not_finite()  # before it lies on disk, where a GPU is waited for anyway
+                return found, batch["attention_mask"]
 
             teacher.cache = build_cache(
                 teacher.model, plan, self.train_dataset, outputs,
@@ -433,7 +435,6 @@ class DistillationTrainer(transformers.Trainer):
                 num_processes=self.args.world_size,
                 wait=wait_for_everyone,
             )  # fmt: skip
-            teacher.refuse_not_finite()
 
     # --- the loss ---------------------------------------------------------------------------------------------------
 
