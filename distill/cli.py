@@ -28,7 +28,7 @@ from distill.hub import push_folder, to_push, write_content
 from distill.launch import check_config, find_config, launch
 from distill.models import fetch_weights, find_model, load_classifier, load_processor
 from distill.options import VERBS
-from distill.pipeline import run_plan
+from distill.pipeline import chosen_steps, run_plan
 from distill.plan import Plan, make_plan
 from distill.presentation import print_report
 from distill.processes import check_launch, on_main_process
@@ -378,6 +378,7 @@ def _launch(arguments: argparse.Namespace, overrides: dict[str, str], command: l
     recipe = load_recipe(arguments.recipe, overrides, draft=True)
     plan = runnable_plan(recipe, only=only, rerun=rerun, force=force, launches=True)
     if command[0] == "run":
+        chosen_steps(plan, only, rerun or [])
         with locked(plan.recipe.output_dir):
             pass  # else every process would tell of the run that has it
     command += [part for key, value in overrides.items() for part in (f"--{key}", value)]

@@ -61,7 +61,7 @@ def run_plan(
         DiskFull: the steps so far are whole, and the next run goes on.
     """
     folder = plan.recipe.output_dir
-    steps, again = _chosen(plan, only, (only or list(plan.steps)) if force else rerun or [])
+    steps, again = chosen_steps(plan, only, (only or list(plan.steps)) if force else rerun or [])
     _check_folders(folder, steps)
     asked = again | pending_reruns(folder)
     _fetch_weights(plan, [planned for planned in steps if planned.step.name in asked or not is_finished(planned)])
@@ -137,8 +137,12 @@ def save_recipe(recipe: Recipe) -> None:
     write_atomically(recipe.output_dir / "recipe.yaml", text)
 
 
-def _chosen(plan: Plan, only: list[str] | None, rerun: list[str]) -> tuple[list[PlannedStep], set[str]]:
-    """The steps to run, and the names of those among them that are made anew whatever is there."""
+def chosen_steps(plan: Plan, only: list[str] | None, rerun: list[str]) -> tuple[list[PlannedStep], set[str]]:
+    """The steps to run, and the names of those among them that are made anew whatever is there.
+
+    Raises:
+        InputError: unknown names, or an unfinished input.
+    """
     given = {"--only": only or [], "--rerun": rerun}
     problems = [
         f"{flag} {name}: no such step; {nearest_name(name, plan.steps)}"

@@ -349,6 +349,7 @@ def test_steps_are_made_anew_by_name_with_what_depends_on_them(tmp_path, pretrai
         run_plan(plan(path), rerun=["studnet"])
     with pytest.raises(InputError, match="--rerun student: is not among --only"):
         run_plan(plan(path), only=["teacher"], rerun=["student"])
+    assert main(["run", str(path), "--accelerate_config", "multi_cpu", "--rerun", "studnet"]) == 2  # told once, here
     assert run_plan(plan(path), rerun=["student"]) == ["student", "int8"]
     assert run_plan(plan(path)) == []
     assert run_plan(plan(path), only=["teacher"], rerun=["teacher"]) == ["teacher"]
