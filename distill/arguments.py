@@ -100,6 +100,7 @@ def check_given(
     if not problems:
         problems += _unreadable(model, sets, options)
         problems += _label_problems(model, args)
+        problems += _label_order_problems([model, *teachers], sets)
     if problems:
         raise InputError(*problems)
 
@@ -147,6 +148,25 @@ def _label_problems(model: PreTrainedModel | PeftModel, args: TrainingArguments 
     if not others:
         return []
     return [f"label_names: labels are read from {', '.join(read)}; rename the rows' column {', '.join(sorted(others))}"]
+
+
+def _label_order_problems(models: Sequence[Any], sets: Mapping[str, Any]) -> list[str]:
+    """Rows whose class ids stand for other names than a model's: it would learn, or teach, one class for another."""
+    problems = []
+    for name, rows in sets.items():
+        features = getattr(rows, "features", None) or {}
+        feature = next((features[column] for column in ("labels", "label") if column in features), None)
+        if not isinstance(feature, datasets.ClassLabel):
+            continue
+        for number, model in enumerate(each for each in models if each != "data"):
+            its = [str(each) for _, each in sorted(model.config.id2label.items())]
+            if its != feature.names and sorted(map(str.lower, its)) == sorted(map(str.lower, feature.names)):
+                who = "the model" if number == 0 else "the teacher"
+                problems.append(
+                    f"{name}: its classes are {', '.join(feature.names)}, and those of {who} {', '.join(its)}, in this "
+                    f"order; give load_data the model's (DataOptions(label_names={its})), or align_labels_with_mapping"
+                )
+    return problems
 
 
 def _shown(given: Any) -> str:

@@ -38,6 +38,8 @@ def tokenize(
     from a row (of questions: from the question itself). Images stay as they are and are turned into `pixel_values` when
     they are read.
 
+    Class ids are a `ClassLabel` with the task's names.
+
     Args:
         stride: tokens that neighbouring windows of a context share; a third of `max_length` by default.
         scored: the masks of a masked LM are drawn here, once; for training they are drawn anew whenever a row is read.
@@ -62,7 +64,7 @@ def tokenize(
         encoded = encode(batch, numbers)
         return encoded | {"length": [len(ids) for ids in encoded["input_ids"]]}
 
-    return rows.map(
+    encoded = rows.map(
         encode_with_length,
         batched=True,
         with_indices=True,
@@ -71,6 +73,10 @@ def tokenize(
         desc="Tokenizing",
         load_from_cache_file=False,
     )
+    if task.kind == "classification" and task.label_names and "labels" in encoded.column_names:
+        # What the ids mean goes along, to be compared with what a model takes them for.
+        encoded = encoded.cast_column("labels", datasets.ClassLabel(names=list(task.label_names)))
+    return encoded
 
 
 def cut_rows(rows: datasets.Dataset) -> int | None:

@@ -9,9 +9,9 @@ import torch
 import transformers
 from transformers import TrainerCallback, TrainingArguments
 
-from distill import DistillationConfig, DistillationTrainer, InputError
+from distill import DataOptions, DistillationConfig, DistillationTrainer, InputError, build_student, load_data
 from distill.config import TrainingConfig
-from tests.conftest import make_tokenizer, sentences, tiny_bert
+from tests.conftest import make_tokenizer, sentences, tiny_bert, write_rows
 from tests.test_exactness import make_rows
 
 
@@ -240,3 +240,23 @@ def test_resume_from_checkpoint_true_finds_the_last(tmp_path):
     assert resumed.state.global_step == 4
     for name, weight in whole.student.state_dict().items():
         assert torch.equal(resumed.student.state_dict()[name], weight), name
+
+
+def test_rows_whose_ids_stand_for_other_classes_are_refused(tmp_path):
+    """A teacher of yes and no, and rows of no and yes: a student would learn the names the wrong way round."""
+    named = [{**row, "label": ["no", "yes"][row["label"]]} for row in sentences(40)]
+    for split in ("train", "validation"):
+        write_rows(tmp_path / "d" / f"{split}.jsonl", named)
+    options = {"kind": "classification", "path": str(tmp_path / "d"), "text": "sentence", "max_length": 24}
+    teacher = tiny_bert(id2label={0: "yes", 1: "no"}, label2id={"yes": 0, "no": 1})
+    student = build_student(teacher, num_layers=2)
+    rows = load_data(None, DataOptions(**options)).tokenized("train", make_tokenizer())
+    assert rows.features["labels"].names == ["no", "yes"]
+    for model, teachers in ((student, teacher), (tiny_bert(seed=1, num_hidden_layers=2), teacher)):
+        with pytest.raises(InputError, match=r"its classes are no, yes, and those of the (model|teacher) yes, no"):
+            make_trainer(config(tmp_path / "out"), model=model, teacher=teachers, train_dataset=rows)
+    aligned = load_data(None, DataOptions(**options, label_names=["yes", "no"])).tokenized("train", make_tokenizer())
+    assert [aligned.features["labels"].int2str(each) for each in aligned["labels"]] == [
+        rows.features["labels"].int2str(each) for each in rows["labels"]
+    ]
+    make_trainer(config(tmp_path / "out"), model=student, teacher=teacher, train_dataset=aligned).train()
