@@ -36,6 +36,8 @@ def rows_to_score(
         task_name = record["task"] if record["task"] in GLUE else None
         of_the_run = record["data"].items()
         given = {key: each for key, each in of_the_run if key not in _OF_TRAINING and each is not None} | dict(given)
+    elif task_name is None and record.get("kind") is not None:
+        given = {"kind": record["kind"], **given}
     problems: list[str] = []
     options = parse_options(DataOptions, given, "--data", problems)
     if problems:

@@ -88,3 +88,9 @@ def test_rows_of_a_run_that_are_gone_are_told_as_such(folder, tmp_path, capsys):
     said = " ".join(capsys.readouterr().err.split())
     assert "nowhere.jsonl: no such file" in said
     assert "these are the validation rows of the model's run" in said
+
+
+def test_the_kind_is_that_of_the_run_where_other_rows_are_named(folder, capsys):
+    columns = ("--data.text", "review", "--data.label", "verdict")
+    _, found = evaluate(capsys, folder / "runs" / "own" / "int8", "--data.path", folder / "others.jsonl", *columns)
+    assert (found["task"], found["rows"]) == ("classification", {"validation": 7})
