@@ -75,6 +75,7 @@ def run_plan(
             name, place = planned.step.name, f"[{number}/{len(steps)}]"
             if not todo[name]:
                 _say("\n      ".join([f"{place} {name}: finished already", *remarks_on(planned)]))
+                on_main_process(partial(_drop_checkpoints, planned.folder))
                 continue
             _say(f"{place} {name}: {planned.step.run}{_parameters(planned)}")
             if read_record(planned.folder).get("status") == "finished":
@@ -111,6 +112,12 @@ def _begin(plan: Plan, again: set[str]) -> None:
             shutil.rmtree(planned.folder / CHECKPOINTS, ignore_errors=True)
     save_recipe(plan.recipe)
     _note_reruns(plan.recipe.output_dir, again | pending_reruns(plan.recipe.output_dir) & plan.steps.keys())
+
+
+def _drop_checkpoints(folder: Path) -> None:
+    """Of a training that was to replace a finished model, and is not asked for any more."""
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    (folder / _BEGUN).unlink(missing_ok=True)
 
 
 def _note_reruns(output_dir: Path, names: set[str]) -> None:

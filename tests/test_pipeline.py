@@ -234,6 +234,16 @@ def change_code(tmp_path, monkeypatch):
     code_module.code_fingerprint.cache_clear()
 
 
+def test_checkpoints_of_a_change_that_was_taken_back_go(finished):
+    path, _ = finished
+    folder = path.parent / "run" / "student"
+    (folder / "checkpoints" / "checkpoint-1").mkdir(parents=True)
+    (folder / ".begun").write_text("{}")
+    assert run_plan(plan(path)) == []
+    assert not (folder / "checkpoints").exists()
+    assert not (folder / ".begun").exists()
+
+
 def test_the_code_of_a_step_is_all_that_it_imports():
     of_steps = code_module.modules_behind("steps")
     assert {"steps", "losses", "metrics", "columns", "predictions", "qat", "gptq", "scorers"} <= of_steps
