@@ -384,6 +384,11 @@ def _cut_validation(
         for position in order[:count]:
             chosen.update(by_class[label][position])
     train = [index for index in range(len(rows)) if index not in chosen]
+    if not chosen and task.kind in OF_CLASSES and len(by_class) == len(rows):
+        raise InputError(
+            f"data.label: column {task.label!r} has another label in each of {len(rows)} rows; name the column of the "
+            "classes, or say kind: regression for scores"
+        )
     if not chosen or not train:
         raise InputError(
             f"data.validation_fraction: {options.validation_fraction} of {len(rows)} rows leaves "

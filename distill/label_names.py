@@ -62,7 +62,14 @@ def label_order(
             f"{where}: its labels have no names (LABEL_0, …), so their order is unknown; if it is the task's, "
             f"say teacher_label_map (label_map for eval and quantize): {{{pairs}}}"
         )
-    raise InputError(f"{where}: its labels ({', '.join(names)}) are not those of the task ({shown})")
+    if len(names) != len(wanted):
+        raise InputError(f"{where}: its labels ({', '.join(names)}) are not those of the task ({shown})")
+    if all(name.isdigit() for name in wanted):
+        hint = f"if the rows hold its ids, say data.label_names: [{', '.join(names)}]"
+    else:
+        pairs = ", ".join(f"{name}: …" for name in names)
+        hint = f"where they mean the same, say teacher_label_map (label_map for eval and quantize): {{{pairs}}}"
+    raise InputError(f"{where}: its labels ({', '.join(names)}) are not those of the task ({shown}); {hint}")
 
 
 def names_in_order(id2label: Mapping[Any, Any] | Sequence[Any]) -> list[str]:

@@ -285,11 +285,15 @@ def _adapter_problems(options: FinetuneOptions | DistillOptions, source: _Input)
     if options.merge and getattr(source.config, "quantization_config", None) is not None:
         problems.append("merge: adapters merged into quantized weights would be rounded away; leave it out")
     changed = options.model is None or options.from_scratch or cuts_student(options, source.config)
-    without_head = not source.has_head
-    if not options.merge and (changed or without_head):
+    if not options.merge and changed:
         problems.append(
-            "lora: the adapter alone would not tell the model that it belongs to; name a trained `model` and keep it "
-            "as it is, or say merge: true"
+            "lora: the adapter alone would not tell the model that it belongs to, which is made here; name a trained "
+            "`model` and keep its layers and sizes, or say merge: true, which saves the whole model"
+        )
+    elif not options.merge and not source.has_head:
+        problems.append(
+            f"lora: {source.reference} has no head for this task, and an adapter is loaded into a model that has one; "
+            "say merge: true, which saves the whole model, or fine-tune it first"
         )
     return problems
 

@@ -13,10 +13,12 @@ from distill.console import log, remark
 from distill.data import Truncated, tokenizer_fingerprint
 from distill.errors import InputError
 from distill.evaluation import Evaluation, evaluate_model
+from distill.finished import is_finished
+from distill.folders import write_atomically
 from distill.intervals import agreement, divergence_from, paired_difference, won_back
 from distill.models import fetch_weights, load_classifier, load_processor
 from distill.options import QuantizeOptions
-from distill.pipeline import is_finished, lineage, write_atomically
+from distill.pipeline import lineage
 from distill.plan import Plan, PlannedStep
 from distill.presentation import as_markdown, draw
 from distill.records import finite, json_text, read_record
