@@ -23,7 +23,7 @@ from distill.data import describe_cut
 from distill.errors import InputError
 from distill.finished import is_finished, pending_reruns, remarks_on
 from distill.formats import QuantizationSettings, choose_formats
-from distill.models import from_config, label_order, load_processor, size_on_disk
+from distill.models import from_config, label_order, load_processor, set_labels, size_on_disk
 from distill.options import DistillOptions, FinetuneOptions, QuantizeOptions, StudentOptions, is_adapter, teachers_of
 from distill.plan import Plan, PlannedStep
 from distill.processes import forget_precision, process_state
@@ -31,7 +31,7 @@ from distill.quantize import apply_formats, weight_memory
 from distill.recipe import located, problem_at
 from distill.representations import show_pairs
 from distill.steps import batch_of, read_rows, rows_cut
-from distill.tasks import TaskKind
+from distill.tasks import Task, TaskKind
 from distill.teacher import FROM_DATA
 from distill.trainer import DistillationTrainer
 
@@ -234,7 +234,7 @@ def _timed(
     forget_precision()
     trainer = DistillationTrainer(
         model=student,
-        teacher=[FROM_DATA if teacher is None else from_config(teacher[0], kind) for teacher in teachers],
+        teacher=[FROM_DATA if teacher is None else _teacher(teacher[0], plan.data.task) for teacher in teachers],
         args=timed,
         peft_config=None if options.lora is None else lora_config(options.lora, kind),
         train_dataset=rows,
@@ -342,6 +342,13 @@ def _model(plan: Plan, name: str) -> tuple[PretrainedConfig, str]:
     if name in plan.steps:
         return plan.steps[name].config, plan.steps[name].tokenizer_location
     return plan.sources[name].config, plan.sources[name].location
+
+
+def _teacher(config: PretrainedConfig, task: Task) -> PreTrainedModel:
+    """A stand-in for a teacher, its labels in the task's order, as loading leaves them."""
+    labelled = copy.deepcopy(config)
+    set_labels(labelled, task)
+    return from_config(labelled, task.kind)
 
 
 def _num_parameters(config: PretrainedConfig, kind: TaskKind) -> int:
