@@ -15,15 +15,17 @@ test: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile  # tiny models gain nothing from threads
 
 # Losses, training, models as they are read and saved, quantization: what other versions would change.
-CORE := losses exactness trainer models student data cache families adapters quantize exact_quantization gptq qat metrics
+CORE := test_losses.py training/test_exactness.py training/test_trainer.py training/test_cache.py models compression data/test_load.py \
+	tasks/test_metrics.py
 
 test-lowest: .venv-lowest/ready
-	OMP_NUM_THREADS=1 .venv-lowest/bin/pytest -n 2 --dist loadfile $(CORE:%=tests/test_%.py)
+	OMP_NUM_THREADS=1 .venv-lowest/bin/pytest -n 2 --dist loadfile $(CORE:%=tests/%)
 
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 fix: .venv/ready
 	$(BIN)/ruff check --fix .

@@ -4,13 +4,13 @@ import logging
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # first: else a line at its import, and one a layer and call
 
-from distill.config import DistillationConfig
-from distill.data import DataOptions, load_data
+from distill.compression.quantization.formats import QuantizationSettings
+from distill.compression.quantization.quantize import quantize_model
+from distill.compression.student import build_student
+from distill.data.load import DataOptions, load_data
 from distill.errors import InputError
-from distill.formats import QuantizationSettings
-from distill.quantize import quantize_model
-from distill.student import build_student
-from distill.trainer import DistillationTrainer
+from distill.training.config import DistillationConfig
+from distill.training.trainer import DistillationTrainer
 
 __all__ = [
     "DataOptions",

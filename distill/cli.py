@@ -15,30 +15,58 @@ from huggingface_hub import constants
 from rich import box
 from rich.table import Table
 
-from distill.benchmark import BenchmarkOptions, as_row, benchmark_models, environment, remarks_on
-from distill.check import print_plan
-from distill.console import log, log_errors, log_handler, remark, results
-from distill.data import DataOptions, describe_cut
-from distill.dry_run import push_problems, runnable_plan
-from distill.errors import DiskFull, FolderInUse, InputError, MainProcessFailed, TrainingDiverged
-from distill.evaluation import evaluate_model
-from distill.folders import locked, told_of_a_full_disk
-from distill.hardware import available_cores
-from distill.hub import push_folder, to_push, write_content
-from distill.launch import check_config, find_config, launch
-from distill.models import fetch_weights, find_model, load_classifier, load_processor
-from distill.options import VERBS
-from distill.pipeline import chosen_steps, run_plan
-from distill.plan import Plan, make_plan
-from distill.presentation import print_report
-from distill.processes import check_launch, on_main_process
-from distill.publishing import left_out
-from distill.recipe import Recipe, load_recipe, parse_options, parse_value
-from distill.records import json_text
-from distill.report import write_report
-from distill.scoring import rows_to_score
-from distill.tasks import GLUE
-from distill.trainer_options import refusal
+from distill.common.console import (
+    log,
+    log_errors,
+    log_handler,
+    remark,
+    results,
+)
+from distill.common.distributed import check_launch, on_main_process
+from distill.common.folders import locked, told_of_a_full_disk
+from distill.common.hardware import available_cores
+from distill.common.records import json_text
+from distill.data.load import DataOptions, describe_cut
+from distill.errors import (
+    DiskFull,
+    FolderInUse,
+    InputError,
+    MainProcessFailed,
+    TrainingDiverged,
+)
+from distill.evaluation.benchmark import (
+    BenchmarkOptions,
+    as_row,
+    benchmark_models,
+    environment,
+    remarks_on,
+)
+from distill.evaluation.evaluate import evaluate_model
+from distill.models.load import (
+    fetch_weights,
+    find_model,
+    load_classifier,
+    load_processor,
+)
+from distill.publishing.published import left_out
+from distill.publishing.push import push_folder, to_push, write_content
+from distill.recipes.check import print_plan
+from distill.recipes.dry_run import push_problems, runnable_plan
+from distill.recipes.plan import Plan, make_plan
+from distill.recipes.recipe import (
+    Recipe,
+    load_recipe,
+    parse_options,
+    parse_value,
+)
+from distill.recipes.scoring import rows_to_score
+from distill.recipes.trainer_options import refusal
+from distill.reports.presentation import print_report
+from distill.reports.report import write_report
+from distill.runs.launch import check_config, find_config, launch
+from distill.runs.run import chosen_steps, run_plan
+from distill.tasks.base import GLUE
+from distill.verbs.options import VERBS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

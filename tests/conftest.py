@@ -46,7 +46,7 @@ def _seeded() -> None:
 def _precision(monkeypatch, request) -> None:
     """Numbers are compared in float32 on every machine; tests marked bf16 run as on one that has it."""
     in_bf16 = request.node.get_closest_marker("bf16") is not None
-    monkeypatch.setattr("distill.config.has_bf16", lambda device: in_bf16)
+    monkeypatch.setattr("distill.training.config.has_bf16", lambda device: in_bf16)
 
 
 @pytest.fixture(scope="session")

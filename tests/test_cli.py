@@ -9,13 +9,18 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from distill.benchmark import BenchmarkOptions, benchmark_models, remarks_on, slower_or_not_smaller
 from distill.cli import main
-from distill.data import DataOptions, load_data
+from distill.compression.quantization.formats import QuantizationSettings
+from distill.compression.quantization.quantize import quantize_model
+from distill.compression.student import build_student
+from distill.data.load import DataOptions, load_data
 from distill.errors import InputError
-from distill.formats import QuantizationSettings
-from distill.quantize import quantize_model
-from distill.student import build_student
+from distill.evaluation.benchmark import (
+    BenchmarkOptions,
+    benchmark_models,
+    remarks_on,
+    slower_or_not_smaller,
+)
 from tests.conftest import sentences, tiny_bert, write_rows
 
 ROOT = Path(__file__).parents[1]
@@ -132,8 +137,8 @@ def test_evals_help_tells_how_to_score_own_rows(models, tmp_path, capsys):
 
 
 def test_eval_scores_every_row_of_one_file(models, tmp_path, capsys):
-    from distill.evaluation import evaluate_model
-    from distill.models import load_classifier, load_tokenizer
+    from distill.evaluation.evaluate import evaluate_model
+    from distill.models.load import load_classifier, load_tokenizer
 
     rows = [
         {"text": row["sentence"], "label": "positive"} for row in sentences(7) if row["label"] == 1
@@ -295,7 +300,7 @@ def test_values_data_and_models_are_told_at_once(tmp_path, pretrained, monkeypat
 
 def test_a_mistyped_steps_name_is_no_hub_id(tmp_path, pretrained, sst2_folder, monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr("distill.sources._go_offline_if_unreachable", lambda: asked.append(True))
+    monkeypatch.setattr("distill.common.sources._go_offline_if_unreachable", lambda: asked.append(True))
     monkeypatch.chdir(tmp_path)
     recipe = tmp_path / "r.yaml"
     recipe.write_text(

@@ -27,11 +27,13 @@ def test_the_wheel_holds_the_package_its_card_and_the_launch_configurations(tmp_
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(unpacked)
     found = {str(file.relative_to(unpacked)) for file in unpacked.rglob("*") if ".dist-info" not in str(file)}
-    files = {f"distill/{file.name}" for file in (ROOT / "distill").glob("*.*")}
+    files = {str(file.relative_to(ROOT)) for file in (ROOT / "distill").rglob("*.*") if file.suffix in (".py", ".md")}
     configs = {f"distill/accelerate_configs/{file.name}" for file in (ROOT / "accelerate_configs").glob("*.yaml")}
     assert {name for name in found if "." in name} == files | configs
     assert len(configs) >= 7
-    code = "from distill.launch import find_config; import distill; print(find_config('multi_gpu'), distill.__file__)"
+    code = (
+        "from distill.runs.launch import find_config; import distill; print(find_config('multi_gpu'), distill.__file__)"
+    )
     environment = {**os.environ, "PYTHONPATH": str(unpacked)}
     said = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, capture_output=True, text=True

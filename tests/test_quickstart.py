@@ -12,10 +12,10 @@ import pytest
 from transformers import pipeline
 
 from distill.cli import main
-from distill.data import load_data
-from distill.pipeline import is_finished
-from distill.plan import make_plan
-from distill.recipe import load_recipe
+from distill.data.load import load_data
+from distill.recipes.plan import make_plan
+from distill.recipes.recipe import load_recipe
+from distill.runs.run import is_finished
 from tests.conftest import missing
 
 ROOT = Path(__file__).parents[1]
@@ -89,7 +89,7 @@ def test_sst2_distilled_from_minilm(shared, tmp_path, monkeypatch):
 @pytest.mark.shared_data
 @pytest.mark.parametrize("task", ["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"])
 def test_every_glue_task_reads_its_real_files(shared, task):
-    from distill.data import DataOptions
+    from distill.data.load import DataOptions
 
     data = load_data(task, DataOptions(path=str(shared / "glue" / task)))
     scored = [split for split, _, _ in data.scored_splits()]

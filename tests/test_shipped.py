@@ -14,9 +14,9 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 
 from distill.cli import main
 from distill.errors import InputError
-from distill.launch import check_config, launch
-from distill.pipeline import read_record
-from distill.recipe import load_recipe
+from distill.recipes.recipe import load_recipe
+from distill.runs.launch import check_config, launch
+from distill.runs.run import read_record
 from tests.conftest import sentences, tiny_bert, write_rows
 
 ROOT = Path(__file__).parents[1]
@@ -106,7 +106,7 @@ def test_check_tells_how_processes_share_a_batch(tmp_path, pretrained, sst2_fold
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize(("config", "notes"), [("multi_gpu", 1), ("multi_cpu", 0)])
 def test_processes_that_were_to_have_gpus_and_have_none_say_so_once(config, notes, monkeypatch, capsys):
-    monkeypatch.setattr("distill.launch._run", lambda command: 0)
+    monkeypatch.setattr("distill.runs.launch._run", lambda command: 0)
     assert launch(config, ["run", "r.yaml"], num_processes=2) == 0
     assert capsys.readouterr().err.count("no GPU here") == notes
 

@@ -1,0 +1,1 @@
+"""What every package uses: files, records, sources, the console, processes and hardware."""

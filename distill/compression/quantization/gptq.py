@@ -1,0 +1,231 @@
+"""Rounding 4-bit weights so that their errors cancel out on real inputs: GPTQ (Frantar et al. 2023)."""
+
+import contextlib
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import bitsandbytes as bnb
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from distill.common.console import progress
+from distill.compression.quantization.formats import QuantizationSettings
+from distill.compression.quantization.simulated import twice_quantized
+from distill.models.structure import accepted_inputs
+from distill.tasks.targets import (
+    ProblemType,
+    counted_logits,
+    logits_of,
+    problem_type,
+)
+
+logger = logging.getLogger(__name__)
+
+_DAMPING = 0.01
+"""Added to the diagonal of the second moments, as a share of its mean (Frantar et al. 2023, section 3.3)."""
+_COLUMNS = 128
+"""Inputs whose errors are handed on to later ones together (the paper's lazy batches)."""
+_SCALES = (1.05, 1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+"""Scales of a block to choose from, as shares of its largest weight."""
+_PREDICTIONS = 256
+"""Of a batch, for gradients: a language model's logits of all tokens would not fit into memory."""
+
+
+def compensate(
+    model: PreTrainedModel,
+    formats: Mapping[str, str],
+    settings: QuantizationSettings,
+    batches: Sequence[Mapping[str, Tensor]],
+) -> None:
+    """Move the weights that go to 4 bit, in place, onto the values that GPTQ rounds them to.
+
+    Quantizing the model afterwards keeps these values. What an error costs follows for linear layers from the second
+    moments of their inputs; for embeddings, whose rows stand alone, from those of the gradients that reach them
+    (Hassibi & Stork 1993, section 2). Embeddings that are the output layer's weights too are left to plain rounding.
+
+    Args:
+        model: a float32 model.
+        formats: of its modules, by name; those in int8 stay as they are.
+        batches: inputs of calibration rows, without labels.
+    """
+    chosen: dict[str, Any] = {name: model.get_submodule(name) for name, each in formats.items() if each != "int8"}
+    tied = model.get_output_embeddings()
+    linears = {name: module for name, module in chosen.items() if not isinstance(module, nn.Embedding)}
+    embeddings = {
+        name: module
+        for name, module in chosen.items()
+        if isinstance(module, nn.Embedding) and (tied is None or tied.weight is not module.weight)
+    }
+    moments = _input_moments(model, linears, batches) | _gradient_moments(model, embeddings, batches)
+    unread = [name for name in (linears | embeddings) if name not in moments]
+    if unread:
+        logger.warning("gptq: calibration rows never reach %s; rounded plainly", ", ".join(unread))
+    for name, moment in progress(moments.items(), "Rounding weights"):
+        module = chosen[name]
+        weight = module.weight.data.T if isinstance(module, Conv1D) else module.weight.data
+        width = weight.shape[1]
+        # The blocks of an embedding begin anew with every row.
+        extra = -width % settings.block_size if name in embeddings else 0
+        padded, of_padded = nn.functional.pad(weight, (0, extra)), nn.functional.pad(moment, (0, extra, 0, extra))
+        rounded = round_together(padded, of_padded, formats[name], settings)[:, :width]  # type: ignore[arg-type]
+        module.weight.data = (rounded.T if isinstance(module, Conv1D) else rounded).to(module.weight)
+
+
+def round_together(
+    weight: Tensor, moments: Tensor, format: Literal["nf4", "fp4"], settings: QuantizationSettings
+) -> Tensor:
+    """A weight (out×in) on values of a 4-bit format that change the layer's outputs least.
+
+    Inputs are rounded one after the other, those with the largest second moment first, and the weights of the others
+    make up for the error (Frantar et al. 2023, equations 2 and 3). The scale of a block is chosen before (`_scales`)
+    and its largest weight goes to the end of it, so that quantizing afterwards finds the same scale.
+
+    Args:
+        moments: in×in sums of products of the layer's inputs, or D×D of an embedding's gradients.
+
+    Returns:
+        In float32 what `FourBitLinear.fill` turns into these values exactly.
+    """
+    shape, count = weight.shape, weight.numel()
+    values = bnb.functional.get_4bit_type(format, device="cpu").sort().values.unique()
+    bounds = (values[:-1] + values[1:]) / 2
+    flat = weight.detach().float().cpu().flatten()
+
+    def in_blocks(of_weights: Tensor) -> Tensor:
+        return nn.functional.pad(of_weights, (0, -count % settings.block_size)).view(-1, settings.block_size)
+
+    def of_weights(of_blocks: Tensor) -> Tensor:
+        return of_blocks.expand(-1, settings.block_size).flatten()[:count].view(shape)
+
+    moments = moments.cpu()
+    inverse = _damped_inverse(moments)
+    costs = (1 / inverse.diagonal()).float().expand(shape).flatten()
+    scales, largest = _scales(in_blocks(flat), in_blocks(costs), values, bounds)
+    kept = twice_quantized(scales) if settings.double_quant else scales
+    kept = torch.where(scales > 0, kept, 1e30)  # in a block of zeros nothing but zero is near
+
+    order = moments.diagonal().argsort(descending=True)
+    rest = flat.view(shape)[:, order]
+    fixed = of_weights(largest)[:, order]
+    scale, factor = of_weights(scales[:, None])[:, order], of_weights(kept[:, None])[:, order]
+    upper = torch.linalg.cholesky(inverse[order][:, order], upper=True).float()
+    signs, rounded = rest.sign(), torch.empty_like(rest)
+    for start in range(0, len(order), _COLUMNS):
+        stop = min(start + _COLUMNS, len(order))
+        errors = torch.empty(len(rest), stop - start)
+        for column in range(start, stop):
+            value = values[torch.bucketize(rest[:, column] / factor[:, column], bounds)]
+            value = torch.where(fixed[:, column], signs[:, column], value)
+            rounded[:, column] = value * scale[:, column]
+            error = (rest[:, column] - value * factor[:, column]) / upper[column, column]
+            rest[:, column:stop] -= error[:, None] * upper[column, column:stop]
+            errors[:, column - start] = error
+        rest[:, stop:] -= errors @ upper[start:stop, stop:]
+    return rounded[:, order.argsort()]
+
+
+def _scales(blocks: Tensor, costs: Tensor, values: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
+    """Of blocks B×S the scales B at which rounding costs least, and the weights B×S that are put at their ends.
+
+    Below the largest weight a scale clips it, and has finer steps for the others.
+
+    Args:
+        costs: of a squared error of each weight once all others make up for it, B×S (Frantar & Alistarh 2022,
+            section 5).
+    """
+    scales, places = blocks.abs().max(1)
+    largest = torch.zeros_like(blocks, dtype=torch.bool)
+    largest[torch.arange(len(blocks)), places] = True
+    cheapest, chosen = torch.full_like(scales, torch.inf), scales
+    for factor in _SCALES:
+        each = factor * scales[:, None]
+        rounded = values[torch.bucketize(blocks / torch.where(each > 0, each, 1e30), bounds)]
+        rounded = torch.where(largest, blocks.sign(), rounded) * each
+        cost = ((blocks - rounded).square() * costs).sum(1)
+        chosen = torch.where(cost < cheapest, factor * scales, chosen)
+        cheapest = torch.minimum(cost, cheapest)
+    return chosen, largest
+
+
+def _damped_inverse(moments: Tensor) -> Tensor:
+    """The inverse of second moments, their diagonal damped (Frantar et al. 2023, section 3.3), in double precision."""
+    moments = moments.double()
+    damping = _DAMPING * moments.diagonal().mean().clamp(min=1e-12)
+    damped = moments + damping * torch.eye(len(moments), dtype=moments.dtype)
+    return torch.cholesky_inverse(torch.linalg.cholesky(damped))
+
+
+def _input_moments(
+    model: PreTrainedModel, linears: Mapping[str, nn.Module], batches: Sequence[Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
+    """For each layer the sums over tokens, padding aside, of products of its inputs: in×in."""
+    moments: dict[str, Tensor] = {}
+    counted: Tensor | None = None
+
+    def add(name: str, inputs: Tensor) -> None:
+        fits = counted is not None and inputs.shape[:-1] == counted.shape
+        inputs = (inputs[counted.bool()] if fits and counted is not None else inputs.flatten(0, -2)).float()
+        moments[name] = moments.get(name, 0) + inputs.T @ inputs
+
+    with contextlib.ExitStack() as stack:
+        for name, linear in linears.items():
+            hook = linear.register_forward_pre_hook(lambda _, inputs, name=name: add(name, inputs[0]))
+            stack.callback(hook.remove)
+        with torch.inference_mode():
+            for batch in progress(batches if linears else [], "Reading the inputs of layers"):
+                counted = batch.get("attention_mask")
+                model(**_inputs(model, batch))
+    return moments
+
+
+def _gradient_moments(
+    model: PreTrainedModel, embeddings: Mapping[str, nn.Module], batches: Sequence[Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
+    """For each embedding the sums over tokens of products of gradients at its output: D×D.
+
+    The gradients are of the log-likelihood of predictions drawn from the model's own, whose products are the Fisher
+    information: to second order the divergence that an error leaves.
+    """
+    moments: dict[str, Tensor] = {}
+    looked_up: dict[str, Tensor] = {}
+    problem, generator = problem_type(model), torch.Generator(model.device).manual_seed(0)
+    wanted = [parameter.requires_grad for parameter in model.parameters()]
+    with contextlib.ExitStack() as stack:
+        for parameter, before in zip(model.parameters(), wanted, strict=True):
+            stack.callback(parameter.requires_grad_, before)
+            parameter.requires_grad_(False)
+        for name, embedding in embeddings.items():
+
+            def keep(module: nn.Module, inputs: Any, output: Tensor, name: str = name) -> Tensor:
+                looked_up[name] = output.requires_grad_()
+                return output.clone()  # which models may add to in place
+
+            stack.callback(embedding.register_forward_hook(keep).remove)
+        for batch in progress(batches if embeddings else [], "Reading the gradients of embeddings"):
+            inputs = _inputs(model, batch)
+            predictions = counted_logits(problem, inputs, logits_of(model(**inputs)))
+            drawn = _drawn_likelihood(problem, predictions[:: 1 + len(predictions) // _PREDICTIONS], generator)
+            for name, gradient in zip(looked_up, torch.autograd.grad(drawn, list(looked_up.values())), strict=True):
+                gradient = gradient.flatten(0, -2)
+                moments[name] = moments.get(name, 0) + gradient.T @ gradient
+            looked_up.clear()
+    return moments
+
+
+def _drawn_likelihood(problem: ProblemType, logits: Tensor, generator: torch.Generator) -> Tensor:
+    """The sum of log-likelihoods of labels drawn from logits N×C; of scores, whose error is squared, their sum."""
+    logits = logits.float()
+    if problem == "regression":
+        return logits.sum()
+    if problem == "multi_label_classification":
+        drawn = torch.bernoulli(logits.detach().sigmoid(), generator=generator)
+        return -nn.functional.binary_cross_entropy_with_logits(logits, drawn, reduction="sum")
+    drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
+    return logits.log_softmax(-1).gather(-1, drawn).sum()
+
+
+def _inputs(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+    return accepted_inputs(model, {name: values.to(model.device) for name, values in batch.items()})

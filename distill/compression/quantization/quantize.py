@@ -1,0 +1,299 @@
+"""Quantize to 8 or 4 bit with bitsandbytes, embeddings included, so that the folder reloads bit for bit.
+
+`import distill` registers the formats with transformers; after it, a plain `AutoModel….from_pretrained` loads them.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from bitsandbytes.functional import QuantState
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from distill.compression.quantization.embeddings import Int8Embedding, Nf4Embedding, TiedLinear
+from distill.compression.quantization.formats import (
+    DTYPES,
+    BlockSize,
+    ComputeDtype,
+    Format,
+    FormatOrBf16,
+    QuantizationSettings,
+    choose_formats,
+    model_size,
+    resolve_name,
+)
+from distill.compression.quantization.gptq import compensate
+from distill.compression.quantization.layers import FourBitLinear, Int8Linear
+from distill.errors import InputError
+from distill.models.adapters import on_another_base
+from distill.models.modes import evaluating
+from distill.models.weights import refuse_not_finite
+
+# transformers prints this name when it doesn't know it, that is without `import distill`.
+METHOD = "distill (first: import distill)"
+
+
+def quantize_model(
+    model: PreTrainedModel | PeftModel,
+    settings: QuantizationSettings | None = None,
+    *,
+    format: FormatOrBf16 | None = None,
+    double_quant: bool | None = None,
+    calibration: Sequence[Mapping[str, Tensor]] | None = None,
+) -> PreTrainedModel | PeftModel:
+    """Quantize a model in place and return it, ready for `save_pretrained`.
+
+    The linear layers inside the transformer blocks go to `format`, the embeddings by default to int8 with a scale per
+    row (they are two thirds of a small BERT). Heads, the pooler, layer norms, biases and everything else outside the
+    blocks go to bfloat16. Where the output layer shares its weights with the word embeddings, it goes on to. With
+    `bf16` the whole model goes to bfloat16 and stays one that plain transformers loads.
+
+    Args:
+        model: a float model; of one with adapters the model beneath them is quantized, and they stay as they are.
+        settings: all that can be chosen; the others are short for two of them.
+        format: `int8` (Dettmers et al. 2022, vector-wise), `nf4` or `fp4` (Dettmers et al. 2023), or `bf16`.
+        double_quant: quantize the 4-bit block scales too (0.4 bit per weight less); by default it is done.
+        calibration: batches of the model's inputs, on which 4-bit weights are rounded by GPTQ.
+
+    Raises:
+        InputError: it is quantized already, has no linear layer in its blocks or weights that are NaN or infinite, or a
+            setting is wrong.
+    """
+    if settings is None:
+        settings = QuantizationSettings(format=format, double_quant=double_quant is not False)
+    elif format is not None or double_quant is not None:
+        raise InputError("format, double_quant: stand in the settings; leave them out beside these")
+    refuse_quantized(model)
+    if isinstance(model, PeftModel):
+        choose_formats(model.get_base_model(), settings)  # before its adapters are taken off
+        return on_another_base(model, lambda base: quantize_model(base, settings, calibration=calibration))
+    refuse_not_finite(model, "model")
+    formats = choose_formats(model, settings)
+    if calibration is not None:
+        with evaluating(model):
+            compensate(model, formats, settings, calibration)
+    return apply_formats(model, formats, settings)
+
+
+def refuse_quantized(model: PreTrainedModel | PeftModel) -> None:
+    """Raise an `InputError` for a model that is quantized already."""
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise InputError("model: it is quantized already; quantize the model it was made from")
+
+
+def apply_formats(
+    model: PreTrainedModel, formats: Mapping[str, Format], settings: QuantizationSettings
+) -> PreTrainedModel:
+    """Quantize the named modules in place, each to its format; the rest goes to `settings.rest_dtype`."""
+    if not formats:
+        return _plain(model, DTYPES[settings.rest_dtype])
+    head = _tied_head(model)
+    embedding = model.get_input_embeddings()
+    config = DistillQuantizationConfig(
+        formats=dict(formats),
+        tied_head=head if any(model.get_submodule(name) is embedding for name in formats) else None,
+        double_quant=settings.double_quant,
+        block_size=settings.block_size,
+        compute_dtype=settings.compute_dtype,
+        threshold=settings.threshold,
+    )
+    dtype = DTYPES[settings.rest_dtype]
+    floats = {name: model.get_submodule(name) for name in formats}
+    for name, module in floats.items():
+        model.set_submodule(name, quantized_module(module, formats[name], settings, dtype))
+    _tie(model, config.tied_head)
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    model.config.quantization_config = config
+    model.config.dtype = dtype
+    model.hf_quantizer = _Quantizer(config, pre_quantized=True)
+    model.is_quantized = True
+    model.quantization_method = config.quant_method
+    return model.hf_quantizer._process_model_after_weight_loading(model).eval().requires_grad_(False)
+
+
+def _plain(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """A model with all that is in its file in a dtype; tables that it computes when it is made stay float32."""
+    for tensor in model.state_dict(keep_vars=True).values():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+    model.config.dtype = dtype
+    return model.eval().requires_grad_(False)
+
+
+def quantized_module(module: Any, format: Format, settings: QuantizationSettings, dtype: torch.dtype) -> nn.Module:
+    """A quantized linear layer or embedding in place of a float one.
+
+    Args:
+        dtype: of an embedding's rows.
+    """
+    quantized = _empty_module(module, format, settings, dtype)
+    weight = module.weight.detach()
+    quantized.fill(weight.T if isinstance(module, Conv1D) else weight)
+    return quantized.requires_grad_(False)
+
+
+def quantized_size(model: PreTrainedModel, settings: QuantizationSettings) -> int:
+    """Bytes of weights that `quantize_model` will leave, from a float model that may lie on meta; right to 1 %.
+
+    Raises:
+        InputError: as `choose_formats`.
+    """
+    return model_size(model, choose_formats(model, settings), settings)
+
+
+def weight_memory(model: nn.Module) -> int:
+    """Bytes that the loaded weights occupy: parameters, buffers, and what bitsandbytes keeps beside them."""
+    storages = {}
+    for module in model.modules():
+        tensors: list[Tensor | None] = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        for weight in module.parameters(recurse=False):
+            if isinstance(weight, bnb.nn.Params4bit):
+                tensors += _quant_state_tensors(weight.quant_state)
+            elif isinstance(weight, bnb.nn.Int8Params):
+                tensors += [weight.CB, weight.SCB]
+        if isinstance(module, bnb.nn.Linear8bitLt):
+            tensors += [module.state.CB, module.state.SCB]
+        for tensor in tensors:
+            if tensor is not None:
+                storage = tensor.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+class DistillQuantizationConfig(QuantizationConfigMixin):
+    """What is saved under `quantization_config` in a quantized model's config.json.
+
+    No key may start with `load_in_`: AutoQuantizationConfig hands every such config to bitsandbytes' own quantizer,
+    which knows nothing of the embeddings.
+
+    Args:
+        formats: for every quantized module, by its full name, its format.
+        tied_head: the output layer that computes with the quantized word embeddings, if there is one.
+        double_quant: whether the 4-bit block scales are quantized too.
+        block_size: weights that share a scale in the 4-bit formats.
+        compute_dtype: what 4-bit weights are expanded to.
+        threshold: of `Int8Linear`.
+    """
+
+    def __init__(
+        self,
+        formats: dict[str, Format],
+        tied_head: str | None = None,
+        double_quant: bool = True,
+        block_size: BlockSize = 64,
+        compute_dtype: ComputeDtype = "bf16",
+        threshold: float | None = None,
+        quant_method: str = METHOD,
+    ):
+        self.quant_method = quant_method
+        self.formats = formats
+        self.tied_head = tied_head
+        self.double_quant = double_quant
+        self.block_size = block_size
+        self.compute_dtype = compute_dtype
+        self.threshold = threshold
+
+
+register_quantization_config(METHOD)(DistillQuantizationConfig)
+
+
+@register_quantizer(METHOD)
+class _Quantizer(HfQuantizer):
+    """Puts empty quantized modules into a model before its weights are loaded.
+
+    All that they store are parameters and buffers, so transformers loads and saves them as any others.
+    """
+
+    quantization_config: DistillQuantizationConfig
+    requires_calibration = False
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        if not self.pre_quantized:
+            raise InputError(
+                "quantization_config: use distill.quantize_model(model, format=…) to quantize a float model"
+            )
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        config = self.quantization_config
+        modules = dict(model.named_modules())
+        dtype = model.dtype
+        for name, format in config.formats.items():
+            found = resolve_name(name, modules, model.base_model_prefix)
+            if found is not None:
+                with torch.device("meta"):
+                    module = _empty_module(modules[found], format, config, dtype)
+                model.set_submodule(found, module.requires_grad_(False))
+        _tie(model, config.tied_head if config.tied_head in modules else None)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        kinds = set()
+        for module in model.modules():
+            if isinstance(module, Int8Linear | FourBitLinear):
+                module.link()
+                kinds.add(type(module))
+        model.is_loaded_in_8bit = Int8Linear in kinds  # peft and Trainer ask for these
+        model.is_loaded_in_4bit = FourBitLinear in kinds
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+def _empty_module(
+    module: Any, format: Format, settings: QuantizationSettings | DistillQuantizationConfig, dtype: torch.dtype
+) -> Any:
+    """The quantized counterpart of a linear layer or embedding, to be filled; it shares the bias."""
+    if isinstance(module, nn.Embedding):
+        shape = module.num_embeddings, module.embedding_dim
+        if format == "int8":
+            return Int8Embedding(*shape, dtype)
+        return Nf4Embedding(*shape, dtype, double_quant=settings.double_quant, block_size=settings.block_size)
+    out_features, in_features = module.weight.shape[::-1] if isinstance(module, Conv1D) else module.weight.shape
+    if format == "int8":
+        return Int8Linear(in_features, out_features, module.bias, threshold=settings.threshold)
+    return FourBitLinear(
+        in_features,
+        out_features,
+        module.bias,
+        format=format,
+        double_quant=settings.double_quant,
+        block_size=settings.block_size,
+        compute_dtype=DTYPES[settings.compute_dtype],
+    )
+
+
+def _tied_head(model: PreTrainedModel) -> str | None:
+    """The name of an output layer whose weights are the word embeddings, in a float model."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or head.weight is not model.get_input_embeddings().weight:
+        return None
+    return next(name for name, module in model.named_modules() if module is head)
+
+
+def _tie(model: PreTrainedModel, head: str | None) -> None:
+    """Let an output layer compute with the quantized word embeddings."""
+    if head is not None:
+        model.set_submodule(head, TiedLinear(model.get_input_embeddings(), model.get_submodule(head).bias))
+        model.all_tied_weights_keys.pop(f"{head}.weight", None)  # nothing is left for transformers to tie
+        model._tied_weights_keys = {
+            tied: source for tied, source in (model._tied_weights_keys or {}).items() if tied != f"{head}.weight"
+        }
+
+
+def _quant_state_tensors(state: QuantState | None) -> list[Tensor | None]:
+    if state is None:
+        return []
+    return [state.absmax, state.code, state.offset, *_quant_state_tensors(state.state2)]

@@ -1,0 +1,187 @@
+"""A user's columns of text, words, images and answers: what is wrong with them, and the rows that are kept."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import datasets
+
+from distill.data.labels import is_missing
+from distill.errors import nearest_name
+from distill.tasks.base import Task, TaskKind
+
+LABEL = "label"
+"""Column of checked rows that holds class ids, float scores, zeros and ones, ids of words, or answers."""
+
+_IMPOSSIBLE = "is_impossible"
+"""SQuAD 2's column of whether a question has no answer."""
+
+MERGED_LABELS = "labels of a row"
+"""Column of lists that stands for several columns of zeros and ones."""
+
+_YES_OR_NO = {"0": 0, "0.0": 0, "false": 0, "no": 0, "1": 1, "1.0": 1, "true": 1, "yes": 1}
+
+
+def merge_labels(rows: datasets.Dataset, columns: list[str], split: str, problems: list[str]) -> datasets.Dataset:
+    """The rows with a column of lists for several columns of zeros and ones: of each row the columns that hold a 1."""
+    missing = [column for column in columns if column not in rows.column_names]
+    problems += [
+        f"data.label: {split} has no column {name!r}; {nearest_name(name, rows.column_names)}" for name in missing
+    ]
+    values: dict[str, list[int]] = {}
+    for column in [column for column in columns if column not in missing]:
+        given = rows[column][:]
+        empty = [row for row, value in enumerate(given) if is_missing(value)]
+        read = [_YES_OR_NO.get(str(value).strip().lower()) for value in given]
+        if empty:
+            problems.append(
+                f"data.label: column {column!r} of {split} has no label in {len(empty)} of {len(given)} rows (the "
+                f"first is row {empty[0]}); remove or fill them"
+            )
+        elif None in read:
+            wrong = given[read.index(None)]
+            problems.append(
+                f"data.label: column {column!r} of {split} holds {wrong!r}; zeros and ones are right (or true and "
+                "false, yes and no)"
+            )
+        values[column] = [value or 0 for value in read]
+    if problems:
+        return rows
+    merged = [[column for column in columns if values[column][row]] for row in range(len(rows))]
+    features = datasets.Features({MERGED_LABELS: datasets.List(datasets.Value("string"))})
+    lists = datasets.Dataset.from_dict({MERGED_LABELS: merged}, features=features)
+    return datasets.concatenate_datasets([rows, lists], axis=1)
+
+
+def named_apart(task: Task) -> Task:
+    """The task with the names that checked rows give its text columns: none is called as a column of ours."""
+    ours = (LABEL, *STORED_COLUMNS)
+    return replace(task, text=tuple(f"{column} (text)" if column in ours else column for column in task.text))
+
+
+def checked_rows(
+    rows: datasets.Dataset, split: str, task: Task, labels: Sequence[Any] | None, problems: list[str]
+) -> datasets.Dataset:
+    """The task's columns of one split, the text as `named_apart` calls it; what is wrong goes into `problems`.
+
+    Args:
+        labels: of the rows, as they were read; None where the task has none, where they are answers, and where they
+            could not be read.
+    """
+    missing = [column for column in (*task.text, task.label) if column and column not in rows.column_names]
+    for column in missing:
+        key = "label" if column == task.label else "text"
+        problems.append(f"data.{key}: {split} has no column {column!r}; {nearest_name(column, rows.column_names)}")
+    if missing:
+        return rows
+    for column in task.text:
+        problem = column_problem(rows, column, task.kind)
+        if problem:
+            problems.append(f"data.text: column {column!r} of {split} {problem}")
+    chosen = rows.select_columns(list(task.text))
+    apart = zip(task.text, named_apart(task).text, strict=True)
+    chosen = chosen.rename_columns({column: name for column, name in apart if column != name})
+    problem = None
+    if task.kind == "question-answering":
+        impossible = rows[_IMPOSSIBLE] if _IMPOSSIBLE in rows.column_names else [None] * len(rows)
+        labels, problem = _encode_answers(rows[task.text[1]], rows[task.label], impossible)
+    elif task.kind == "token-classification" and labels is not None:
+        problem = _counts_differ(rows[task.text[0]], labels)
+    if problem:
+        problems.append(f"data.label: column {task.label!r} of {split} {problem}")
+    return chosen if labels is None or problem else chosen.add_column(LABEL, list(labels))  # type: ignore[call-arg]
+
+
+def column_problem(rows: datasets.Dataset, column: str, kind: TaskKind) -> str | None:
+    """What keeps a column from being what a kind of task reads, or None."""
+    if kind == "token-classification":
+        return words_problem(rows, column)
+    if kind == "image-classification":
+        of_images = isinstance(rows.features[column], datasets.Image)
+        return None if of_images else "holds no images, nor names of image files beside the data file"
+    return text_problem(rows, column)
+
+
+def text_problem(rows: datasets.Dataset, column: str) -> str | None:
+    """What keeps a column from being text, or None."""
+    if not _is_text(rows.features[column]):
+        dtype = getattr(rows.features[column], "dtype", None)
+        if dtype is not None:
+            return f"holds no text but {dtype}; save it as text"
+        row, value = next((row, value) for row, value in enumerate(rows[column]) if not isinstance(value, str))
+        return f"holds no text but {value!r:.40} in row {row}; all rows need text (in json, in quotes)"
+    texts = rows[column]
+    empty = [index for index, text in enumerate(texts) if text is None]
+    if empty:
+        return f"has no text in {len(empty)} of {len(rows)} rows (the first is row {empty[0]}); remove or fill them"
+    if not any(text.strip() for text in texts):
+        return "holds no text: every row is empty"
+    return None
+
+
+def words_problem(rows: datasets.Dataset, column: str) -> str | None:
+    """What keeps a column from being lists of words, or None."""
+    feature: Any = rows.features[column]
+    if not isinstance(feature, datasets.List | datasets.LargeList) or not _is_text(feature.feature):
+        return "holds no lists of words, which token classification needs"
+    texts = rows[column]
+    empty = [index for index, words in enumerate(texts) if not words]
+    if empty:
+        return f"has no words in {len(empty)} rows (the first is row {empty[0]}); remove them"
+    holes = [index for index, words in enumerate(texts) if None in words]
+    return f"has an empty word in {len(holes)} rows (the first is row {holes[0]}); fill it" if holes else None
+
+
+def _is_text(feature: Any) -> bool:
+    return getattr(feature, "dtype", None) in ("string", "large_string", "string_view")
+
+
+def _counts_differ(texts: Sequence[list[str]], labels: Sequence[list[int]]) -> str | None:
+    """What is wrong where a row has not as many labels as words, or None."""
+    for row, (words, of_words) in enumerate(zip(texts, labels, strict=True)):
+        if len(of_words) != len(words or []):
+            return f"has {len(of_words)} labels in row {row}, which has {len(words or [])} words"
+    return None
+
+
+def _encode_answers(contexts: list[str], values: list[Any], impossible: list[bool | None]) -> tuple[list, str | None]:
+    """The accepted answers of each question: `text`, and `answer_start` in characters of the context.
+
+    A question has no answer where the lists are empty, hold the empty text alone, or are missing, and where SQuAD 2's
+    `is_impossible` says so: `text` is then empty.
+    """
+    if values and all(given is None for given in values) and not any(impossible):
+        return [], "has no answer in any row; SQuAD's form is text and answer_start, empty lists for no answer"
+    encoded: list[dict[str, list]] = []
+    for row, (context, given) in enumerate(zip(contexts, values, strict=True)):
+        if isinstance(given, list):  # one answer each, as in SQuAD's own file
+            given = {key: [each[key] for each in given if key in each] for key in ("text", "answer_start")}
+        if given is None or impossible[row] in (True, 1):
+            encoded.append({"text": [], "answer_start": []})
+            continue
+        if not isinstance(given, dict) or not {"text", "answer_start"} <= given.keys():
+            return [], f"has no text and answer_start in row {row} (SQuAD's form)"
+        texts, starts = (_as_list(given[key]) for key in ("text", "answer_start"))
+        if not any(texts):  # [""], with a place or without
+            texts, starts = [], []
+        if len(texts) != len(starts):
+            return [], f"has {len(texts)} answers but {len(starts)} places in row {row}"
+        pairs = [(text, start) for text, start in zip(texts, starts, strict=True) if text]
+        texts, starts = [text for text, _ in pairs], [start for _, start in pairs]
+        wrong = [text for text, start in zip(texts, starts, strict=True) if context[start : start + len(text)] != text]
+        if wrong:
+            return [], f"says where {wrong[0]!r} stands in the context of row {row}, but it does not stand there"
+        encoded.append({"text": texts, "answer_start": starts})
+    return encoded, None
+
+
+def all_hidden(rows: datasets.Dataset, task: Task) -> bool:
+    """GLUE's test labels are withheld: −1 in every row."""
+    return all(is_missing(value) or value in (-1, "-1") for value in rows[task.label])
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list) else [] if value is None else [value]
+
+
+STORED_COLUMNS = STORED_LOGITS, STORED_PROBABILITIES = "teacher_logits", "teacher_probabilities"

@@ -1,0 +1,157 @@
+"""Rows that a teacher labels: texts without labels, new pairs of texts, and predictions that were stored before."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+from sklearn.feature_extraction.text import TfidfVectorizer
+
+from distill.data.columns import (
+    STORED_COLUMNS,
+    STORED_PROBABILITIES,
+    column_problem,
+    named_apart,
+)
+from distill.data.files.readers import read_splits
+from distill.errors import InputError, nearest_name
+from distill.tasks.base import Task
+
+_NEIGHBOURS = 8
+
+_UNSEPARATED = re.compile(
+    "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff"
+    "\u3400-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]+"
+)
+"""Thai, Lao, Tibetan, Burmese, Khmer, Japanese and Chinese, which write no spaces between words."""
+
+_words = TfidfVectorizer(ngram_range=(1, 2)).build_analyzer()
+
+
+def with_stored(
+    rows: datasets.Dataset,
+    found: datasets.Dataset,
+    split: str,
+    task: Task,
+    stored: Mapping[str, str | list[str] | None],
+    problems: list[str],
+) -> datasets.Dataset:
+    """The rows with a teacher's stored predictions as one column of lists; only training rows must have them."""
+    for name in STORED_COLUMNS:
+        wanted = stored.get(name)
+        if wanted is None:
+            continue
+        columns = [wanted] if isinstance(wanted, str) else wanted
+        missing = [column for column in columns if column not in found.column_names]
+        if missing:
+            if split in ("train", "unlabelled"):
+                near = nearest_name(missing[0], found.column_names)
+                problems.append(f"data.{name}: {split} has no column {missing[0]!r}; {near}")
+            continue
+        values = found[wanted] if isinstance(wanted, str) else list(zip(*(found[each] for each in wanted), strict=True))
+        lists = [list(value) if isinstance(value, list | tuple) else [value] for value in values]
+        problem = _stored_problem(lists, task, probabilities=name == STORED_PROBABILITIES)
+        if problem:
+            problems.append(f"data.{name}: {split} {problem}")
+        elif "label" in rows.column_names:
+            rows = rows.add_column(name, lists)  # type: ignore[call-arg]
+    return rows
+
+
+def _stored_problem(rows: list[list], task: Task, *, probabilities: bool) -> str | None:
+    wrong = next((index for index, row in enumerate(rows) if len(row) != task.num_labels), None)
+    if wrong is not None:
+        return f"has {len(rows[wrong])} values in row {wrong}, but there are {task.num_labels} outputs"
+    try:
+        values = np.asarray(rows, dtype=np.float64)
+    except (TypeError, ValueError):
+        return "holds something that is no number"
+    if not np.isfinite(values).all():
+        return "holds values that are not finite"
+    if probabilities and task.kind == "regression":
+        return "holds probabilities, but a regression has none; give teacher_logits (the scores)"
+    sums_are_wrong = task.kind == "classification" and np.abs(values.sum(1) - 1).max() > 1e-2
+    if probabilities and (values.min() < 0 or values.max() > 1 + 1e-6 or sums_are_wrong):
+        return "holds rows that are no probabilities: below 0, above 1, or a sum that is not 1"
+    return None
+
+
+def read_unlabelled(
+    path: str,
+    task: Task,
+    stored: Mapping[str, str | list[str] | None],
+    problems: list[str],
+    notes: list[str],
+) -> tuple[datasets.Dataset | None, str]:
+    """Rows of texts alone, from all splits of `data.unlabelled`, and a fingerprint of them."""
+    read = read_splits(task, path, None, key="data.unlabelled")
+    notes += [f"unlabelled: {note}" for note in read.notes]
+    parts = []
+    for split, rows in read.splits.items():
+        before = len(problems)
+        for column in [column for column in task.text if column not in rows.column_names]:
+            near = nearest_name(column, rows.column_names)
+            problems.append(f"data.unlabelled: {split} has no text column {column!r}; {near}")
+        if len(problems) == before:
+            texts = [rows[column] for column in task.text]
+            problems += [
+                f"data.unlabelled: column {column!r} of {split} {problem}"
+                for column in task.text
+                if (problem := column_problem(rows, column, task.kind))
+            ]
+            part = unlabelled_rows(named_apart(task), texts)
+            parts.append(with_stored(part, rows, "unlabelled", task, stored, problems))
+    return (datasets.concatenate_datasets(parts) if parts else None), read.fingerprint
+
+
+def unlabelled_rows(task: Task, texts: Sequence[Sequence[str]]) -> datasets.Dataset:
+    """Rows without a label, from one list of texts per text column."""
+    if task.kind == "token-classification":
+        words = list(texts[0])
+        return datasets.Dataset.from_dict({task.text[0]: words, "label": [[-100] * len(row) for row in words]})
+    none: Any = {"classification": -100, "regression": float("nan")}.get(task.kind, [float("nan")] * task.num_labels)
+    columns = {column: list(values) for column, values in zip(task.text, texts, strict=True)}
+    return datasets.Dataset.from_dict({**columns, "label": [none] * len(texts[0])})
+
+
+def sample_pairs(rows: datasets.Dataset, task: Task, count: int, seed: int) -> datasets.Dataset:
+    """New unlabelled pairs of the rows' own texts: a random text with one of the eight most like it by TF-IDF.
+
+    Most of all pairs are plainly unlike, and teach little; near ones are where a teacher knows more (Augmented SBERT,
+    Thakur et al. 2021, section 3.2, which takes BM25). Texts are alike by their words and pairs of words, and in
+    scripts that don't separate words by runs of one to three characters.
+    """
+    columns = [rows[column] for column in task.text]
+    known = set(zip(*columns, strict=True))
+    texts = sorted({text for column in columns for text in column})
+    if len(texts) <= _NEIGHBOURS:
+        raise InputError(f"data.sampled_pairs: {len(texts)} different texts are too few to pair; leave it out")
+    vectors = TfidfVectorizer(analyzer=_terms, sublinear_tf=True).fit_transform(texts)
+    generator = np.random.default_rng(seed)
+    pairs: dict[tuple[str, str], None] = {}  # a set that keeps its order
+    for _ in range(_NEIGHBOURS):
+        order = generator.permutation(len(texts))
+        for start in range(0, len(order), 1000):
+            chosen = order[start : start + 1000]
+            likeness = (vectors[chosen] @ vectors.T).toarray()
+            likeness[np.arange(len(chosen)), chosen] = -1.0
+            nearest = np.argpartition(-likeness, _NEIGHBOURS, axis=1)[:, :_NEIGHBOURS]
+            for first, neighbours in zip(chosen, nearest, strict=True):
+                pair = (texts[first], texts[generator.choice(neighbours)])
+                if pair not in known:
+                    pairs[pair] = None
+                if len(pairs) == count:
+                    return unlabelled_rows(task, list(zip(*pairs, strict=True)))
+    return unlabelled_rows(task, list(zip(*pairs, strict=True)))
+
+
+def _terms(text: str) -> list[str]:
+    """What of a text counts in TF-IDF; its characters where there are no words (single letters, signs)."""
+    words = _words(_UNSEPARATED.sub(" ", text))
+    return words + _pieces(_UNSEPARATED.findall(text)) or _pieces([text])
+
+
+def _pieces(runs: Sequence[str]) -> list[str]:
+    """Runs of one to three characters."""
+    return [run[start : start + size] for run in runs for size in (1, 2, 3) for start in range(len(run) - size + 1)]

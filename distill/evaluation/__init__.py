@@ -1,0 +1,1 @@
+"""Scores of a model, how sure they are, and what it costs to run."""

@@ -1,0 +1,279 @@
+"""Size, memory, FLOPs, latency and throughput of models, measured side by side."""
+
+import copy
+import importlib.metadata
+import math
+import os
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PretrainedConfig, PreTrainedModel
+
+from distill.common.console import progress
+from distill.common.hardware import accelerator_name, compute_device, wait_for
+from distill.compression.quantization.layers import Int8Linear
+from distill.compression.quantization.quantize import weight_memory
+from distill.errors import InputError
+from distill.models.adapters import with_stored_adapters
+from distill.models.load import (
+    base_folder,
+    load_config,
+    longest_input,
+    saved_class,
+    size_on_disk,
+)
+from distill.models.structure import input_names
+from distill.models.weights import load_weights
+
+_IMAGE_SIZE = 224  # of networks that take any size
+
+PositiveInt = Annotated[int, Field(ge=1)]
+
+
+@dataclass
+class BenchmarkOptions:
+    """The `benchmark:` block of a recipe, and the options of `distill bench`."""
+
+    sequence_length: PositiveInt = field(default=128, metadata={"help": "Tokens of a row, none of them padding."})
+    latency_batch_size: PositiveInt = field(default=1, metadata={"help": "Rows of a call whose latency is measured."})
+    throughput_batch_size: PositiveInt = field(default=32, metadata={"help": "Rows of a call for the throughput."})
+    rounds: PositiveInt = field(
+        default=5,
+        metadata={"help": "Rounds; in each one every model has its turn: 8 calls for latency, 1 for throughput."},
+    )
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What one model costs; the keys are those of report.json."""
+
+    num_parameters: int
+    size_on_disk_bytes: int | None
+    """Bytes of the weight files; null for a model that was not read from a folder."""
+    memory_bytes: int
+    """Bytes that the loaded weights occupy."""
+    flops_per_sample: int | None
+    """Floating-point operations of one forward (a multiply-add is two); null where the model can't be traced."""
+    latency_ms: dict[str, float]
+    """`p50` and `p95` over all calls."""
+    throughput_samples_per_second: float
+    """Median over the rounds."""
+    throughput_spread: dict[str, float]
+    """`min` and `max` over the rounds, in the same unit."""
+    device: str
+
+
+def benchmark_models(
+    locations: Mapping[str, str], options: BenchmarkOptions, *, made_from: Mapping[str, str] | None = None
+) -> dict[str, Benchmark]:
+    """Measure models in alternating rounds, so that a busy moment of the machine hits all of them.
+
+    Args:
+        locations: for each name a folder or Hub id.
+        made_from: for models made from another one here, its name. What could be faster on a CPU than the quantized
+            ones among them is then measured too, under the names of `variants_of`.
+
+    Raises:
+        InputError: a model is too short for `sequence_length`.
+    """
+    device = compute_device()
+    models = {name: _load(location).to(device).eval() for name, location in locations.items()}
+    if device.type == "cpu":
+        models |= _variants(models, made_from or {})
+    refuse_too_short({name: model.config for name, model in models.items()}, options)
+    short = {name: _random_inputs(m, options.latency_batch_size, options, device) for name, m in models.items()}
+    long = {name: _random_inputs(m, options.throughput_batch_size, options, device) for name, m in models.items()}
+    latencies: dict[str, list[float]] = {name: [] for name in models}
+    throughputs: dict[str, list[float]] = {name: [] for name in models}
+    with torch.inference_mode():
+        for round_number in progress(range(options.rounds + 1), "Benchmarking"):
+            for name, model in models.items():
+                latency = [_seconds(model, short[name], device) for _ in range(8)]
+                throughput = _seconds(model, long[name], device)
+                if round_number > 0:  # the first one warms up
+                    latencies[name] += latency
+                    throughputs[name].append(options.throughput_batch_size / throughput)
+    results = {}
+    for name, model in models.items():
+        skeleton = _skeleton(model)
+        folder = Path(locations[name]) if name in locations else None
+        results[name] = Benchmark(
+            num_parameters=sum(p.numel() for p in skeleton.parameters()) + _in_adapters(model),
+            size_on_disk_bytes=size_on_disk(folder) if folder and folder.is_dir() else None,
+            memory_bytes=weight_memory(model),
+            flops_per_sample=_count_flops(skeleton, long[name]),
+            latency_ms={f"p{q}": round(float(np.percentile(latencies[name], q)) * 1000, 3) for q in (50, 95)},
+            throughput_samples_per_second=round(float(np.median(throughputs[name])), 2),
+            throughput_spread={"min": round(min(throughputs[name]), 2), "max": round(max(throughputs[name]), 2)},
+            device=device.type,
+        )
+    return results
+
+
+def refuse_too_short(configs: Mapping[str, PretrainedConfig], options: BenchmarkOptions) -> None:
+    """Raise an `InputError` if a model takes fewer tokens than are measured."""
+    limits = {name: longest for name, config in configs.items() if (longest := longest_input(config)) is not None}
+    shortest = min(limits, key=lambda name: limits[name], default=None)
+    if shortest is not None and limits[shortest] < options.sequence_length:
+        longest = limits[shortest]
+        raise InputError(
+            f"benchmark.sequence_length: {options.sequence_length}, but {shortest} takes at most {longest} tokens; "
+            f"say {longest}"
+        )
+
+
+def variants_of(name: str, parent: str) -> list[str]:
+    """The names of what could be faster on a CPU than a quantized model: its parent's plain weights, or no outliers."""
+    return [f"{parent} in bf16", f"{name} with threshold 0"]
+
+
+def _variants(models: Mapping[str, PreTrainedModel], made_from: Mapping[str, str]) -> dict[str, PreTrainedModel]:
+    found: dict[str, PreTrainedModel] = {}
+    for name, model in models.items():
+        parent = models.get(made_from.get(name, ""))
+        if parent is None or getattr(model.config, "quantization_config", None) is None:
+            continue
+        in_bf16, without_outliers = variants_of(name, made_from[name])
+        if parent.dtype == torch.float32 and in_bf16 not in found:
+            found[in_bf16] = copy.deepcopy(parent).to(torch.bfloat16)
+        if any(isinstance(module, Int8Linear) and module.threshold for module in model.modules()):
+            found[without_outliers] = copy.deepcopy(model)
+            for module in found[without_outliers].modules():
+                if isinstance(module, Int8Linear):
+                    module.threshold = 0.0
+    return found
+
+
+def environment() -> dict[str, Any]:
+    """Machine and versions that a measurement depends on."""
+    packages = ("torch", "transformers", "datasets", "accelerate", "bitsandbytes", "peft")
+    return {
+        "python": platform.python_version(),
+        **{package: importlib.metadata.version(package) for package in packages},
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "gpu": accelerator_name(),
+    }
+
+
+def remarks_on(model: Mapping[str, Any], parent: Mapping[str, Any], variants: Sequence[Mapping[str, Any]]) -> list[str]:
+    """In words, where a model is no gain over the one it was made from, or over what `variants_of` them was measured.
+
+    Args:
+        model: a `Benchmark` as a mapping, with its `name`; the others alike.
+    """
+    in_bf16, without_outliers = variants_of(model["name"], parent["name"])
+    others = [parent]
+    for variant in variants:
+        is_itself = math.isclose(variant["memory_bytes"], model["memory_bytes"], rel_tol=0.01)
+        if variant["name"] == without_outliers or (variant["name"] == in_bf16 and not is_itself):
+            others.append(variant)
+    return [remark for other in others for remark in slower_or_not_smaller(model, other)]
+
+
+def slower_or_not_smaller(model: Mapping[str, Any], parent: Mapping[str, Any]) -> list[str]:
+    """In words, where a model made from another is no gain; timings within 5 % of each other count as equal.
+
+    Args:
+        model: a `Benchmark` as a mapping, with its `name`.
+        parent: the same of the model it was made from.
+    """
+    said = []
+    size, parent_size = model["size_on_disk_bytes"], parent["size_on_disk_bytes"]
+    if size and parent_size and size >= parent_size:
+        sizes = f"{size / 1e6:.1f} MB against {parent_size / 1e6:.1f} MB"
+        said.append(f"{model['name']} is not smaller than {parent['name']}: {sizes}.")
+    where = f"than {parent['name']} on {model['device']}"
+    slower = model["latency_ms"]["p50"] / parent["latency_ms"]["p50"]
+    if slower > 1.05:
+        latencies = f"{model['latency_ms']['p50']:.1f} ms against {parent['latency_ms']['p50']:.1f} ms"
+        said.append(f"{model['name']} is slower {where}: {latencies} ({slower:.2f}×).")
+    throughput, parent_throughput = (m["throughput_samples_per_second"] for m in (model, parent))
+    if throughput < parent_throughput / 1.05:
+        rates = f"{throughput:.1f} against {parent_throughput:.1f} rows/s ({throughput / parent_throughput:.2f}×)"
+        said.append(f"{model['name']} has less throughput {where}: {rates}.")
+    return said
+
+
+def _load(location: str) -> PreTrainedModel:
+    """The model in the class that it was saved as.
+
+    Raises:
+        InputError: weights that are not those of its config.
+    """
+    config, base = load_config(location), base_folder(Path(location), weights=True)
+    model, fit = load_weights(str(base or location), saved_class(location, config), config, "auto")
+    if fit.problem is not None:
+        raise InputError(f"{location}: {fit.problem}")
+    return model if base is None else with_stored_adapters(model, Path(location))
+
+
+def _skeleton(model: PreTrainedModel) -> PreTrainedModel:
+    """The unquantized model on meta: its parameters and operations without its weights."""
+    plain = model.config.to_dict()
+    plain.pop("quantization_config", None)
+    plain_config = type(model.config).from_dict(plain)
+    plain_config._attn_implementation = "eager"  # matrix products that the FLOP counter sees
+    with torch.device("meta"):
+        return type(model)._from_config(plain_config)
+
+
+def _in_adapters(model: PreTrainedModel) -> int:
+    return sum(parameter.numel() for name, parameter in model.named_parameters() if ".lora_" in name)
+
+
+def _count_flops(skeleton: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> int | None:
+    one = {
+        name: torch.zeros_like(values[:1], device="meta") for name, values in inputs.items() if name != "attention_mask"
+    }
+    counter = FlopCounterMode(display=False)
+    try:
+        with counter, torch.inference_mode():
+            skeleton.eval()(**one)
+    except (RuntimeError, NotImplementedError):  # a forward that looks at values can't run on meta
+        return None
+    return counter.get_total_flops()
+
+
+def _random_inputs(
+    model: PreTrainedModel, batch_size: int, options: BenchmarkOptions, device: torch.device
+) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    if "pixel_values" in input_names(model):
+        size = getattr(model.config, "image_size", _IMAGE_SIZE)
+        sides = (size, size) if isinstance(size, int) else tuple(size)
+        pixels = torch.rand(batch_size, model.config.num_channels, *sides, generator=generator)
+        return {"pixel_values": pixels.to(device, model.dtype)}
+    ids = torch.randint(model.config.vocab_size, (batch_size, options.sequence_length), generator=generator)
+    return {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids, device=device)}
+
+
+def _seconds(model: PreTrainedModel, inputs: dict[str, torch.Tensor], device: torch.device) -> float:
+    wait_for(device)
+    start = time.perf_counter()
+    model(**inputs)
+    wait_for(device)
+    return time.perf_counter() - start
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{line.partition(':')[2].strip()}, {os.cpu_count()} cores"
+    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def as_row(name: str, benchmark: Benchmark) -> dict[str, Any]:
+    """A benchmark as a mapping with its model's name."""
+    return {"name": name, **asdict(benchmark)}

@@ -1,0 +1,207 @@
+"""Where a model lies, and its config: a folder here, a folder in an installed package, adapters, or the Hub."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, PretrainedConfig
+
+from distill.common.sources import (
+    locate,
+    reason_of,
+    sha256,
+    snapshot,
+    split_revision,
+)
+from distill.errors import InputError
+from distill.models.adapters import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    base_of,
+    stored_beside_adapters,
+    task_of,
+)
+from distill.models.labels import names_in_order
+from distill.models.weights import weight_files
+
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt", "spiece.model"),
+    *("sentencepiece.bpe.model", "tokenizer.model"),
+)
+# By PEFT's names for what is predicted.
+_CLASSES_OF_ADAPTERS: dict[str, Any] = {
+    "SEQ_CLS": transformers.AutoModelForSequenceClassification,
+    "TOKEN_CLS": transformers.AutoModelForTokenClassification,
+    "QUESTION_ANS": transformers.AutoModelForQuestionAnswering,
+    "CAUSAL_LM": transformers.AutoModelForCausalLM,
+}
+# The last layer of a head, among what is stored beside adapters.
+_OUTPUT_LAYER = re.compile(r"(?:classifier|score|out_proj|logits_proj)\.weight$")
+_SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "README.md", ADAPTER_WEIGHTS)
+_WEIGHTS = ("model*.safetensors",)
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model outside the recipe: a folder, a folder in an installed package, or a Hub id."""
+
+    reference: str
+    """As the user wrote it."""
+    location: str
+    """The folder that `from_pretrained` takes; one in the Hub's cache lacks the weights until `fetch_weights`."""
+    config: PretrainedConfig
+    fingerprint: str
+    """Changes with the weights, the config and the tokenizer."""
+    revision: str | None = None
+    """The commit, of a model on the Hub."""
+    base: str | None = None
+    """For adapters, the folder of the model that they belong to."""
+
+    @property
+    def hub_id(self) -> str | None:
+        """The name of a model on the Hub."""
+        return split_revision(self.reference)[0] if self.revision else None
+
+
+def find_model(reference: str, *, weights: bool = True, adapters: bool = False) -> ModelSource:
+    """Look a model up without loading its weights.
+
+    Args:
+        weights: whether it must have some; one that starts from scratch needs none.
+        adapters: whether a folder of adapters will do, whose model lies here.
+
+    Raises:
+        InputError: no such model, no config, no safetensors weights, or a digest that differs.
+    """
+    located = locate(reference)
+    if isinstance(located, Path):
+        folder, revision = located, None
+    else:
+        folder = snapshot(located, _SMALL_FILES)
+        revision = folder.name
+    base = None
+    if base_of(folder) is not None:
+        if not adapters:
+            raise InputError(
+                f"{reference}: holds adapters, and this starts from a whole model; merge them (peft: merge_and_unload) "
+                "and save that"
+            )
+        if not (folder / ADAPTER_WEIGHTS).is_file():
+            raise InputError(f"{reference}: holds adapters without {ADAPTER_WEIGHTS}; pickled ones are not read")
+        base = base_folder(folder)
+    if base is not None or revision is None:
+        _check_folder(base or folder, weights=weights and (base is None or base_revision(base) is None))
+    try:
+        config = load_config(str(folder))
+    except InputError as error:
+        raise InputError(*(f"{reference}: {problem}" for problem in error.problems)) from error
+    except Exception as error:  # each config raises its own kinds
+        reason = reason_of(error)
+        if "trust_remote_code" in str(error):
+            reason = "it needs code of its own, auto_map, which is not run"
+        raise InputError(f"{reference}: its config.json cannot be read ({reason})") from error
+    fingerprint = f"{split_revision(reference)[0]}@{revision}" if revision else _folder_fingerprint(folder)
+    if base is not None:
+        fingerprint += f" on {base_revision(base) or _folder_fingerprint(base)}"
+    return ModelSource(reference, str(folder), config, fingerprint, revision, None if base is None else str(base))
+
+
+def fetch_weights(source: ModelSource) -> None:
+    """Have the weights of a model on the Hub beside its config.
+
+    Raises:
+        InputError: it has none in safetensors, or they are not to be had.
+    """
+    if source.revision is not None:
+        folder = snapshot(f"{source.hub_id}@{source.revision}", (*_SMALL_FILES, *_WEIGHTS))
+        if not weight_files(folder) and not (folder / ADAPTER_WEIGHTS).is_file():
+            raise InputError(f"{source.reference}: has no safetensors weights on the Hub; pickled ones are not read")
+    if source.base is not None:
+        base_folder(Path(source.location), weights=True)
+
+
+def base_folder(folder: Path, *, weights: bool = False) -> Path | None:
+    """Where the model lies that a folder's adapters belong to; None for a folder that holds no adapters.
+
+    Args:
+        weights: whether to fetch them, where that model is on the Hub.
+
+    Raises:
+        InputError: it is neither a folder here nor on the Hub.
+    """
+    reference = base_of(folder)
+    if reference is None:
+        return None
+    try:
+        located = locate(reference)
+        if isinstance(located, Path):
+            return located
+        return snapshot(located, (*_SMALL_FILES, *_WEIGHTS) if weights else _SMALL_FILES)
+    except InputError as error:
+        raise InputError(*(f"{folder}: its adapters belong to {problem}" for problem in error.problems)) from None
+
+
+def base_revision(base: Path) -> str | None:
+    """The commit of a base on the Hub; None for a folder here."""
+    return base.name if base.parent.name == "snapshots" else None
+
+
+def load_config(location: str) -> PretrainedConfig:
+    """A model's config, its labels named by strings from 0 on; an adapter's is that of the model it belongs to.
+
+    Raises:
+        InputError: labels whose order is not clear.
+    """
+    folder = Path(location)
+    base = base_folder(folder)
+    stored, _ = PretrainedConfig.get_config_dict(location if base is None else str(base))
+    names = stored.get("id2label")
+    ordered = None if names is None else names_in_order(names)
+    if isinstance(names, list):  # AutoConfig takes mappings alone
+        stored["id2label"] = dict(enumerate(ordered or ()))
+        config = AutoConfig.for_model(stored.pop("model_type"), **stored)
+    else:
+        config = AutoConfig.from_pretrained(location if base is None else str(base), trust_remote_code=False)
+    if ordered is not None:
+        config.id2label = dict(enumerate(ordered))
+        config.label2id = {name: index for index, name in enumerate(ordered)}
+    if base is not None:
+        labels, auto = _labels_of_adapters(folder), _CLASSES_OF_ADAPTERS.get(task_of(folder) or "")
+        if labels is not None:
+            config.num_labels = labels
+        if auto is not None and type(config) in auto._model_mapping:
+            config.architectures = [auto._model_mapping[type(config)].__name__]
+    return config
+
+
+def _labels_of_adapters(folder: Path) -> int | None:
+    """How many labels the head has that is stored beside adapters; None where there is none."""
+    beside = stored_beside_adapters(folder)
+    rows = [shape[0] for name, shape in beside.items() if _OUTPUT_LAYER.search(name) and len(shape) == 2]
+    return rows[-1] if rows else None
+
+
+def _check_folder(folder: Path, *, weights: bool) -> None:
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder}: holds no config.json, so it is no model folder")
+    if weights and not weight_files(folder):
+        pickled = [path.name for path in folder.glob("*.bin")]
+        hint = "; from_scratch: true starts from its config alone"
+        if pickled:
+            hint = f"; {pickled[0]} is pickled and not read: save it with save_pretrained"
+        raise InputError(f"{folder}: a model folder without weights (no model.safetensors){hint}")
+
+
+def size_on_disk(folder: Path) -> int:
+    """Bytes of a model folder's weight files; an adapter counts with the model it belongs to, if that lies here."""
+    size = sum(path.stat().st_size for path in [*weight_files(folder), *folder.glob(ADAPTER_WEIGHTS)])
+    base = base_of(folder)
+    return size + (size_on_disk(Path(base)) if base is not None and Path(base).is_dir() else 0)
+
+
+def _folder_fingerprint(folder: Path) -> str:
+    files = [folder / "config.json", *weight_files(folder), *(folder / name for name in TOKENIZER_FILES)]
+    files += [folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS]
+    return " ".join(sha256(path) for path in files if path.is_file())

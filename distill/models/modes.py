@@ -1,0 +1,67 @@
+"""Training and evaluation mode of a model's modules, given back as they were."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+
+@contextmanager
+def modes_kept(models: Sequence[nn.Module]) -> Iterator[None]:
+    """Each module is in training or in evaluation mode again as it was before."""
+    before = {module: module.training for model in models for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, training in before.items():
+            module.training = training
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; what was in training mode is so again afterwards."""
+    training = [module for module in model.modules() if module.training]
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+_LONGEST_EAGER = 128
+
+
+@contextmanager
+def attention_of(models: Sequence[PreTrainedModel | PeftModel], implementation: str) -> Iterator[None]:
+    """Compute the attention of these models another way (`eager`, `sdpa`); each has its own again afterwards."""
+    before = [model.config._attn_implementation for model in models]
+    try:
+        for model in models:
+            _set_attention(model, implementation)
+        yield
+    finally:
+        for model, attention in zip(models, before, strict=True):
+            _set_attention(model, attention)
+
+
+@contextmanager
+def fast_attention(models: Sequence[PreTrainedModel | PeftModel], longest: int, device: torch.device) -> Iterator[None]:
+    """On the CPU, plain attention for rows of at most `longest` tokens where that is faster.
+
+    torch's fused attention takes twice as long in training for short rows there (recipes/README.md); for long ones it
+    saves memory. The models have their own attention again afterwards.
+    """
+    plain_is_faster = device.type == "cpu" and longest <= _LONGEST_EAGER
+    fused = [model for model in models if plain_is_faster and model.config._attn_implementation == "sdpa"]
+    with attention_of(fused, "eager"):
+        yield
+
+
+def _set_attention(model: PreTrainedModel | PeftModel, implementation: str) -> None:
+    if model.config._attn_implementation != implementation:
+        model.set_attn_implementation(implementation)

@@ -1,0 +1,1 @@
+"""Model folders as they are pushed to the Hub."""

@@ -1,0 +1,127 @@
+"""Whether a model is what a step needs, told before it runs: from the headers of its weight files, and on meta."""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+
+from transformers import PretrainedConfig
+
+from distill.compression.student import build_student
+from distill.errors import InputError
+from distill.models.load import (
+    ModelSource,
+    auto_class,
+    from_config,
+    model_class,
+    set_labels,
+)
+from distill.models.structure import depth_of
+from distill.models.weights import (
+    Fit,
+    fit_of,
+    fit_problems,
+    on_meta,
+    plain_names,
+    prefix_note,
+    readable_on_meta,
+    stored_shapes,
+    weight_files,
+    with_head_of_adapters,
+)
+from distill.tasks.base import Task, TaskKind
+from distill.training.features import Reader, Wanted
+from distill.verbs.options import (
+    DistillOptions,
+    FinetuneOptions,
+    chosen_layers,
+    width_of_student,
+)
+
+
+def has_head(source: ModelSource, task: Task) -> bool:
+    """Whether a model was saved with a head for a kind of task: by the name of its class, and by its weights."""
+    architecture = (source.config.architectures or [""])[0]
+    endings = [auto_class(task.kind).__name__.removeprefix("AutoModel")]
+    endings += ["LMHeadModel"] if task.kind == "causal-lm" else []
+    named = any(architecture.endswith(ending) for ending in endings)
+    of_another_kind = not named and ("For" in architecture or architecture.endswith("LMHeadModel"))
+    fit, _ = stored_fit(source, task, new_head=False)
+    if fit is None:
+        return named or not architecture  # it is looked at again when its weights are here
+    return not of_another_kind and not (fit.new_head or fit.reshaped_head)
+
+
+def stored_fit(source: ModelSource, task: Task, *, new_head: bool) -> tuple[Fit | None, list[str]]:
+    """How a model's stored weights stand to its config, by their files' headers alone, and what is to be said of it.
+
+    None of those that are still on the Hub, or that another package quantized.
+
+    Args:
+        new_head: whether the model gets the task's head; a head of another shape is then drawn anew.
+
+    Raises:
+        InputError: files that are broken, or a family without models for the task.
+    """
+    config, files = source.config, weight_files(Path(source.base or source.location))
+    if not files or not readable_on_meta(config):
+        return None, []
+    if new_head:
+        config = copy.deepcopy(config)
+        set_labels(config, task)
+    chosen, stored = model_class(config, task.kind), stored_shapes(files)
+    names = plain_names(stored, chosen, config)
+    fit = fit_of(stored, chosen, config, names)
+    if source.base is not None:
+        fit = with_head_of_adapters(fit, Path(source.location))
+    note = prefix_note(names)
+    notes = [*([note] if note is not None else []), *(fit.notes if new_head else [])]
+    return fit, [f"{source.reference}: {each}" for each in notes]
+
+
+def weights_to_train(source: ModelSource, task: Task) -> list[str]:
+    """What is to be said of the weights that a training starts from.
+
+    Raises:
+        InputError: they are not those of the model's config, its head aside.
+    """
+    fit, notes = stored_fit(source, task, new_head=True)
+    problems = [] if fit is None else fit_problems(fit, task.kind, new_head=True)
+    if problems:
+        raise InputError(*(f"{source.reference}: {problem}" for problem in problems))
+    return notes
+
+
+def check_student(options: FinetuneOptions | DistillOptions, config: PretrainedConfig, kind: TaskKind) -> None:
+    """Make the student on meta, of a source of this config: what can't be cut is told before anything is trained.
+
+    Raises:
+        InputError: blocks that don't stand in one list, as ALBERT's, or sizes that don't fit.
+    """
+    with on_meta():
+        build_student(
+            from_config(config, kind),
+            student_arch=options.student_arch,
+            layers=chosen_layers(options, depth_of(config)),
+            width=width_of_student(options),
+        )
+
+
+def reading_problems(
+    options: DistillOptions,
+    pairs: Mapping[str, list[tuple[int, int]]],
+    teacher: PretrainedConfig,
+    student: PretrainedConfig,
+    kind: TaskKind | None,
+) -> list[str]:
+    """What keeps the attention maps and relations of two models from being read."""
+    problems: list[str] = []
+    for side, config in enumerate((student, teacher)):
+        compared = {part: tuple(pair[side] for pair in pairs.get(part, ())) for part in ("attention", "relation")}
+        if kind is not None and any(compared.values()):
+            with on_meta():
+                skeleton = from_config(config, kind)
+            try:
+                Reader(skeleton, [Wanted(attention=compared["attention"], relations=compared["relation"])])
+            except InputError as error:
+                problems += error.problems
+    return problems

@@ -1,0 +1,277 @@
+"""The report: every model of a run scored and measured side by side, as report.json, report.md and a plot."""
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from distill.common.console import log, remark
+from distill.common.folders import write_atomically
+from distill.common.records import finite, json_text, read_record
+from distill.data.load import Truncated, tokenizer_fingerprint
+from distill.errors import InputError
+from distill.evaluation.benchmark import as_row, benchmark_models, environment
+from distill.evaluation.evaluate import Evaluation, evaluate_model
+from distill.evaluation.intervals import (
+    agreement,
+    divergence_from,
+    paired_difference,
+    won_back,
+)
+from distill.models.load import fetch_weights, load_classifier, load_processor
+from distill.recipes.fingerprint import code_fingerprint
+from distill.recipes.finished import is_finished
+from distill.recipes.plan import Plan, PlannedStep
+from distill.reports.presentation import as_markdown, draw
+from distill.runs.card import write_model_card
+from distill.runs.run import lineage
+from distill.tasks.base import is_better_lower
+from distill.verbs.options import QuantizeOptions
+
+_SAME_BYTES = 0.1
+"""Models within this share of another's bytes take as many; adapters of rank 8 add less than that."""
+
+
+def write_report(plan: Plan) -> dict[str, Any]:
+    """Score and measure the run's finished models and its baseline, and write report.json, report.md and the plot.
+
+    What was measured before stays valid while models, rows and code are the same: a second report measures nothing.
+
+    Returns:
+        The content of report.json (schema 1).
+
+    Raises:
+        InputError: no step is finished.
+    """
+    finished = [name for name, planned in plan.steps.items() if is_finished(planned)]
+    if not finished:
+        raise InputError(f"{plan.recipe.output_dir}: no step of the recipe is finished there; `distill run` it first")
+    stale = [name for name, planned in plan.steps.items() if name not in finished and read_record(planned.folder)]
+    if stale:
+        said = f"left out, as they are not what the recipe would make now: {', '.join(stale)}; "
+        log.print(remark(f"{said}`distill run` makes them anew"))
+    blocked = [file for file in ("report.json", "report.md", "report.png") if (plan.recipe.output_dir / file).is_dir()]
+    if blocked:
+        raise InputError(f"{plan.recipe.output_dir / blocked[0]}: is a folder, and the report would be written there")
+    names = finished if plan.baseline in plan.steps else [plan.baseline, *finished]
+    locations = {name: _location(plan, name) for name in names}
+    fingerprints = {name: _model_fingerprint(plan, name) for name in names}
+    cache = plan.recipe.output_dir / ".cache"
+    cache.mkdir(parents=True, exist_ok=True)
+
+    evaluations = {name: _evaluation(plan, name, locations[name], fingerprints[name], cache) for name in names}
+    benchmarks = _benchmarks(plan, locations, fingerprints, cache)
+    models = [_entry(plan, name, evaluations, benchmarks[name]) for name in names]
+    report: dict[str, Any] = {
+        "schema": 1,
+        "task": plan.recipe.task or plan.data.task.kind,
+        "metric": plan.data.task.primary_metric,
+        "environment": environment() | {"benchmark": asdict(plan.recipe.benchmark)},
+        "baseline": plan.baseline,
+        "models": models,
+        "variants": [row for name, row in benchmarks.items() if name not in names],
+        "comparisons": _comparisons(plan, evaluations, fingerprints, cache),
+        "recoveries": _recoveries(plan, evaluations, benchmarks),
+        "truncated": _truncated(models),
+    }
+    report = finite(report)  # a correlation with constant predictions is no number
+    write_atomically(plan.recipe.output_dir / "report.json", json_text(report) + "\n")
+    draw(report, plan.recipe.output_dir / "report.png")
+    write_atomically(plan.recipe.output_dir / "report.md", as_markdown(plan, report))
+    for entry in models:
+        if entry["name"] in plan.steps:
+            folder = plan.steps[entry["name"]].folder
+            write_model_card(folder, read_record(folder), report)
+    return report
+
+
+# --- measuring ------------------------------------------------------------------------------------------------------
+
+
+def _location(plan: Plan, name: str) -> str:
+    """The folder that holds a model, with its weights."""
+    if name in plan.steps:
+        return str(plan.steps[name].folder)
+    fetch_weights(plan.sources[name])
+    return plan.sources[name].location
+
+
+def _model_fingerprint(plan: Plan, name: str) -> str:
+    if name in plan.steps:
+        # The weights of a rerun with --force may differ: its start is part of what it is.
+        return f"{plan.steps[name].fingerprint} {read_record(plan.steps[name].folder).get('started')}"
+    return plan.sources[name].fingerprint
+
+
+def _evaluation(plan: Plan, name: str, location: str, fingerprint: str, cache: Path) -> Evaluation:
+    file = cache / f"evaluation-{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
+    processor = load_processor(location, plan.data.task.kind)
+    key = _key(
+        fingerprint,
+        plan.data.fingerprint,
+        tokenizer_fingerprint(processor),
+        _scored_with(),
+        code_fingerprint("evaluation.evaluate"),
+    )
+    known = _read_cache(file, key)
+    if known is not None:
+        return Evaluation(**known)
+    model = load_classifier(location, plan.data.task, label_map=None if name in plan.steps else plan.baseline_label_map)
+    evaluation = evaluate_model(model, processor, plan.data, name=name)
+    _write_cache(file, key, asdict(evaluation))
+    return evaluation
+
+
+def _scored_with() -> dict[str, Any]:
+    """What else a score may hang on: the device, and the versions of what computes there."""
+    around = environment()
+    versions = {package: around[package] for package in ("torch", "transformers", "bitsandbytes", "peft")}
+    return versions | {"device": around["gpu"] or around["cpu"]}
+
+
+def _benchmarks(
+    plan: Plan, locations: dict[str, str], fingerprints: dict[str, str], cache: Path
+) -> dict[str, dict[str, Any]]:
+    """All models together in alternating rounds, or none: timings of different runs don't compare."""
+    options = plan.recipe.benchmark
+    key = _key(fingerprints, asdict(options), environment(), code_fingerprint("evaluation.benchmark"))
+    known = _read_cache(cache / "benchmark.json", key)
+    if known is None:
+        quantized = [each for each in plan.steps.values() if each.step.run == "quantize"]
+        measured = benchmark_models(
+            locations, options, made_from={each.step.name: each.parents[0] for each in quantized}
+        )
+        known = {name: as_row(name, result) for name, result in measured.items()}
+        _write_cache(cache / "benchmark.json", key, known)
+    return known
+
+
+def _comparisons(
+    plan: Plan, evaluations: dict[str, Evaluation], fingerprints: dict[str, str], cache: Path
+) -> list[dict[str, Any]]:
+    """What the first distilled model gained over every other trained one, on the same rows."""
+    trained = [name for name in evaluations if name in plan.steps and plan.steps[name].step.run != "quantize"]
+    student = next((name for name in trained if plan.steps[name].step.run == "distill"), None)
+    if student is None:
+        return []
+    key = _key(fingerprints, plan.data.fingerprint, _scored_with(), code_fingerprint("evaluation.evaluate"))
+    known = _read_cache(cache / "comparisons.json", key)
+    if known is None:
+        labels = plan.data.labels(plan.data.task.validation_splits[0][0])
+        known = []
+        for other in [name for name in trained if name != student]:
+            predictions = evaluations[student].predictions, evaluations[other].predictions
+            difference, interval = paired_difference(plan.data.task, *predictions, labels)
+            known.append({"model": student, "over": other, "difference": difference, "interval": list(interval)})
+        _write_cache(cache / "comparisons.json", key, known)
+    return known
+
+
+def _recoveries(
+    plan: Plan, evaluations: dict[str, Evaluation], benchmarks: dict[str, dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """What GPTQ, training or mixing formats won back of a plain quantization's divergence from the baseline.
+
+    Each such model made from the baseline is held against the plainly quantized baseline that takes the same bytes,
+    adapters aside.
+    """
+    if plan.baseline not in evaluations:
+        return []
+    quantized = [
+        name
+        for name, planned in plan.steps.items()
+        if name in evaluations and getattr(planned.config, "quantization_config", None) is not None
+    ]
+    sizes = {name: benchmarks[name]["size_on_disk_bytes"] for name in quantized}
+    plain = [name for name in quantized if _is_plain(plan.steps[name], plan.baseline)]
+    found = []
+    for name in quantized:
+        alike = [other for other in plain if abs(sizes[other] - sizes[name]) <= _SAME_BYTES * sizes[other]]
+        if name in plain or not alike or plan.baseline not in lineage(plan, plan.steps[name]):
+            continue
+        over = min(alike, key=lambda other: abs(sizes[other] - sizes[name]))
+        logits = [evaluations[each].logits for each in (plan.baseline, over, name)]
+        won = won_back(plan.data.task, *(each for each in logits if each is not None)) if all(logits) else None
+        if won is not None:
+            found.append({"model": name, "over": over, "share": won[0], "interval": won[1]})
+    return found
+
+
+def _is_plain(planned: PlannedStep, baseline: str) -> bool:
+    """Whether a step does nothing but quantize the baseline to one format."""
+    options = planned.step.options
+    if not isinstance(options, QuantizeOptions) or options.model != baseline:
+        return False
+    return not (options.reads_rows or options.overrides or options.skip)
+
+
+def _key(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _read_cache(file: Path, key: str) -> Any:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    return content["value"] if content.get("key") == key else None
+
+
+def _write_cache(file: Path, key: str, value: Any) -> None:
+    # For ourselves alone: numbers that are not finite stand in it as Python writes them, and come back as they were.
+    write_atomically(file, json.dumps({"key": key, "value": value}))
+
+
+def _entry(plan: Plan, name: str, evaluations: dict[str, Evaluation], benchmark: dict[str, Any]) -> dict[str, Any]:
+    """One model of report.json; every key is there, null where it does not apply."""
+    planned = plan.steps.get(name)
+    record = read_record(planned.folder) if planned else {}
+    evaluation, metric = evaluations[name], plan.data.task.primary_metric
+    baseline = evaluations.get(plan.baseline)
+    return {
+        "name": name,
+        "run": planned.step.run if planned else None,
+        "path": name,
+        "parents": list(planned.parents) if planned else [],
+        "metrics": evaluation.metrics,
+        "interval": list(evaluation.interval),
+        "retention": retention(metric, evaluation.metrics[metric], baseline.metrics[metric]) if baseline else None,
+        "agreement": agreement(plan.data.task, evaluation.predictions, baseline.predictions) if baseline else None,
+        "divergence": _divergence(plan, evaluation, baseline),
+        **{key: value for key, value in benchmark.items() if key != "name"},
+        "train_seconds": record.get("train_seconds"),
+        "samples_per_second": record.get("samples_per_second"),
+        "truncated": _of_its_splits(record, evaluation),
+    }
+
+
+def _of_its_splits(record: dict[str, Any], evaluation: Evaluation) -> Truncated | None:
+    """How many rows of each split a model's tokenizer cut, in its training and when it was scored."""
+    return {**(record.get("truncated") or {}), **(evaluation.truncated or {})} or None
+
+
+def _truncated(models: list[dict[str, Any]]) -> Truncated | None:
+    """Of each split the counts of the model whose tokenizer cut the most rows."""
+    most: Truncated = {}
+    for counts in [model["truncated"] or {} for model in models]:
+        for split, each in counts.items():
+            most[split] = max(most.get(split, each), each, key=lambda counted: counted["cut"])
+    return most or None
+
+
+def _divergence(plan: Plan, evaluation: Evaluation, baseline: Evaluation | None) -> dict[str, float] | None:
+    """From the baseline's predictions; None for kinds with more than one prediction a row."""
+    if baseline is None or baseline.logits is None or evaluation.logits is None:
+        return None
+    return divergence_from(plan.data.task, baseline.logits, evaluation.logits)
+
+
+def retention(metric: str, value: float, baseline: float) -> float | None:
+    """The primary metric over the baseline's (the other way round where lower is better); None for a baseline ≤ 0, or
+    one that is no number."""
+    if not baseline > 0:
+        return None
+    if is_better_lower(metric):
+        return baseline / value
+    return value / baseline

@@ -1,0 +1,1 @@
+"""Runs of a plan, and the model folders that they leave."""

@@ -1,0 +1,341 @@
+"""The model card (README.md) of a run folder, from what the run wrote there: step.json, recipe.yaml, report.*."""
+
+import json
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from distill.common.folders import write_atomically
+from distill.common.local_names import base_name
+from distill.common.markdown import code, escaped
+from distill.common.records import read_record
+from distill.common.sources import reason_of, split_revision
+from distill.compression.quantization.quantize import METHOD
+from distill.data.files.readers import GLUE_ON_THE_HUB
+from distill.data.load import Truncated, describe_cut
+from distill.errors import InputError
+from distill.models.adapters import base_of
+from distill.recipes.recipe import read_yaml
+from distill.recipes.yaml12 import dump_yaml
+from distill.tasks.usages import USAGES, usage_code
+
+TAG = "distill"
+"""In the front matter of every card that is written here."""
+
+_WHAT = {
+    "finetune": "fine-tuned on labels from {parents}",
+    "distill": "distilled from the teacher {parents}",
+    "quantize": "{parents} {formats}",
+}
+
+_UNMEASURED = "Not measured yet: `distill report` does it."
+
+# Ours → the Hub's names of metrics (https://hf.co/metrics), where they differ. GLUE's mean of two metrics has none.
+_HUB_METRICS = {
+    **{"pearson": "pearsonr", "average": "glue", "f1_macro": "f1", "f1_micro": "f1"},
+    **{"entity_f1": "seqeval", "entity_precision": "seqeval", "entity_recall": "seqeval"},
+}
+
+
+def write_model_card(folder: Path, record: dict[str, Any], report: dict[str, Any] | None = None) -> None:
+    """Write a run folder's README.md.
+
+    Args:
+        record: what step.json holds, or will.
+        report: what report.json holds, once the model was measured.
+    """
+    card = model_card(folder, record, report, name=record["name"], plots="../")
+    write_atomically(folder / "README.md", card)
+
+
+def model_card(
+    folder: Path,
+    record: dict[str, Any],
+    report: dict[str, Any] | None,
+    *,
+    name: str,
+    plots: str = "",
+    adapted: str | None = None,
+) -> str:
+    """The text of a card.
+
+    Args:
+        folder: the run folder; the recipe and the report lie beside it.
+        record: of step.json.
+        report: of report.json.
+        name: what `from_pretrained` is given, a repository or the folder's name.
+        plots: stands before the plots' names.
+        adapted: for a folder of adapters, the repository of the model that they adapt.
+    """
+    recipe = read_yaml(folder.parent / "recipe.yaml")
+    entry = next((each for each in (report or {}).get("models", []) if each["name"] == record["name"]), None)
+    is_adapter = base_of(folder) is not None
+    data = _metadata(record, recipe, entry, name=name, is_adapter=is_adapter, adapted=adapted)
+    template = Template((Path(__file__).parent / "card_template.md").read_text(encoding="utf-8"))
+    return template.substitute(
+        front_matter=dump_yaml(data.to_dict()).strip(),
+        title=escaped(name.rpartition("/")[2]),
+        summary=f"A model for {escaped(_task_sentence(record, recipe))}, {_what(record)}.",
+        usage=usage_code(record["kind"], name, pairs=len(record["text"]) == 2, quantized=_is_quantized(folder)),
+        making=_making(record, folder.parent),
+        results=_results(record, report, folder.parent, plots) if report and entry else _UNMEASURED,
+        limits=_limits(record, (entry or record).get("truncated"), quantized=_is_quantized(folder)),
+    )
+
+
+def inherited(folder: Path) -> dict[str, Any]:
+    """License and language that the card of a model folder names."""
+    file = folder / "README.md"
+    if not file.is_file():
+        return {}
+    try:
+        data = ModelCard.load(file, ignore_metadata_errors=True).data
+    except (ValueError, yaml.YAMLError):  # a card of someone else's, without readable metadata
+        return {}
+    return {key: data[key] for key in ("license", "license_name", "license_link", "language") if data.get(key)}
+
+
+# --- front matter ---------------------------------------------------------------------------------------------------
+
+
+def _metadata(
+    record: dict[str, Any],
+    recipe: dict[str, Any],
+    entry: dict[str, Any] | None,
+    *,
+    name: str,
+    is_adapter: bool,
+    adapted: str | None,
+) -> ModelCardData:
+    """The front matter, by the Hub's specification (hub-docs, modelcard.md and model-cards.md)."""
+    root, is_glue = record["root"], "task" in recipe
+    base_model = adapted or recipe.get("base_model") or root["hub_id"]
+    relation = "adapter" if is_adapter else "quantized" if record["run"] == "quantize" else "finetune"
+    license = {key: root.get(key) for key in ("license", "license_name", "license_link")}
+    if "license" in recipe:
+        license = {"license": recipe["license"]}
+    tags = ["distillation"] if "distill" in (record["run"], *record["ancestors"].values()) else []
+    tags += [TAG, record["run"]] + ["lora"] * is_adapter
+    if record["run"] == "quantize":
+        tags.append(record["options"]["format"] or "mixed-precision")
+    datasets = [GLUE_ON_THE_HUB] if is_glue else [split_revision(record["data"]["path"])[0]]
+    results = [] if entry is None else _eval_results(record, recipe, entry)
+    known = {
+        "base_model": base_model,
+        "base_model_relation": relation if base_model else None,
+        "datasets": datasets if is_glue or record["data_revision"] else None,
+        "language": recipe.get("language") or (["en"] if is_glue else root.get("language")),
+        **license,
+        "library_name": "peft" if is_adapter else "transformers",
+        "pipeline_tag": USAGES[record["kind"]].pipeline_tag,
+        "tags": tags,
+        "metrics": list(dict.fromkeys(each.metric_type for each in results)) or None,
+        "model_name": name.rpartition("/")[2],
+        "eval_results": results or None,
+    }
+    return ModelCardData(**known)
+
+
+def _eval_results(record: dict[str, Any], recipe: dict[str, Any], entry: dict[str, Any]) -> list[EvalResult]:
+    """Every measured metric, under the split that it was measured on."""
+    task, path = recipe.get("task"), record["data"]["path"]
+    if task:
+        of_a_copy = "" if path is None else " (rows of a copy)"
+        data = {"dataset_type": GLUE_ON_THE_HUB, "dataset_name": f"GLUE {task}{of_a_copy}", "dataset_config": task}
+    elif record["data_revision"]:
+        name = split_revision(path)[0]
+        data = {"dataset_type": name, "dataset_name": name, "dataset_config": record["data"]["name"]}
+    else:
+        data = {"dataset_type": "local", "dataset_name": _base_name(path)}
+    found = []
+    for key, value in entry["metrics"].items():
+        if value is None:  # no number
+            continue
+        # A key belongs to the split whose prefix and suffix are the longest that fit.
+        split, prefix, suffix = max(
+            (each for each in record["scored"] if key.startswith(each[1]) and key.endswith(each[2])),
+            key=lambda each: len(each[1]) + len(each[2]),
+        )
+        metric = key[len(prefix) : len(key) - len(suffix)]
+        found.append(
+            EvalResult(
+                **data,
+                task_type=USAGES[record["kind"]].pipeline_tag,
+                dataset_split=split,
+                dataset_revision=record["data_revision"],
+                metric_type=_HUB_METRICS.get(metric, metric),
+                metric_name=metric.replace("_", " "),
+                metric_value=round(value, 6),
+            )
+        )
+    return found
+
+
+# --- text -----------------------------------------------------------------------------------------------------------
+
+
+def _task_sentence(record: dict[str, Any], recipe: dict[str, Any]) -> str:
+    path = record["data"]["path"]
+    if "task" in recipe:
+        name = f"GLUE {recipe['task']}"
+    else:
+        name = f"{record['kind']} of {path if record['data_revision'] else _base_name(path)}"
+    return f"{name} ({', '.join(record['labels'])})" if record["labels"] else name
+
+
+def _what(record: dict[str, Any]) -> str:
+    parents = record["parents"]
+    started_from = parents[-1]
+    if record["run"] == "distill" and record["options"]["model"] is not None and len(parents) > 1:
+        parents = parents[:-1]  # the last one is what the student started from
+    named = " and ".join(_shown(record, each) for each in parents)
+    if _has_adapters(record):
+        learned = f"distilled from the teacher {named}" if record["run"] == "distill" else "trained on labels"
+        return f"LoRA adapters of {_shown(record, started_from)}, {learned}"
+    return _WHAT[record["run"]].format(parents=named, formats=_formats(record["options"]))
+
+
+def _has_adapters(record: dict[str, Any]) -> bool:
+    """Whether the folder holds adapters alone."""
+    return record["options"].get("lora") is not None and not record["options"].get("merge")
+
+
+def _formats(options: dict[str, Any]) -> str:
+    """What a quantize step's model is made of; nothing for other steps."""
+    if "bits_budget" not in options:
+        return ""
+    if options["format"] == "bf16":
+        return "rounded to bfloat16"
+    quantized = "quantized with bitsandbytes: "
+    if options["format"] is None:
+        parts = [f"the formats that keep closest to it within {options['bits_budget']} (`sensitivity.json`)"]
+    else:
+        parts = [f"linear layers in {options['format']}", f"embeddings in {options['embeddings'] or 'int8'}"]
+    parts += ["some modules otherwise (`config.json`)"] * bool(options["skip"] or options["overrides"])
+    parts += ["4-bit weights rounded by GPTQ"] * options.get("gptq", False)
+    return quantized + ", ".join(parts)
+
+
+def _shown(record: dict[str, Any], reference: str) -> str:
+    """A model as a card names it: one from a local folder by the folder's name alone."""
+    is_local = record["sources"].get(reference, reference) is None
+    return code(_base_name(reference) if is_local else reference)
+
+
+def _base_name(path: str) -> str:
+    return path if path.startswith("package:") else base_name(path.partition("#sha256=")[0])
+
+
+def _is_quantized(folder: Path) -> bool:
+    """Whether a folder, or the one that its adapters adapt, holds a model quantized here."""
+    base = base_of(folder)
+    file = (folder if base is None else Path(base)) / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return config.get("quantization_config", {}).get("quant_method") == METHOD
+
+
+def _making(record: dict[str, Any], output_dir: Path) -> str:
+    """What it was distilled from and how: the lineage, then each step of it."""
+    chain = [f"`{record['name']}` ({record['run']})"]
+    chain += [f"`{name}` ({verb})" for name, verb in record["ancestors"].items()]
+    chain += [f"{_shown(record, name)}{_at(revision)}" for name, revision in record["sources"].items()]
+    versions = ", ".join(f"{key} {record['environment'][key]}" for key in ("torch", "transformers", "bitsandbytes"))
+    parts = [f"Lineage: {' ← '.join(chain)}. Made with {versions}; `recipe.yaml` has every option."]
+    for each in [record, *(read_record(output_dir / name) for name in record["ancestors"])]:
+        lines = _of_one_step(each) if each else []  # an ancestor's folder may be gone
+        if lines:
+            parts.append("\n".join([f"### {each['name']}", "", *(f"- {line}" for line in lines)]))
+    return "\n\n".join(parts)
+
+
+def _of_one_step(record: dict[str, Any]) -> list[str]:
+    """Formats, layers, losses and training."""
+    options = record["options"]
+    formats = _formats(options) if record["run"] == "quantize" else ""
+    lines = [formats[0].upper() + formats[1:]] if formats else []
+    if record["layers"] is not None and not _has_adapters(record):
+        lines.append(f"Layers taken from the source (from 0): {', '.join(map(str, record['layers']))}")
+    if record["run"] == "distill":
+        weights = {key.removesuffix("_weight"): value for key, value in options.items() if key.endswith("_weight")}
+        lines.append(f"Losses: {', '.join(_loss(part, weight, options) for part, weight in weights.items() if weight)}")
+    for teacher, maps in record["layer_pairs"].items():
+        for part, pairs in maps.items():
+            shown = ", ".join(f"{student}→{source}" for student, source in pairs)
+            lines.append(
+                f"Layers matched by the {part} loss (student→{_shown(record, teacher)}, 0: embeddings): {shown}"
+            )
+    if options.get("lora") is not None:
+        lines.append(f"Adapters (LoRA): rank {options['lora'].get('r', 8)}{', merged' if options['merge'] else ''}")
+    if record["train_seconds"] is not None:
+        length = (
+            f"{options['max_steps']} steps" if options["max_steps"] > 0 else f"{options['num_train_epochs']} epochs"
+        )
+        batch = f"{options['per_device_train_batch_size']} rows a batch and process"
+        rate = options["learning_rate"]
+        lines.append(
+            f"Training: {record['rows']['train']} rows, {length}, {batch}, "
+            f"{f'learning rate {rate:g}, ' if rate else ''}seed {options['seed']}, {record['train_seconds']:.0f} s"
+        )
+    return lines
+
+
+def _at(revision: str | None) -> str:
+    return f" at {revision[:12]}" if revision else ""
+
+
+def _loss(part: str, weight: Any, options: dict[str, Any]) -> str:
+    """One part of the loss: its weight (a number or a schedule), its name, and its variant."""
+    factor = f"{weight['from']} to {weight['to']}" if isinstance(weight, dict) else str(weight)
+    variant = [str(options[f"{part}_loss"])] if options.get(f"{part}_loss") else []
+    if part == "soft" and options["temperature"] is not None:
+        variant.append(f"temperature {options['temperature']}")
+    return f"{factor} × {part}" + (f" ({', '.join(variant)})" if variant else "")
+
+
+def _results(record: dict[str, Any], report: dict[str, Any], output_dir: Path, plots: str) -> str:
+    """report.md without its title and what it says of other models below the table.
+
+    Models from local folders appear by their folders' names alone.
+    """
+    text = _read_markdown(output_dir / "report.md").partition("\n\n")[2].strip()
+    others = {escaped(model["name"]) for model in report["models"] if model["name"] != record["name"]}
+    text = "\n".join(line for line in text.splitlines() if not _is_of_others(line, others))
+    for reference, revision in record["sources"].items():
+        if revision is None:
+            text = text.replace(escaped(reference), escaped(_base_name(reference)))
+    return text.replace("](report.png)", f"]({plots}report.png)")
+
+
+def _read_markdown(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: cannot be read ({reason_of(error)}); `distill report` writes it") from None
+
+
+def _is_of_others(line: str, others: set[str]) -> bool:
+    """Whether a line of the report's lists is about other models alone: `a: …`, `a − b: …` or `a is slower than …`."""
+    words = line.split()
+    if words[:1] != ["-"] or len(words) < 4 or words[1].rstrip(":") not in others:
+        return False
+    return words[2] != "−" or words[3].rstrip(":") in others
+
+
+def _limits(record: dict[str, Any], truncated: Truncated | None, *, quantized: bool) -> str:
+    scored = ", ".join(f"{record['rows'][split]} {split} rows" for split, _, _ in record["scored"])
+    root = _shown(record, record["root"]["reference"])
+    lines = [f"Scored on {scored}; how it does on other input was not measured."]
+    if record["kind"] != "image-classification":
+        lines.append(f"Input beyond {record['data']['max_length']} tokens is cut (`truncation=True` cuts there).")
+        if cut := describe_cut(truncated):
+            lines.append(f"Of the rows that it was trained and scored on, these were {cut}.")
+    lines.append(f"What {root} learned, biases too, is passed on; nothing here measured them.")
+    if quantized:
+        lines.append(
+            "Loads with `import distill` (the package distill-transformers); plain transformers refuses it. "
+            "bitsandbytes saves memory first of all: the table says how fast it is, and where."
+        )
+    return "\n".join(f"- {line}" for line in lines)

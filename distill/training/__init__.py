@@ -1,0 +1,1 @@
+"""Distillation and fine-tuning: the trainer, its losses, its teachers."""

@@ -1,0 +1,125 @@
+"""What training and evaluation change around them for their time: models' modes and devices, the process's settings."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import transformers
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel, TrainingArguments
+
+# What `transformers.enable_full_determinism` writes into the environment.
+_OF_DETERMINISM = (
+    *("CUDA_LAUNCH_BLOCKING", "CUBLAS_WORKSPACE_CONFIG", "ASCEND_LAUNCH_BLOCKING", "HCCL_DETERMINISTIC"),
+    "FLASH_ATTENTION_DETERMINISTIC",
+)
+_HOOKS_OF_TRAINER = ("make_inputs_require_grads", "neftune_post_forward_hook")
+
+
+@contextmanager
+def on_device(models: Sequence[PreTrainedModel], device: torch.device) -> Iterator[None]:
+    """The models on a device; each lies again where it lay afterwards. What `device_map` has spread out stays so."""
+    moved = [(model, model.device) for model in models if _lies_elsewhere(model, device)]
+    try:
+        for model, _ in moved:
+            model.to(device)
+        yield
+    finally:
+        for model, before in moved:
+            model.to(before)
+
+
+def _lies_elsewhere(model: PreTrainedModel, device: torch.device) -> bool:
+    return model.device != device and len(getattr(model, "hf_device_map", None) or ()) < 2
+
+
+@contextmanager
+def frozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Parameters that get no gradient."""
+    before = [parameter.requires_grad for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter, required in zip(parameters, before, strict=True):
+            parameter.requires_grad_(required)
+
+
+@contextmanager
+def checkpointing_kept(model: nn.Module) -> Iterator[None]:
+    """Which blocks are computed twice to save memory is afterwards as it was before."""
+    name = "gradient_checkpointing"
+    before = {module: getattr(module, name) for module in model.modules() if hasattr(module, name)}
+    try:
+        yield
+    finally:
+        for module, on in before.items():
+            if getattr(module, name) != on:
+                setattr(module, name, on)
+
+
+@contextmanager
+def hooks_of_trainer_removed(model: nn.Module) -> Iterator[None]:
+    """No hook is left that transformers puts on word embeddings for checkpointing, or for NEFTune if it fails."""
+    before = {module: set(module._forward_hooks) for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, own in before.items():
+            hooks = module._forward_hooks
+            for added in set(hooks) - own:
+                if getattr(hooks[added], "__name__", None) in _HOOKS_OF_TRAINER:
+                    del hooks[added]
+
+
+@contextmanager
+def using_cache(config: PretrainedConfig, use_cache: bool | None) -> Iterator[None]:
+    """Whether a language model keeps keys and values for the next token, by its config."""
+    if getattr(config, "use_cache", None) is None:
+        yield
+        return
+    before, config.use_cache = config.use_cache, use_cache
+    try:
+        yield
+    finally:
+        config.use_cache = before
+
+
+@contextmanager
+def verbosity_of(args: TrainingArguments) -> Iterator[None]:
+    """transformers' log level as `log_level` says."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity(args.get_process_log_level())
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)
+
+
+@contextmanager
+def determinism(full: bool) -> Iterator[None]:
+    """torch's deterministic kernels and the environment that they need, where `full_determinism` is asked for.
+
+    `transformers.enable_full_determinism` leaves them on for the rest of the process, and draws a seed anew.
+    """
+    if not full:
+        yield
+        return
+    kernels, cudnn = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn
+    warns, flags = torch.is_deterministic_algorithms_warn_only_enabled(), (cudnn.deterministic, cudnn.benchmark)
+    environment = {name: os.environ.get(name) for name in _OF_DETERMINISM}
+    try:
+        os.environ.update({"CUDA_LAUNCH_BLOCKING": "1", "CUBLAS_WORKSPACE_CONFIG": ":16:8"})
+        os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"
+        torch.use_deterministic_algorithms(True)
+        cudnn.deterministic, cudnn.benchmark = True, False
+        yield
+    finally:
+        torch.use_deterministic_algorithms(kernels, warn_only=warns)
+        cudnn.deterministic, cudnn.benchmark = flags
+        for name, value in environment.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value

@@ -1,0 +1,89 @@
+"""Where the time of a training step goes."""
+
+from pathlib import Path
+from typing import Any
+
+from torch.profiler import ProfilerActivity, profile, record_function, schedule, supported_activities
+from transformers import TrainerCallback
+
+from distill.common.console import log
+
+# The trainer marks these; they nest, so that a phase's own time is what its parts leave.
+_PARTS = {"training step": ("student forward", "losses"), "losses": ("teacher",)}
+_PHASES = {
+    "data": "data",
+    "teacher": "teacher",
+    "student forward": "student forward",
+    "losses": "losses",
+    "training step": "backward",
+    "optimizer": "optimizer",
+}
+_FIRST_STEPS, _STEPS = 5, 20
+
+
+class StepProfile(TrainerCallback):
+    """Profiles some steps after the first few; writes `profile.md` and `profile.json`.
+
+    Args:
+        folder: where to. The trace opens in ui.perfetto.dev or chrome://tracing.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._profiler: profile | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count the steps, and leave out the first ones."""
+        if not state.is_world_process_zero:
+            return
+        left = state.max_steps - state.global_step
+        skipped = min(_FIRST_STEPS, max(left - 2, 0))
+        self._steps = max(1, min(_STEPS, left - skipped - 1))
+        self._profiler = profile(
+            activities=supported_activities(),
+            schedule=schedule(wait=skipped, warmup=1, active=self._steps, repeat=1),
+            on_trace_ready=self._write,
+        )
+        self._profiler.start()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Mark the optimizer's phase."""
+        self._optimizer = record_function("optimizer")
+        self._optimizer.__enter__()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Mark its end."""
+        self._optimizer.__exit__(None, None, None)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Tell the profiler."""
+        if self._profiler is not None:
+            self._profiler.step()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop where there were fewer steps than expected."""
+        if self._profiler is not None:
+            self._profiler.stop()
+            self._profiler = None
+
+    def _write(self, profiler: profile) -> None:
+        profiler.export_chrome_trace(str(self._folder / "profile.json"))
+        (self._folder / "profile.md").write_text(_table(profiler, self._steps), encoding="utf-8")
+        log.print(f"      profile of {self._steps} steps for the run folder: profile.md, profile.json (a trace)")
+
+
+def _table(profiler: profile, steps: int) -> str:
+    """Milliseconds of each phase in a step; on a GPU those that it computes, which the host does not wait for."""
+    on_accelerator = supported_activities() != {ProfilerActivity.CPU}
+    name = "device_time_total" if on_accelerator else "cpu_time_total"
+    totals = {event.key: getattr(event, name) / 1000 / steps for event in profiler.key_averages()}
+    whole = sum(event.cpu_time_total for event in profiler.key_averages() if event.key.startswith("ProfilerStep"))
+    whole = whole / 1000 / steps
+    own = {
+        shown: totals.get(marked, 0.0) - sum(totals.get(part, 0.0) for part in _PARTS.get(marked, ()))
+        for marked, shown in _PHASES.items()
+    }
+    own["the rest (clipping, schedule, log)"] = whole - sum(own.values())
+    lines = ["| phase | ms a step | share |", "| --- | ---: | ---: |"]
+    lines += [f"| {phase} | {time:.2f} | {time / whole:.1%} |" for phase, time in own.items()]
+    return "\n".join([*lines, f"| all | {whole:.2f} | 100 % |"]) + "\n"

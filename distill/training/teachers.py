@@ -1,0 +1,360 @@
+"""Teachers: models that are matched with a student layer by layer, or predictions that the rows carry."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from torch.profiler import record_function
+from transformers import PretrainedConfig, PreTrainedModel
+
+from distill.data.columns import STORED_COLUMNS, STORED_LOGITS, STORED_PROBABILITIES
+from distill.errors import InputError
+from distill.models.adapters import has_prompts
+from distill.models.modes import evaluating
+from distill.models.structure import depth_of, input_names, width_of
+from distill.tasks.targets import (
+    OF_ROWS,
+    ProblemType,
+    all_finite,
+    plain_model,
+    predicting_alone,
+    problem_type,
+)
+from distill.training.cache import (
+    TEACHER_OUTPUTS,
+    Layout,
+    TeacherCache,
+    restored,
+)
+from distill.training.config import PARTS, DistillationConfig, is_on
+from distill.training.features import (
+    Reader,
+    Representations,
+    Wanted,
+    resolve_layer_map,
+)
+
+FROM_DATA = "data"
+"""In place of a teacher model: its predictions stand in a column of the rows."""
+
+
+AnyTeacher: TypeAlias = PreTrainedModel | PeftModel | Literal["data"]
+
+
+@dataclass
+class Teacher:
+    """One teacher, and what is compared with it."""
+
+    problem: ProblemType
+    share: float
+    """Of the teachers' weight; the shares of all teachers sum to 1."""
+    number: int = 0
+    """Its position among the teachers."""
+    model: PreTrainedModel | PeftModel | None = None
+    """None for predictions that the rows carry."""
+    student_wants: Wanted = field(default_factory=Wanted)
+    """What of the student stands against this teacher, in the order of what is read from the teacher."""
+    reader: Reader | None = None
+    relation_heads: int = 1
+    negatives: Tensor | None = None
+    """N×D pooled states of other rows, for the contrastive loss."""
+    pairs: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+    """For each loss that matches layers, (student, teacher) layers."""
+    prefix: str = ""
+    """Of the columns that hold its inputs, where it reads other tokens than the student."""
+    more: str = ""
+    """Of the columns that it reads beside the student's, where its tokens are the same (token types)."""
+    vocabulary: int | None = None
+    """Words that are compared, where the two differ in how far they fill up their vocabularies."""
+    top_k: int = 0
+    """Words that a causal LM's cache keeps of each token; 0 where it has no cache."""
+    cache: TeacherCache | None = None
+    """Of its outputs over the training rows."""
+    autocast: Callable[[], AbstractContextManager] = nullcontext
+    """Of the trainer; Accelerate puts its own around the student's forward alone."""
+    all_finite: Tensor | None = None
+    """Whether all it has predicted so far was a number, on its device: to ask for it waits for a GPU."""
+
+    def outputs(self, batch: Mapping[str, Any], *, counted: Tensor | None = None) -> tuple[Tensor, Representations]:
+        """Logits and representations of a batch, without gradients: those that it carries, or else computed.
+
+        Args:
+            counted: for a masked LM the tokens (B×T) to predict; all by default.
+        """
+        if self.model is None or self.reader is None:
+            return stored_logits(batch, self.problem), Representations()
+        stored, layout = batch.get(TEACHER_OUTPUTS, {}).get(str(self.number)), self.layout
+        if stored is not None and layout is not None:
+            return restored(stored, layout, batch["attention_mask"])
+        predicting = predicting_alone(self.model, counted)
+        with record_function("teacher"), torch.inference_mode(), evaluating(self.model), self.autocast(), predicting:
+            logits, (shown,) = self.reader(self.inputs(batch))
+            finite = all_finite(logits, batch.get("attention_mask"))
+        self.all_finite = finite if self.all_finite is None else self.all_finite & finite
+        if finite.device.type == "cpu":
+            self.refuse_not_finite()
+        # Outside of inference mode, as the student's backward may keep them.
+        return logits.clone(), shown.cloned()
+
+    def refuse_not_finite(self) -> None:
+        """Raise an `InputError` if it has predicted NaN or infinite values."""
+        if self.all_finite is not None and self.model is not None and not self.all_finite:
+            raise InputError(
+                f"teacher: {self.model.name_or_path or type(self.model).__name__} predicts NaN or infinite values, so "
+                "nothing can be learned from it; its weights are broken, or its dtype overflows"
+            )
+
+    def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """What of a batch it reads: the student's inputs, or columns of its own."""
+        own = self.prefix or self.more
+        read = {name.removeprefix(own): value for name, value in batch.items() if name.startswith(own)}
+        return {**batch, **read} if self.more else read
+
+    def can_judge(self, batch: Mapping[str, Any]) -> bool:
+        """Whether a batch holds what it reads, or its stored predictions."""
+        if self.model is None:
+            return bool(set(STORED_COLUMNS) & batch.keys())
+        if self.more:
+            return any(name.startswith(self.more) for name in batch)
+        return not self.prefix or f"{self.prefix}input_ids" in batch
+
+    @property
+    def layout(self) -> Layout | None:
+        """What a cache would hold of it; None where that is too much (attention maps, a vocabulary for every token)."""
+        of_words = self.problem == "masked_lm" or (self.problem == "causal_lm" and not self.top_k)
+        if self.model is None or self.reader is None or self.reader.wanted[0].attention or of_words:
+            return None
+        outputs = 2 if self.problem == "question_answering" else self.model.config.num_labels
+        if self.problem == "causal_lm":
+            outputs = self.model.config.vocab_size
+        return Layout(self.reader.wanted[0], outputs, width_of(self.model.config), self.problem, self.top_k)
+
+
+def own_columns(number: int) -> str:
+    """Before the names of the columns that the n-th teacher (from 0) reads, where its tokens are not the student's."""
+    return f"teacher{number + 1}_"
+
+
+def fillers_of(teachers: Sequence["Teacher"]) -> dict[str, int]:
+    """What the columns are padded with that teachers read in place of the student's, or beside them."""
+    fillers: dict[str, int] = {}
+    for each in teachers:
+        own = each.prefix or each.more
+        if own and each.model is not None:
+            fillers |= dict.fromkeys((own + name for name in input_names(each.model)), 0)
+            fillers[f"{own}input_ids"] = each.model.config.pad_token_id or 0
+    return fillers
+
+
+def match_teachers(
+    student: PreTrainedModel | PeftModel,
+    teachers: Sequence[AnyTeacher],
+    config: DistillationConfig,
+    *,
+    columns: Sequence[str] = (),
+    vocabulary: int | None = None,
+) -> list[Teacher]:
+    """Each teacher with the layers, widths and heads that are compared.
+
+    Args:
+        columns: of the training rows; `teacher1_input_ids` are the first teacher's own tokens.
+        vocabulary: words of the tokenizer, if it is known; a language model's outputs beyond them are padding.
+
+    Raises:
+        InputError: no teacher where one is needed, or one that doesn't fit the student; every problem at once.
+    """
+    on = [part for part in PARTS if is_on(config.loss_weights[part])]
+    if not teachers:
+        needing = [f"{part}_weight" for part in on if part != "hard"]
+        if needing:
+            raise InputError(f"teacher: missing; without one, set {', '.join(needing)} to 0")
+        return []
+    shares = config.teacher_weights or [1.0] * len(teachers)
+    problems: list[str] = []
+    if len(shares) != len(teachers):
+        problems.append(f"teacher_weights: {len(shares)} for {len(teachers)} teachers; one each")
+    problem = problem_type(student)
+    matched: list[Teacher] = []
+    for teacher, share in zip(teachers, shares, strict=False):
+        if isinstance(teacher, str):
+            if teacher != FROM_DATA:
+                problems.append(f"teacher: {teacher!r} is no model; give a loaded one, or {FROM_DATA!r} for columns")
+            if all(isinstance(each, str) for each in teachers) and set(on) - {"soft", "hard"}:
+                needing = [f"{part}_weight" for part in on if part not in ("soft", "hard")]
+                problems.append(f"{', '.join(needing)}: needs a teacher model, but there are only columns; set it to 0")
+            matched.append(Teacher(problem, share / sum(shares), len(matched)))
+            continue
+        try:
+            prefix = own_columns(len(matched))
+            own = {prefix + name for name in input_names(teacher)} & set(columns)
+            matched.append(
+                _match(
+                    student, teacher, problem, config, on,
+                    share=share / sum(shares),
+                    number=len(matched),
+                    prefix=prefix if f"{prefix}input_ids" in own else "",
+                    more=prefix if own and f"{prefix}input_ids" not in own else "",
+                    vocabulary=vocabulary,
+                )
+            )  # fmt: skip
+        except InputError as error:
+            problems += error.problems
+    if problems:
+        raise InputError(*problems)
+    return matched
+
+
+def stored_logits(batch: Mapping[str, Tensor], problem: ProblemType) -> Tensor:
+    """The logits B×C that a batch carries; probabilities become their logarithms, those of label sets log-odds."""
+    if STORED_LOGITS in batch:
+        logits = batch[STORED_LOGITS].float()
+        return logits.unsqueeze(-1) if logits.ndim == 1 else logits
+    probabilities = batch[STORED_PROBABILITIES].float()
+    if problem == "multi_label_classification":
+        return probabilities.logit(eps=1e-6)
+    return probabilities.clamp(min=1e-12).log()
+
+
+def layer_pairs(
+    config: DistillationConfig, num_student_layers: int, num_teacher_layers: int
+) -> dict[str, list[tuple[int, int]]]:
+    """For each loss that is on and matches layers, its (student, teacher) pairs.
+
+    Raises:
+        InputError: with every layer map that is out of range.
+    """
+    maps = {"hidden": ("layer_map", 0), "attention": ("attention_layer_map", 1), "relation": ("relation_layer_map", 1)}
+    pairs: dict[str, list[tuple[int, int]]] = {}
+    problems: list[str] = []
+    for part, (name, lowest) in maps.items():
+        if is_on(config.loss_weights[part]):
+            try:
+                pairs[part] = resolve_layer_map(
+                    getattr(config, name), num_student_layers, num_teacher_layers, name=name, lowest=lowest
+                )
+            except InputError as error:
+                problems += error.problems
+    if problems:
+        raise InputError(*problems)
+    return pairs
+
+
+def comparable(config: DistillationConfig, models: Sequence[PretrainedConfig], *, same_tokens: bool) -> list[str]:
+    """What keeps losses that are on from comparing two models: blocks that are not there, or other tokens.
+
+    Args:
+        models: configs of the student and of the teacher.
+        same_tokens: whether both read the same tokens.
+    """
+    on = [part for part in PARTS if is_on(config.loss_weights[part])]
+    inside = [f"{part}_weight" for part in on if part not in ("soft", "hard")]
+    without = [model.model_type for model in models if not depth_of(model)]
+    problems = []
+    if inside and without:
+        problems.append(f"{', '.join(inside)}: {without[0]} has no transformer blocks to compare; set it to 0")
+    of_tokens = [name for name in inside if name != "contrastive_weight"]
+    if of_tokens and not same_tokens:
+        problems.append(
+            f"{', '.join(of_tokens)}: compares token with token, but student and teacher have a tokenizer each; set it "
+            "to 0 (soft_weight and contrastive_weight compare whole rows)"
+        )
+    patches = [getattr(model, "patch_size", None) for model in models]
+    if of_tokens and patches[0] != patches[1]:
+        problems.append(
+            f"{', '.join(of_tokens)}: compares patch with patch, but the student cuts images into patches of "
+            f"{patches[0]} pixels and the teacher of {patches[1]}; set it to 0"
+        )
+    return problems
+
+
+def _match(
+    student: PreTrainedModel | PeftModel,
+    teacher: PreTrainedModel | PeftModel,
+    problem: ProblemType,
+    config: DistillationConfig,
+    on: Sequence[str],
+    *,
+    share: float,
+    number: int,
+    prefix: str,
+    more: str,
+    vocabulary: int | None,
+) -> Teacher:
+    problems = comparable(config, [model.config for model in (student, teacher)], same_tokens=not prefix)
+    inside = [f"{part}_weight" for part in on if part not in ("soft", "hard")]
+    if isinstance(teacher, PeftModel) and has_prompts(teacher) and (inside or problem not in OF_ROWS):
+        problems.append(
+            f"{', '.join(inside) or 'teacher'}: the teacher's prompts are tokens that the student lacks; "
+            "its predictions of whole rows alone can be compared"
+        )
+    inside_fits = not problems
+    pairs = {} if problems else layer_pairs(config, depth_of(student.config), depth_of(teacher.config))
+    if "attention" in on and inside_fits:
+        heads = [model.config.num_attention_heads for model in (student, teacher)]
+        if heads[0] != heads[1]:
+            problems.append(
+                f"attention_weight: the student has {heads[0]} heads and the teacher {heads[1]}; attention maps need "
+                "as many (relation_weight does not)"
+            )
+    relation_heads = 1
+    if "relation" in on and inside_fits:
+        widths = [width_of(model.config) for model in (student, teacher)]
+        divisor = math.gcd(*widths)
+        fitting = [number for number in range(1, divisor + 1) if divisor % number == 0]
+        relation_heads = config.relation_heads or max(
+            number for number in fitting if number <= teacher.config.num_attention_heads
+        )
+        if divisor % relation_heads:
+            problems.append(
+                f"relation_heads: {relation_heads} does not divide the widths {widths[0]} and {widths[1]}; "
+                f"these do: {', '.join(map(str, fitting))}"
+            )
+    shared_words = None
+    if problem_type(teacher) != problem:
+        names = [type(plain_model(model)).__name__ for model in (teacher, student)]
+        problems.append(f"teacher: {names[0]} does not predict what {names[1]} does")
+    elif student.config.num_labels != teacher.config.num_labels:
+        problems.append(f"teacher: has {teacher.config.num_labels} outputs and the student {student.config.num_labels}")
+    elif problem in ("masked_lm", "causal_lm") and student.config.vocab_size != teacher.config.vocab_size:
+        sizes = teacher.config.vocab_size, student.config.vocab_size
+        shared_words = vocabulary
+        if vocabulary is None or vocabulary > min(sizes):
+            known = "unknown, as no tokenizer was given" if vocabulary is None else f"{vocabulary} words"
+            problems.append(
+                f"teacher: has a vocabulary of {sizes[0]} and the student of {sizes[1]}; they may differ by padding "
+                f"alone, and the tokenizer's is {known}"
+            )
+    keeps_words = problem == "causal_lm" and config.cache_teacher not in ("auto", "none")
+    if keeps_words and config.soft_loss == "mse" and "soft" in on:
+        problems.append(
+            "cache_teacher: of a causal LM the likeliest words are kept, which a squared error of all logits is no "
+            "loss for; say soft_loss: kl, or cache_teacher: none"
+        )
+    if problems:
+        raise InputError(*problems)
+
+    def wanted(side: int) -> Wanted:
+        layers = {
+            part: tuple(pair[side] for pair in pairs.get(part, [])) for part in ("hidden", "attention", "relation")
+        }
+        return Wanted(layers["hidden"], layers["attention"], layers["relation"], "embedding" in on, "contrastive" in on)
+
+    return Teacher(
+        problem=problem,
+        share=share,
+        number=number,
+        model=teacher,
+        student_wants=wanted(0),
+        reader=Reader(teacher, [wanted(1)]),
+        relation_heads=relation_heads,
+        pairs=pairs,
+        prefix=prefix,
+        more=more,
+        vocabulary=shared_words,
+        top_k=min(config.cache_top_k, teacher.config.vocab_size) if keeps_words else 0,
+    )

@@ -1,0 +1,798 @@
+"""`DistillationTrainer`: transformers' Trainer with teachers, and with losses that add up exactly."""
+
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import safetensors.torch
+import torch
+import transformers
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from torch.profiler import record_function
+from torch.utils.data import DataLoader, RandomSampler, Sampler, SequentialSampler
+from transformers import DataCollatorForTokenClassification, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers.trainer_pt_utils import nested_concat
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    EvalLoopOutput,
+    PredictionOutput,
+    TrainOutput,
+    get_last_checkpoint,
+)
+
+from distill.common.console import log
+from distill.common.credentials import UnsavedToken
+from distill.common.distributed import AcceleratorSnapshot, forget_other_precision, wait_for_everyone
+from distill.common.hardware import available_cores, freed_memory_kept
+from distill.compression.quantization.qat import FakeQuantization, check_quantizable, fake_quantized
+from distill.compression.student import dropout
+from distill.data.batches import (
+    COUNTED_ROWS,
+    Reader,
+    row_lengths,
+    with_columns,
+)
+from distill.data.columns import STORED_COLUMNS
+from distill.errors import InputError
+from distill.models.adapters import with_adapters
+from distill.models.modes import fast_attention, modes_kept
+from distill.models.structure import accepted_inputs, input_names, width_of
+from distill.models.weights import load_weights
+from distill.tasks.targets import (
+    IGNORED,
+    OF_TOKENS,
+    label_columns,
+    labels_of,
+    logits_of,
+    plain_model,
+    predicting_alone,
+    problem_type,
+)
+from distill.training.arguments import check_given, own_arguments
+from distill.training.cache import (
+    TEACHER_OUTPUTS,
+    CachePlan,
+    Outputs,
+    build_cache,
+    plan_cache,
+)
+from distill.training.checkpoints import note_batches, other_batches
+from distill.training.conditions import (
+    checkpointing_kept,
+    determinism,
+    frozen,
+    hooks_of_trainer_removed,
+    on_device,
+    using_cache,
+    verbosity_of,
+)
+from distill.training.config import DistillationConfig, is_on, value_at
+from distill.training.features import ProjectedStudent, tokens_of_image
+from distill.training.loaders import length_loader, masking_of
+from distill.training.monitoring import Announcement, DivergenceWatch, Sums
+from distill.training.objective import (
+    COUNTS,
+    Part,
+    against_labels,
+    against_teacher,
+    count,
+)
+from distill.training.packing import packed
+from distill.training.teachers import (
+    AnyTeacher,
+    Teacher,
+    fillers_of,
+    match_teachers,
+)
+
+_LOGITS_AT_ONCE = 2**24
+"""Of a language model that is evaluated: 64 MB in float32."""
+
+_PROJECTIONS_FILE = "projections.safetensors"
+_RANGES_FILE = "activation_ranges.safetensors"
+
+
+class DistillationTrainer(transformers.Trainer):
+    """Trains `model` against `teacher`; everything else is `transformers.Trainer`.
+
+    Loss and gradients depend only on the rows of an optimizer step, not on how accumulation, processes or padding
+    split them: each loss is summed and divided by the whole step's count of rows, tokens or labels. The same holds for
+    the losses of an evaluation.
+
+    What the task is follows from the model: a sequence classifier with one output learns scores, one whose problem type
+    is multi-label learns sets of labels, any other learns classes. Rows without a label (−100, or NaN) count in every
+    loss but the hard one.
+
+    But for the student's weights, all that it is given is as it was once a training or an evaluation has ended, however
+    it ended: the models' modes, attention, hooks and devices (the student's own aside, which stays on the trainer's),
+    the arguments, and the process's threads and memory.
+
+    Args:
+        model: the student.
+        teacher: its predictions and representations are the target; in eval mode while it predicts, never trained, and
+            in no checkpoint. A PEFT model predicts with its active adapters. Several teachers share the weights
+            (`teacher_weights`). "data" stands for predictions in the rows' column `teacher_logits` or
+            `teacher_probabilities` (for the soft loss). None trains on labels alone (fine-tuning), with a plain
+            `TrainingConfig`.
+        args: a `DistillationConfig`; of plain `TrainingArguments` every value is kept. The trainer has its own copy.
+        peft_config: train adapters (PEFT) of the model alone; what is saved is then the adapter. A model that has
+            adapters already (`get_peft_model`) will do as well.
+        trainer_arguments: the others of `transformers.Trainer`, but for `model_init` and `compute_loss_func`.
+
+    Raises:
+        InputError: what is no model, no data set or no arguments; weights that need a teacher without one, a layer map
+            out of range, or models that don't fit.
+        TrainingDiverged: while training, a loss that is NaN or infinite; the last checkpoint is from before.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel = None,  # type: ignore[assignment]  # told in one message
+        teacher: AnyTeacher | Sequence[AnyTeacher] | None = None,
+        args: TrainingArguments | None = None,
+        peft_config: PeftConfig | None = None,
+        **trainer_arguments: Any,
+    ):
+        alone = isinstance(teacher, str | nn.Module)
+        teachers: list[Any] = [teacher] if alone else list(teacher or [])  # type: ignore[arg-type]
+        check_given(model, teachers, args, trainer_arguments)
+        args = own_arguments(args, model.config, with_teacher=bool(teachers))
+        if args.hub_token is not None:
+            args.hub_token = UnsavedToken(args.hub_token)
+        if peft_config is not None:
+            transformers.set_seed(args.seed)  # adapters are drawn here
+            model = with_adapters(model, peft_config)
+        self.student = model
+        self.problem_type = problem_type(model)
+        if args.class_weights is not None and (
+            self.problem_type == "regression" or len(args.class_weights) != model.config.num_labels
+        ):
+            outputs = "a score" if self.problem_type == "regression" else f"{model.config.num_labels} classes"
+            raise InputError(f"class_weights: {len(args.class_weights)} weights, but the model predicts {outputs}")
+        self.weights = args.loss_weights if isinstance(args, DistillationConfig) else {"hard": 1.0}
+        self.teachers: list[Teacher] = []
+        if isinstance(args, DistillationConfig):
+            tokenizer = trainer_arguments.get("processing_class")
+            self.teachers = match_teachers(
+                model,
+                teachers,
+                args,
+                columns=getattr(trainer_arguments.get("train_dataset"), "column_names", None) or [],
+                vocabulary=len(tokenizer) if isinstance(tokenizer, PreTrainedTokenizerBase) else None,
+            )
+            transformers.set_seed(args.seed)  # projections are drawn here
+        if args.quantization is not None:
+            check_quantizable(model, args.quantization)
+        self._quantized: FakeQuantization | None = None
+        uses_logits = is_on(self.weights["hard"]) or is_on(self.weights.get("soft", 0))
+        trained: nn.Module = model
+        if self.teachers:
+            wanted = [each.student_wants for each in self.teachers]
+            widths = [width_of((each.model or model).config) for each in self.teachers]
+            trained = ProjectedStudent(model, wanted, widths, uses_logits=uses_logits)
+            if trained.projections and (trainer_arguments.get("optimizers") or (None,))[0] is not None:
+                raise InputError(
+                    "optimizers: they lack the projections between the widths of student and teacher, which are made "
+                    "here; say optimizer_cls_and_kwargs, or optim in args"
+                )
+        self._image_tokens = tokens_of_image(model, [each.student_wants for each in self.teachers])
+        self._collates_otherwise = trainer_arguments.get("data_collator") is not None
+        tokenizer = trainer_arguments.get("processing_class")
+        if self.problem_type in OF_TOKENS and tokenizer is not None and not self._collates_otherwise:
+            trainer_arguments["data_collator"] = DataCollatorForTokenClassification(tokenizer)
+        self._fillers = fillers_of(self.teachers)
+        self._prepared_forward: dict[str, Any] = {}
+        self._is_running = False
+        self._use_cache = getattr(model.config, "use_cache", None)
+        with modes_kept([model]), verbosity_of(args), determinism(args.full_determinism):
+            forget_other_precision(args.mixed_precision)
+            super().__init__(
+                model=trained,
+                args=args,
+                callbacks=[Announcement(self.teachers), *(trainer_arguments.pop("callbacks", None) or [])],
+                **trainer_arguments,
+            )
+        self._accelerate = AcceleratorSnapshot()
+        if self._use_cache is not None:  # Trainer has switched it off for good, in what is saved too
+            model.config.use_cache = self._use_cache
+        # Our losses are divided by the whole step's counts, so Trainer must not divide by the accumulation steps too.
+        # (What it finds out by itself is wrong for BERT: a forward with **kwargs that returns a plain mean.)
+        self.model_accepts_loss_kwargs = True
+        self.label_names = label_columns(self.problem_type)
+        if self._fillers:
+            self.data_collator = with_columns(self.data_collator, self._fillers)  # type: ignore[has-type]
+        self._masking = None
+        columns = getattr(self.train_dataset, "column_names", None)
+        if self.problem_type == "masked_lm" and columns is not None and "labels" not in columns:
+            drawn = self._draws_batches and row_lengths(self.train_dataset, args.length_column_name) is not None
+            self._masking = masking_of(self.processing_class, args, drawn_by_us=drawn)
+        self._check_columns()
+        for each in self.teachers:
+            each.autocast = self.accelerator.autocast
+        self._logged = Sums()
+        self._evaluated = Sums()
+        self._reduce_logits: Callable[[Tensor, Tensor], Tensor] | None = None
+        self._watch = DivergenceWatch(args)
+        for each in self.teachers:
+            if each.student_wants.pooled:
+                with self._running():
+                    each.negatives = self._read_negatives(each)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *arguments: Any, **options: Any) -> TrainOutput:
+        """Trainer's, also after an evaluation; with teachers cached, and on a CPU with its attention and memory.
+
+        Raises:
+            InputError: a checkpoint whose training dealt rows to optimizer steps otherwise.
+        """
+        last = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
+        checkpoint = os.path.expanduser(last) if last else None
+        if checkpoint is not None:
+            self._refuse_other_batches(Path(checkpoint))
+        if self.model_wrapped is self.model:
+            # An evaluation has marked the model as prepared, and Accelerate would leave out DDP: processes that share
+            # no gradients, each training alone (seen with transformers 5.23, accelerate 1.15).
+            self._prepared_forward = {}
+            self.model._is_accelerate_prepared = False
+            self.accelerator._models.clear()
+        try:
+            with self.training_conditions():
+                self.cache_teachers()
+                if self._uses_ddp and self.args.ddp_find_unused_parameters is None:
+                    self.accelerator.ddp_handler.find_unused_parameters = self._has_idle_weights()
+                return super().train(checkpoint or resume_from_checkpoint, *arguments, **options)
+        finally:
+            for each in self.teachers:
+                if each.cache is not None:
+                    each.cache.release()
+
+    def _refuse_other_batches(self, checkpoint: Path) -> None:
+        """Trainer would train with the checkpoint's batch size, and skip as many batches as were done of others."""
+        different = other_batches(checkpoint, self.args)
+        if different is not None:
+            raise InputError(f"{checkpoint}: can't be gone on from ({different}); say the same, or start anew")
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """What holds while student and teachers predict, in training and outside of it.
+
+        Teachers lie on the trainer's device, and what the losses compare can be read.
+        """
+        if self._is_running:  # an evaluation in the middle of a training
+            yield
+            return
+        models = [each.model for each in self.teachers if each.model is not None]
+        readers = [each.reader for each in self.teachers if each.reader is not None]
+        if isinstance(self.model, ProjectedStudent):
+            readers.append(self.model.reader)
+        self._is_running = True
+        try:
+            with ExitStack() as stack:
+                stack.enter_context(self._accelerate.restored())
+                stack.enter_context(verbosity_of(self.args))
+                stack.enter_context(determinism(self.args.full_determinism))
+                if self.args.device.type == "cpu":
+                    stack.enter_context(available_cores())
+                stack.enter_context(modes_kept([self.student]))
+                stack.enter_context(using_cache(self.student.config, self.args.use_cache))
+                stack.enter_context(self._forward_as_prepared())
+                stack.enter_context(on_device(models, self.accelerator.device))
+                for reader in readers:
+                    stack.enter_context(reader.attached())
+                yield
+        finally:
+            self._is_running = False
+
+    @contextmanager
+    def _forward_as_prepared(self) -> Iterator[None]:
+        """A student without a teacher is what Accelerate puts its autocast around, for good; here for the run."""
+        vars(self.student).update(self._prepared_forward)
+        try:
+            yield
+        finally:
+            names = ("forward", "_original_forward", "_is_accelerate_prepared")
+            self._prepared_forward = {
+                name: vars(self.student).pop(name) for name in names if name in vars(self.student)
+            }
+
+    @contextmanager
+    def training_conditions(self) -> Iterator[None]:
+        """Attention, dropout, packing, fake weights and memory as they are in `train`."""
+        lengths = row_lengths(self.train_dataset, self.args.length_column_name)
+        models = [self.student, *(each.model for each in self.teachers if each.model is not None)]
+        longest = sys.maxsize if lengths is None else int(lengths.max())
+        probability = self.args.dropout if isinstance(self.args, DistillationConfig) else None
+        packing = packed(models) if self.args.packing else nullcontext()
+        embeddings = list(self.student.get_input_embeddings().parameters()) if self.args.freeze_embeddings else []
+        memory = freed_memory_kept() if self.args.device.type == "cpu" else nullcontext()
+        with (
+            self._running(), memory, frozen(embeddings), checkpointing_kept(self.student),
+            hooks_of_trainer_removed(self.student),
+            fast_attention(models, longest, self.args.device), dropout(self.student, probability), packing,
+            self.as_quantized() as self._quantized,
+        ):  # fmt: skip
+            yield
+
+    def hyperparameter_search(self, *arguments: Any, **options: Any) -> Any:
+        """Refused: a trial is a trainer of its own.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(
+            "hyperparameter_search: a student is matched with its teacher once; make a DistillationTrainer, with a new "
+            "student, for each trial"
+        )
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
+        """The rows in their order, so that predictions stand beside them; Trainer would group them by length too."""
+        if eval_dataset is None or self.args.world_size > 1:  # Accelerate deals in order
+            return None
+        return SequentialSampler(eval_dataset)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        """Trainer's, but images have no length to be grouped by."""
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        return RandomSampler(rows) if _made_as_read(rows) else super()._get_train_sampler(rows)
+
+    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
+        """Trainer's, but what rows are made of as they are read stays."""
+        return dataset if _made_as_read(dataset) else super()._remove_unused_columns(dataset, description)
+
+    @property
+    def _uses_ddp(self) -> bool:
+        return self.args.world_size > 1 and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
+    def _has_idle_weights(self) -> bool:
+        """Whether the loss leaves some weight out (a pooler, upper layers), so that DDP must look for it each step."""
+        batch = self._prepare_inputs(self.batch_reader()([0], 0))
+        self.model.eval()
+        with self.compute_loss_context_manager():
+            loss = self.compute_loss(self.model, batch)
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        return any(gradient is None for gradient in torch.autograd.grad(loss, trained, allow_unused=True))
+
+    def as_quantized(self) -> AbstractContextManager[FakeQuantization | None]:
+        """The student with the weights that a later `quantize` will leave, where `qat` asks for it."""
+        if self.args.quantization is None:
+            return nullcontext()
+        return fake_quantized(self.student, self.args.quantization, activations=self.args.qat_activations)
+
+    def begin_quantized_step(self) -> None:
+        """Quantize weights anew from here on; with `qat_delay` only once it is over."""
+        if self._quantized is not None:
+            delay = self.args.qat_delay * (self.state.max_steps if self.args.qat_delay < 1 else 1)
+            self._quantized.begin_step(on=self.state.global_step >= delay, gather=self.accelerator.gather)
+
+    # --- rows and cached teachers -----------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches of like length (see `LengthBatches`), with what is cached of the teachers."""
+        lengths = row_lengths(self.train_dataset, self.args.length_column_name)
+        if lengths is None or not self._draws_batches:
+            return super().get_train_dataloader()
+        return length_loader(self.batch_reader(), lengths, self.args, self._train_batch_size)
+
+    def batch_reader(self) -> Callable[[list[int], int], dict[str, Any]]:
+        """Makes the training batch of the rows with these numbers in an epoch, with what is cached of the teachers."""
+        read = self.reader(self.train_dataset, "training")
+
+        def collate(numbers: list[int], epoch: int) -> dict[str, Any]:
+            cached = {str(each.number): each.cache.read(numbers) for each in self.teachers if each.cache is not None}
+            every = torch.ones(len(numbers), dtype=torch.bool)  # no process is filled up
+            batch = read(numbers)
+            if self._masking is not None:
+                batch = self._masking(batch, numbers, epoch)
+            return {**batch, COUNTED_ROWS: every, **({TEACHER_OUTPUTS: cached} if cached else {})}
+
+        return collate
+
+    @property
+    def _draws_batches(self) -> bool:
+        ours = self.args.train_sampling_strategy in ("group_by_length", "random")
+        return ours and not self.args.dataloader_drop_last
+
+    def reader(self, rows: Any, what_for: str) -> Reader:
+        """Reads batches of rows that hold only what models and losses take."""
+        if isinstance(rows, datasets.Dataset):
+            rows = self._remove_unused_columns(rows, what_for)
+        tokenizer = None if self._collates_otherwise else self.processing_class
+        multiple = 8 if self.args.device.type == "cuda" else 1  # tensor cores
+        labels = IGNORED if self.problem_type in OF_TOKENS else None
+        return Reader(
+            rows, self.data_collator, tokenizer, pad_to_multiple_of=multiple, label_filler=labels, fillers=self._fillers
+        )
+
+    def planned_caches(self) -> list[tuple[Teacher, CachePlan]]:
+        """Each teacher that is a model, with what `train` will cache of it, or why it will not.
+
+        Raises:
+            InputError: `cache_teacher` asks for what can't be.
+        """
+        if not isinstance(self.args, DistillationConfig):
+            return []
+        lengths = row_lengths(self.train_dataset, self.args.length_column_name)
+        rows_of_a_step = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        passes = self.args.num_train_epochs
+        if self.args.max_steps > 0 and lengths is not None:
+            passes = self.args.max_steps * min(rows_of_a_step, len(lengths)) / len(lengths)
+        unfit = None
+        if lengths is None or not self._draws_batches:
+            unfit = "the rows are not drawn by their lengths"
+        elif self._collates_otherwise and self.args.cache_teacher == "auto":
+            unfit = "a data_collator may change the rows"
+        return [
+            (each, plan_cache(self.args, each.layout, lengths, passes=passes, unfit=unfit))
+            for each in self.teachers
+            if each.model is not None
+        ]
+
+    def cache_teachers(self) -> None:
+        """Compute what is planned, or find it; `train` does so by itself."""
+        for teacher, plan in self.planned_caches():
+            teacher.cache = None
+            if self.is_world_process_zero():
+                log.print(f"      {plan}")
+            if plan.layout is None or teacher.model is None:
+                continue
+            read = self.reader(self.train_dataset, "teacher")
+
+            def outputs(numbers: list[int], teacher: Teacher = teacher, read: Reader = read) -> tuple[Outputs, Tensor]:
+                batch = self._completed(self._prepare_inputs(read(numbers)))
+                found = teacher.outputs(batch)
+                teacher.refuse_not_finite()  # before it lies on disk, where a GPU is waited for anyway
+                return found, batch["attention_mask"]
+
+            teacher.cache = build_cache(
+                teacher.model, plan, self.train_dataset, outputs,
+                prefix=teacher.prefix,
+                more=teacher.more,
+                batch_size=self.args.per_device_eval_batch_size,
+                precision="bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "fp32",
+                process_index=self.args.process_index,
+                num_processes=self.args.world_size,
+                wait=wait_for_everyone,
+            )  # fmt: skip
+
+    # --- the loss ---------------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        """The weighted loss of one micro-batch: its share of the whole step's loss.
+
+        Args:
+            num_items_in_batch: rows, tokens and labels of the whole step (shape 3); of this batch by default.
+        """
+        inputs = self._completed(inputs)
+        if num_items_in_batch is None:
+            num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
+        counted = None
+        if self.problem_type == "masked_lm" and model.training and not return_outputs:
+            counted = labels_of(self.problem_type, inputs, inputs[COUNTED_ROWS]).counted
+        predicting = predicting_alone(self.student, counted)
+        with record_function("student forward"), self._arithmetic_of_student(), predicting:
+            if self.teachers:
+                outputs = model(**inputs)
+            else:
+                outputs = {"logits": logits_of(model(**accepted_inputs(self.student, inputs)))}
+        with record_function("losses"):
+            parts = self._parts(outputs, inputs, training=model.training)
+        weights = {name: value_at(self.weights[name], self._progress) for name in parts}
+        losses = {name: part.total / _count_of(part, num_items_in_batch) for name, part in parts.items()}
+        if model.training:
+            self._watch.look_at(losses, self.state)
+            # The counts are of all processes, and DDP takes the mean of their gradients.
+            losses = {name: loss * self.accelerator.num_processes for name, loss in losses.items()}
+            self._logged.add({name: (loss, loss * weights[name]) for name, loss in losses.items()})
+        else:
+            self._evaluated.add({name: (part.total, num_items_in_batch[part.counted]) for name, part in parts.items()})
+        weighted = [weights[name] * loss for name, loss in losses.items()]
+        loss = torch.stack(weighted).sum() if weighted else outputs["logits"].sum() * 0
+        if not return_outputs:
+            return loss
+        shown = {"logits": outputs["logits"]}
+        if self.problem_type == "question_answering":  # two, each B×T, as transformers' models give them
+            shown = dict(zip(("start_logits", "end_logits"), outputs["logits"].unbind(1), strict=True))
+        return loss, shown
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Any, Any, Any]:
+        """Trainer's, but a language model's batch a few rows at a time, of whose logits only what
+        `preprocess_logits_for_metrics` makes of them is kept: B×T×V of them may be gigabytes."""
+        in_parts = self.problem_type in ("masked_lm", "causal_lm") and all(name in inputs for name in self.label_names)
+        reduce = self._reduce_logits
+        if not in_parts or not (prediction_loss_only or reduce):
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        batch = self._completed(self._prepare_inputs(inputs))
+        num_rows, num_tokens = batch["input_ids"].shape
+        size = max(1, _LOGITS_AT_ONCE // (num_tokens * self.student.config.vocab_size))
+        losses, reduced = [], []
+        for start in range(0, num_rows, size):
+            part = {name: values[start : start + size] for name, values in batch.items()}
+            loss, logits, labels = super().prediction_step(model, part, prediction_loss_only, ignore_keys)
+            losses.append(loss)
+            if reduce is not None and not prediction_loss_only:
+                reduced.append(reduce(logits, labels))
+        loss = torch.stack(losses).mean()  # `evaluation_loop` knows the exact one
+        if prediction_loss_only:
+            return loss, None, None
+        return loss, functools.reduce(nested_concat, reduced), batch["labels"]
+
+    def _arithmetic_of_student(self) -> AbstractContextManager:
+        """A quantized student computes in bfloat16, whatever its adapters and its head are trained in."""
+        quantized = getattr(plain_model(self.student), "is_quantized", False)
+        return torch.autocast(self.args.device.type, torch.bfloat16) if quantized else nullcontext()
+
+    def training_step(self, *arguments: Any, **options: Any) -> Tensor:
+        """Trainer's, named in a profile."""
+        with record_function("training step"):
+            return super().training_step(*arguments, **options)
+
+    def _parts(self, outputs: Mapping[str, Any], inputs: dict[str, Tensor], *, training: bool) -> dict[str, Part]:
+        counted = inputs[COUNTED_ROWS]
+        parts: dict[str, Part] = {}
+        if is_on(self.weights["hard"]):
+            parts |= against_labels(self.args, self.problem_type, outputs["logits"], inputs, counted)
+        for number, teacher in enumerate(self.teachers):
+            if not training and not teacher.can_judge(inputs):
+                continue  # validation rows need no stored predictions, nor tokens of the teacher's own
+            shown = (outputs["logits"], outputs["representations"][number])
+            temperature = None
+            if self.args.temperature is not None:
+                temperature = value_at(self.args.temperature, self._progress)
+            against = against_teacher(self.args, teacher, shown, inputs, counted, temperature=temperature)
+            for name, part in against.items():
+                parts[name] = parts[name] + part if name in parts else part
+        return parts
+
+    @property
+    def _progress(self) -> float:
+        """Optimizer steps done over all steps; known right after a resume."""
+        return self.state.global_step / self.state.max_steps if self.state.max_steps > 0 else 0.0
+
+    # --- batches and what they count --------------------------------------------------------------------------------
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Tensor]], Tensor]:
+        """The micro-batches of one optimizer step, and its rows, tokens and labels over all processes."""
+        # One by one: only while a batch is the newest does the loader know whether it is the last.
+        with record_function("data"):
+            batches = [self._completed(batch) for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        counts = self._get_num_items_in_batch(batches, device)
+        if self.accelerator.num_processes > 1:
+            counts = self.accelerator.reduce(counts, reduction="sum")
+        self._logged.steps += 1
+        self.begin_quantized_step()
+        return batches, counts
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
+        batches = map(self._completed, batch_samples)
+        counts = [count(self.args, self.problem_type, batch, batch[COUNTED_ROWS]).to(device) for batch in batches]
+        return torch.stack(counts).sum(0) if counts else torch.zeros(COUNTS, device=device)
+
+    def _completed(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A batch with an attention mask, and with the rows that count.
+
+        With several processes the last batches are filled up with rows from the start of the epoch.
+        """
+        batch = dict(batch)
+        if "pixel_values" in batch:  # the patches of an image all count
+            ids = batch["pixel_values"].new_ones(len(batch["pixel_values"]), self._image_tokens, dtype=torch.long)
+        else:
+            ids = batch["input_ids"]
+        batch.setdefault("attention_mask", torch.ones_like(ids))
+        if self.problem_type == "causal_lm" and "labels" not in batch:
+            batch["labels"] = ids.masked_fill(batch["attention_mask"] == 0, IGNORED)
+        if "labels" in batch and self.problem_type in ("regression", "multi_label_classification"):
+            batch["labels"] = batch["labels"].float()  # whole numbers are scores, or zeros and ones, here
+        if COUNTED_ROWS not in batch:
+            loader = self.accelerator.gradient_state
+            real = len(ids)
+            if loader.end_of_dataloader and loader.remainder > 0:
+                real = loader.remainder - self.accelerator.process_index * len(ids)
+            batch[COUNTED_ROWS] = torch.arange(len(ids), device=ids.device) < real
+        return batch
+
+    _signature_columns: list[str] | None
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            models = [self.student, *(each.model for each in self.teachers if each.model is not None)]
+            inputs = {name for model in models for name in input_names(model)}
+            kept = (
+                "label",
+                "label_ids",
+                *self.label_names,
+                *self._fillers,
+                self.args.length_column_name,
+                *STORED_COLUMNS,
+            )
+            self._signature_columns = [*inputs, *kept]
+
+    def _check_columns(self) -> None:
+        columns = getattr(self.train_dataset, "column_names", None)
+        if columns is None or _made_as_read(self.train_dataset):
+            return
+        if any(each.model is None for each in self.teachers) and not set(STORED_COLUMNS) & set(columns):
+            raise InputError(
+                f"teacher: 'data' needs a column {' or '.join(STORED_COLUMNS)} in the training rows; "
+                f"they have {', '.join(columns)}"
+            )
+        own_labels = self._masking is not None or self.problem_type == "causal_lm"
+        if (
+            is_on(self.weights["hard"])
+            and not own_labels
+            and not {"label", "label_ids", *self.label_names} & set(columns)
+        ):
+            raise InputError(f"hard_weight: the training rows have no labels (only {', '.join(columns)}); set it to 0")
+
+    def _read_negatives(self, teacher: Teacher) -> Tensor:
+        """For the contrastive loss: the teacher's pooled states (N×D) of rows spread over the whole training set."""
+        dataset = self.train_dataset if self.train_dataset is not None else self.eval_dataset
+        read = self.reader(dataset, "negatives")
+        wanted = min(self.args.contrastive_negatives, len(dataset))
+        rows = np.linspace(0, len(dataset) - 1, wanted).round().astype(int).tolist()
+        size = self.args.per_device_eval_batch_size
+        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+        found = [teacher.outputs(self._completed(self._prepare_inputs(read(batch))))[1].pooled for batch in batches]
+        return torch.cat([pooled for pooled in found if pooled is not None])
+
+    # --- the log ----------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the parts of the loss (`loss/soft`, …) as means over steps, like the loss itself.
+
+        Where a weight follows a schedule, `weight/…` is its mean, weighted by the part; parts times weights are then
+        always the loss.
+        """
+        if "loss" in logs and self._logged.totals:
+            for teacher in self.teachers:
+                teacher.refuse_not_finite()
+            self._watch.stop_if_diverged(self.state)
+            totals = self._logged.reduced(self.accelerator)
+            steps = self._logged.steps * self.accelerator.num_processes
+            for name, (part, weighted) in totals.items():
+                logs[f"loss/{name}"] = part / steps
+                if isinstance(self.weights[name], dict):
+                    logs[f"weight/{name}"] = weighted / part if part else value_at(self.weights[name], self._progress)
+            self._logged = Sums()
+        super().log(logs, start_time)
+
+    def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
+        """Trainer's; what it changes around it is put back."""
+        with self._running():
+            return super().evaluate(*arguments, **options)
+
+    def predict(self, *arguments: Any, **options: Any) -> PredictionOutput:
+        """Trainer's, predictions in the order of the rows; what it changes around it is put back."""
+        with self._running():
+            return super().predict(*arguments, **options)
+
+    def save_model(self, *arguments: Any, **options: Any) -> None:
+        """Trainer's; also after another trainer has been made."""
+        with self._accelerate.restored():
+            super().save_model(*arguments, **options)
+
+    def evaluation_loop(
+        self, dataloader: Any, description: str, *arguments: Any, metric_key_prefix: str = "eval", **options: Any
+    ) -> EvalLoopOutput:
+        """Trainer's, with the loss and its parts as sums over all rows divided by what they count.
+
+        With `qat` the student is evaluated as quantizing it now would leave it.
+        """
+        self._evaluated = Sums()
+        reduce: Any = self.preprocess_logits_for_metrics  # type: ignore[has-type]
+        if self.problem_type in ("masked_lm", "causal_lm") and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            # Where weights are gathered in each forward, all processes must run as many.
+            self._reduce_logits, self.preprocess_logits_for_metrics = reduce, None
+        try:
+            with self.as_quantized():  # of its own: the weights have moved since the last step began
+                output = super().evaluation_loop(
+                    dataloader, description, *arguments, metric_key_prefix=metric_key_prefix, **options
+                )
+        finally:
+            self._reduce_logits, self.preprocess_logits_for_metrics = None, reduce
+        key = f"{metric_key_prefix}_loss"
+        if not self._evaluated.totals:
+            output.metrics.pop(key, None)  # nothing to compare with, neither labels nor stored predictions
+        elif key in output.metrics:
+            parts = {
+                name: total / counted if counted else 0.0
+                for name, (total, counted) in self._evaluated.reduced(self.accelerator).items()
+            }
+            output.metrics[key] = sum(value_at(self.weights[name], self._progress) * parts[name] for name in parts)
+            output.metrics.update({f"{key}/{name}": part for name, part in parts.items()})
+        return output
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Trainer's, but weights that are not finite never replace a good checkpoint."""
+        self._watch.stop_if_diverged(self.state)
+        if not torch.stack([parameter.isfinite().all() for parameter in self.model.parameters()]).all():
+            self._watch.stop(f"a weight was NaN or infinite at step {self.state.global_step}", self.state)
+        if self._quantized is not None:
+            self._quantized.average_ranges(self.accelerator.gather)
+        if self.args.should_save:
+            folder = self._get_output_dir(trial=trial)
+            note_batches(Path(folder) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}", self.args)
+        super()._save_checkpoint(model, trial)
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write the student alone, in plain form, no pickled arguments.
+
+        A checkpoint has the projections and the activations' ranges beside it.
+        """
+        folder = Path(output_dir or self.args.output_dir)
+        model = self.accelerator.unwrap_model(self.model)
+        if isinstance(model, ProjectedStudent):
+            state = model.state_dict() if state_dict is None else state_dict
+            state_dict = {k.removeprefix("student."): v for k, v in state.items() if k.startswith("student.")}
+        with using_cache(self.student.config, self._use_cache):
+            self.student.save_pretrained(folder, state_dict=state_dict, is_main_process=self.args.should_save)
+        if not self.args.should_save:
+            return
+        is_checkpoint = folder.name.startswith(PREFIX_CHECKPOINT_DIR)
+        if is_checkpoint and self._quantized is not None and self.args.qat_activations:
+            safetensors.torch.save_file({"ranges": self._quantized.ranges}, folder / _RANGES_FILE)
+        if isinstance(model, ProjectedStudent) and model.projections and is_checkpoint:
+            projections = {k: v for k, v in state.items() if k.startswith("projections.")}
+            safetensors.torch.save_file(projections, folder / _PROJECTIONS_FILE)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self._trainer_loads:
+            super()._load_from_checkpoint(resume_from_checkpoint, self.student if model is None else model)
+        else:  # a file has neither tied weights nor always the modules' own names, and Trainer would skip those
+            saved, fit = load_weights(
+                resume_from_checkpoint, type(self.student), self.student.config, self.student.dtype
+            )
+            if fit.problem is not None or fit.untrained:
+                raise InputError(f"{resume_from_checkpoint}: {fit.problem or 'its head is not stored'}")
+            self.student.load_state_dict(saved.state_dict())
+        if self._quantized is not None and self.args.qat_activations:
+            ranges = safetensors.torch.load_file(Path(resume_from_checkpoint) / _RANGES_FILE)["ranges"]
+            self._quantized.ranges = ranges.to(self.args.device)
+        if isinstance(self.model, ProjectedStudent) and self.model.projections:
+            projections = safetensors.torch.load_file(Path(resume_from_checkpoint) / _PROJECTIONS_FILE)
+            self.model.load_state_dict(projections, strict=False)
+
+    def _load_best_model(self) -> None:
+        # Of a wrapped student Trainer would look for the wrapper's names, and find none.
+        if self._trainer_loads and not isinstance(self.model, ProjectedStudent):
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    @property
+    def _trainer_loads(self) -> bool:
+        """Whether Trainer's own way to read a checkpoint is the right one."""
+        return isinstance(self.student, PeftModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+
+def _made_as_read(rows: Any) -> bool:
+    """Whether rows (images) become inputs only when they are read, by a transform of their own."""
+    return isinstance(rows, datasets.Dataset) and rows.format["type"] == "custom"
+
+
+def _count_of(part: Part, counts: Tensor) -> Tensor:
+    counted = counts[part.counted]
+    return torch.where(counted > 0, counted, 1)

@@ -1,0 +1,191 @@
+"""A teacher and a student of different families, each with a tokenizer of its own."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import ByteLevelBPETokenizer
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast, RobertaConfig
+
+from distill import DistillationConfig, DistillationTrainer, build_student
+from distill.data.load import DataOptions, load_data
+from distill.errors import InputError
+from distill.evaluation.evaluate import evaluate_model
+from distill.models.load import load_tokenizer
+from distill.recipes.check import print_plan
+from distill.recipes.plan import make_plan
+from distill.recipes.recipe import load_recipe
+from distill.reports.report import write_report
+from distill.runs.run import run_plan
+from distill.verbs.steps import read_rows
+from tests.conftest import make_tokenizer, sentences, tiny_bert, write_rows
+
+RECIPE = """
+task: sst2
+output_dir: {folder}/run
+data: {{path: {data}, max_length: 32}}
+benchmark: {{sequence_length: 16, throughput_batch_size: 2, rounds: 1}}
+steps:
+  teacher: {{run: finetune, model: {roberta}, from_scratch: true, max_steps: 80, learning_rate: 2e-3}}
+  student: {{run: distill, teacher: teacher, model: {bert}, num_layers: 2, max_steps: 60, learning_rate: 2e-3{more}}}
+"""
+
+
+@pytest.fixture(scope="module")
+def roberta(tmp_path_factory):
+    """A RoBERTa's config, and a byte-level tokenizer trained on the rows' words."""
+    folder = tmp_path_factory.mktemp("roberta")
+    backend = ByteLevelBPETokenizer()
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    backend.train_from_iterator([row["sentence"] for row in sentences(200)], vocab_size=320, special_tokens=special)
+    names = dict(zip(("bos_token", "pad_token", "eos_token", "unk_token", "mask_token"), special, strict=True))
+    PreTrainedTokenizerFast(tokenizer_object=backend._tokenizer, **names).save_pretrained(folder)
+    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    RobertaConfig(vocab_size=backend.get_vocab_size(), max_position_embeddings=66, **sizes).save_pretrained(folder)
+    return folder
+
+
+def plan_of(tmp_path, sst2_folder, pretrained, roberta, more="", overrides=None):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.format(folder=tmp_path, data=sst2_folder, roberta=roberta, bert=pretrained, more=more))
+    return make_plan(load_recipe(path, overrides, draft=True))
+
+
+def test_whole_rows_are_compared(tmp_path, sst2_folder, pretrained, roberta, capsys):
+    more = ", contrastive_weight: 0.1, eval_strategy: steps, eval_steps: 60, bf16: false"
+    made = plan_of(tmp_path, sst2_folder, pretrained, roberta, more)
+    print_plan(made)  # times a few batches with random models
+    run_plan(made)
+    assert re.search(r"step 60/\d+, validation: loss \d.*, accuracy \d", capsys.readouterr().err)
+    by_name = {model["name"]: model for model in write_report(made)["models"]}
+    assert by_name["teacher"]["metrics"]["accuracy"] > 0.9
+    assert by_name["student"]["agreement"] > 0.9
+
+    # The loss of an evaluation is against the teacher on tokens of its own too.
+    folders = [made.steps[name].folder for name in ("student", "teacher")]
+    student, teacher = (
+        np.array(
+            evaluate_model(
+                AutoModelForSequenceClassification.from_pretrained(folder), load_tokenizer(str(folder)), made.data
+            ).logits
+        )
+        for folder in folders
+    )
+    log = json.loads((folders[0] / "step.json").read_text())["log"]
+    found = [line["eval_loss/soft"] for line in log if "eval_loss/soft" in line]
+    assert found[-1] == pytest.approx(np.square(student - teacher).mean(), rel=1e-3)
+
+
+def test_cached_and_live_teachers_teach_the_same(tmp_path, sst2_folder, pretrained, roberta):
+    weights = []
+    for how in ("none", "logits"):
+        (tmp_path / how).mkdir()
+        short = {"teacher.max_steps": "5", "student.max_steps": "3"}
+        more = f", bf16: false, cache_teacher: {how}"
+        made = plan_of(tmp_path / how, sst2_folder, pretrained, roberta, more, short)
+        run_plan(made)
+        weights.append(AutoModelForSequenceClassification.from_pretrained(made.steps["student"].folder).state_dict())
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weight, weights[1][name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("part", ["hidden_weight", "attention_weight", "relation_weight", "embedding_weight"])
+def test_what_compares_token_with_token_is_refused(tmp_path, sst2_folder, pretrained, roberta, part):
+    with pytest.raises(
+        InputError, match=f"{part}: compares token with token, but student and teacher have a tokenizer each"
+    ):
+        plan_of(tmp_path, sst2_folder, pretrained, roberta, f", {part}: 1.0")
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """Rows of two sentences, a BERT, and a DistilBERT whose tokenizer is BERT's but for the token types."""
+    folder = tmp_path_factory.mktemp("pairs")
+    rows = [{"sentence1": a["sentence"], "sentence2": b["sentence"], "label": a["label"]} for a, b in zip(
+        sentences(24), sentences(24, seed=3), strict=True)]  # fmt: skip
+    for split in ("train", "validation"):
+        write_rows(folder / "rows" / f"{split}.jsonl", rows)
+    bert = tiny_bert(seed=4)
+    models = {"bert": bert, "distilbert": build_student(tiny_bert(seed=5), student_arch="distilbert")}
+    for name, model in models.items():
+        model.save_pretrained(folder / name)
+        tokenizer = make_tokenizer()
+        if name == "distilbert":
+            tokenizer.model_input_names = ["input_ids", "attention_mask"]
+        tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+def options_for(folder, **more):
+    return DistillationConfig(
+        output_dir=str(folder),
+        max_steps=1,
+        per_device_train_batch_size=4,
+        disable_tqdm=True,
+        save_strategy="no",
+        **more,
+    )
+
+
+@pytest.mark.parametrize("first", ["bert", "distilbert"])
+@pytest.mark.parametrize("cache", ["none", "logits"])
+def test_a_bert_reads_token_types_beside_a_distilbert_whoever_came_first(pairs, first, cache, tmp_path):
+    options = DataOptions(kind="classification", path=str(pairs / "rows"), text=["sentence1", "sentence2"])
+    data = load_data(None, options)
+    data.tokenized("train", load_tokenizer(str(pairs / first), data.max_length))
+    rows = read_rows(data, str(pairs / "distilbert"), [str(pairs / "bert")])
+    assert "token_type_ids" not in rows.train.column_names
+    assert {type for row in rows.train["teacher1_token_type_ids"] for type in row} == {0, 1}
+
+    bert = AutoModelForSequenceClassification.from_pretrained(pairs / "bert").eval()
+    student = AutoModelForSequenceClassification.from_pretrained(pairs / "distilbert")
+    args = options_for(tmp_path, hidden_weight=1.0, cache_teacher="none" if cache == "none" else "hidden")
+    trainer = DistillationTrainer(
+        model=student, teacher=bert, args=args, train_dataset=rows.train, eval_dataset=rows.validation,
+        processing_class=rows.processor,
+    )  # fmt: skip
+    trainer.cache_teachers()
+    numbers = [3, 0, 7]
+    batch = trainer._completed(trainer.batch_reader()(numbers, 0))
+    logits, _ = trainer.teachers[0].outputs(batch)
+    chosen = data.splits["train"].select(numbers)
+    encoded = load_tokenizer(str(pairs / "bert"))(
+        list(chosen["sentence1"]), list(chosen["sentence2"]), padding=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(logits, bert(**encoded).logits, atol=1e-5, rtol=0)
+        without = bert(input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"]).logits
+    assert not torch.allclose(without, logits, atol=1e-2)
+    assert "eval_loss/soft" in trainer.evaluate()
+
+
+def test_a_teacher_that_is_given_no_token_types_reads_none_beside_a_bert(pairs, tmp_path):
+    (tmp_path / "teacher").mkdir()
+    AutoModelForSequenceClassification.from_pretrained(pairs / "bert").save_pretrained(tmp_path / "teacher")
+    load_tokenizer(str(pairs / "distilbert")).save_pretrained(tmp_path / "teacher")
+    options = DataOptions(kind="classification", path=str(pairs / "rows"), text=["sentence1", "sentence2"])
+    rows = read_rows(load_data(None, options), str(pairs / "bert"), [str(tmp_path / "teacher")])
+    assert {type for row in rows.train["token_type_ids"] for type in row} == {0, 1}
+    assert {type for row in rows.train["teacher1_token_type_ids"] for type in row} == {0}
+    distilbert = read_rows(load_data(None, options), str(pairs / "bert"), [str(pairs / "distilbert")])
+    trainer = DistillationTrainer(
+        model=AutoModelForSequenceClassification.from_pretrained(pairs / "bert"),
+        teacher=AutoModelForSequenceClassification.from_pretrained(pairs / "distilbert"),
+        args=options_for(tmp_path), train_dataset=distilbert.train, eval_dataset=distilbert.validation,
+        processing_class=distilbert.processor,
+    )  # fmt: skip
+    assert "eval_loss/soft" in trainer.evaluate()
+
+
+def test_hidden_states_of_a_bert_and_a_distilbert_with_its_vocabulary_are_compared(pairs, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"""
+output_dir: {tmp_path}/run
+data: {{kind: classification, path: {pairs}/rows, text: [sentence1, sentence2]}}
+steps:
+  teacher: {{run: finetune, model: {pairs}/bert, max_steps: 1}}
+  student: {{run: distill, teacher: teacher, model: {pairs}/distilbert, hidden_weight: 1.0, max_steps: 1}}
+""")
+    assert make_plan(load_recipe(path, {"data.max_length": "32"})).steps["student"].layer_pairs
