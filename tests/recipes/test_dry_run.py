@@ -161,7 +161,7 @@ def test_stand_ins_keep_names_classes_and_ties_and_weigh_next_to_nothing():
 
 def test_a_push_without_a_network_or_token_is_told_by_check_and_refused_by_run(recipe, monkeypatch, capsys, tmp_path):
     path = recipe()
-    monkeypatch.setattr("distill.publishing.push.get_token", lambda: "hf_it")
+    monkeypatch.setattr("distill.common.credentials.get_token", lambda: "hf_it")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     path.write_text(path.read_text() + "push: {student: me/it}\n")
     assert main(["check", str(path)]) == 0
@@ -174,7 +174,7 @@ def test_a_push_without_a_network_or_token_is_told_by_check_and_refused_by_run(r
     assert not (tmp_path / "run").exists()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     assert push_problems(SimpleNamespace(push={"student": "me/it"})) == []
-    monkeypatch.setattr("distill.publishing.push.get_token", lambda: None)
+    monkeypatch.setattr("distill.common.credentials.get_token", lambda: None)
     assert "no token" in push_problems(SimpleNamespace(push={"student": "me/it"}))[0]
     assert push_problems(SimpleNamespace(push={})) == []
 
