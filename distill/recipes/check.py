@@ -33,7 +33,7 @@ from distill.recipes.finished import is_finished, pending_reruns, remarks_on
 from distill.recipes.plan import Plan, PlannedStep
 from distill.recipes.recipe import located, problem_at
 from distill.tasks.base import Task, TaskKind
-from distill.training.cache import show_bytes
+from distill.training.cache_plan import show_bytes
 from distill.training.config import TrainingConfig
 from distill.training.features import show_pairs
 from distill.training.teachers import FROM_DATA

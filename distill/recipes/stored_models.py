@@ -29,7 +29,7 @@ from distill.models.weights import (
     with_head_of_adapters,
 )
 from distill.tasks.base import Task, TaskKind
-from distill.training.features import Reader, Wanted
+from distill.training.features import FeatureExtractor, FeatureSpec
 from distill.verbs.options import (
     DistillOptions,
     FinetuneOptions,
@@ -121,7 +121,9 @@ def reading_problems(
             with on_meta():
                 skeleton = from_config(config, kind)
             try:
-                Reader(skeleton, [Wanted(attention=compared["attention"], relations=compared["relation"])])
+                FeatureExtractor(
+                    skeleton, [FeatureSpec(attention=compared["attention"], relations=compared["relation"])]
+                )
             except InputError as error:
                 problems += error.problems
     return problems

@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ import pyarrow as pa
 import pyarrow.compute
 import torch
 from filelock import ReadWriteLock, Timeout
-from huggingface_hub import constants
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -34,9 +33,8 @@ from distill.common.folders import told_of_a_full_disk
 from distill.errors import InputError
 from distill.models.adapters import adapter_states
 from distill.models.structure import input_names
-from distill.tasks.targets import OF_ROWS, ProblemType
-from distill.training.config import DistillationConfig
-from distill.training.features import Representations, Wanted
+from distill.training.cache_plan import CachePlan, Layout
+from distill.training.features import Representations
 
 TEACHER_OUTPUTS = "teacher_outputs"
 """Of a batch: for each teacher what is stored of it, see `TeacherCache.read`."""
@@ -46,118 +44,7 @@ _CHUNK_BYTES = 8 * 2**20  # of a file; a process holds one in memory while it co
 _CHUNK_ROWS = 2048  # at most: the work that a killed process loses, and that processes are dealt
 _HEX = set("0123456789abcdef")
 
-Outputs = tuple[Tensor, Representations]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What a cache holds of a row."""
-
-    wanted: Wanted
-    num_outputs: int
-    width: int
-    problem: ProblemType = "single_label_classification"
-    top_k: int = 0
-    """For a causal LM: likeliest words that are kept of each token, and the mass of the others in one; 0: all."""
-
-    @property
-    def predicts_tokens(self) -> bool:
-        """Whether logits are stored for each token; a span's are two, for its start and its end."""
-        return self.problem not in OF_ROWS
-
-    @property
-    def states_per_token(self) -> int:
-        """Layers of hidden states, embedding layer, and three states for each layer of relations."""
-        return len(self.wanted.hidden) + self.wanted.embedding + 3 * len(self.wanted.relations)
-
-    def size(self, num_rows: int, num_tokens: int) -> int:
-        """Bytes."""
-        per_row = 2 * self.width * self.wanted.pooled + 16
-        of_one = 6 * self.top_k + 4 if self.top_k else 4 * self.num_outputs
-        of_logits = of_one * (num_tokens if self.predicts_tokens else num_rows)
-        return of_logits + num_rows * per_row + num_tokens * 2 * self.width * self.states_per_token
-
-
-@dataclass(frozen=True)
-class CachePlan:
-    """What will be cached of a teacher, and where; or why nothing."""
-
-    layout: Layout | None
-    lengths: NDArray
-    size: int
-    """Bytes on disk."""
-    root: Path
-    """Of all caches."""
-    limit: float
-    """Bytes of all caches."""
-    reason: str = ""
-
-    def __str__(self) -> str:
-        if self.layout is None:
-            return f"the teacher runs in every step: {self.reason}"
-        return f"caching the teacher's {_LEVELS[level(self.layout.wanted)]}: {show_bytes(self.size)} in {self.root}"
-
-
-def plan_cache(
-    config: DistillationConfig, layout: Layout | None, lengths: NDArray | None, *, passes: float, unfit: str | None
-) -> CachePlan:
-    """Decide whether a teacher is cached.
-
-    Args:
-        layout: of what the losses compare; None where attention maps are among it.
-        lengths: tokens of each training row.
-        passes: over the training rows.
-        unfit: why these rows can't be cached.
-
-    Raises:
-        InputError: `config.cache_teacher` asks for what can't be.
-    """
-    mode, limit = config.cache_teacher, config.cache_limit_gb * 1e9
-    root = Path(config.cache_dir) if config.cache_dir else Path(constants.HF_HOME) / "distill"
-    lengths = np.zeros(0, dtype=np.int64) if lengths is None else lengths
-    if layout is None:
-        unfit = "attention maps, masks that are drawn anew, and a whole vocabulary for every token are not cached"
-    elif not _writable(root):
-        unfit = f"nothing can be written to {root} (cache_dir)"
-    size = layout.size(len(lengths), int(lengths.sum())) if layout is not None else 0
-    nothing = CachePlan(None, lengths, 0, root, limit)
-    if mode == "none":
-        return replace(nothing, reason="cache_teacher is none")
-    if mode == "auto":
-        free = _free_bytes(root)
-        if unfit is None and passes < _FEWEST_PASSES:
-            unfit = f"{passes:.1f} passes over the rows are too few for a cache to pay"
-        elif unfit is None and size > min(limit, free / 2):
-            allowed = f"{show_bytes(free)} are free, and cache_limit_gb is {limit / 1e9:g}"
-            unfit = f"a cache would take {show_bytes(size)}; {allowed}"
-        return replace(nothing, reason=unfit) if unfit is not None else CachePlan(layout, lengths, size, root, limit)
-    if unfit is not None or layout is None:
-        raise InputError(f"cache_teacher: {mode} can't be: {unfit}; say auto or none")
-    needed = level(layout.wanted)
-    if list(_LEVELS).index(mode) < list(_LEVELS).index(needed):
-        raise InputError(f"cache_teacher: {mode}, but the losses compare {_LEVELS[needed]}; say {needed}, auto or none")
-    if size > limit:
-        raise InputError(
-            f"cache_teacher: {mode} would take {show_bytes(size)} on disk, above cache_limit_gb: {limit / 1e9:g}; "
-            "raise it, or say none"
-        )
-    return CachePlan(layout, lengths, size, root, limit)
-
-
-_FEWEST_PASSES = 1.5  # storing and reading cost less than half of the teacher's forward
-
-_LEVELS = {"logits": "logits", "hidden": "logits and hidden states", "relations": "logits, queries, keys and values"}
-
-
-def level(wanted: Wanted) -> str:
-    """What `cache_teacher` calls a cache that holds all of this."""
-    return "relations" if wanted.relations else "hidden" if wanted.hidden_states else "logits"
-
-
-def show_bytes(size: float) -> str:
-    """In GB, MB or kB."""
-    unit, name = (1e9, "GB") if size >= 1e8 else (1e6, "MB") if size >= 1e5 else (1e3, "kB")
-    return f"{size / unit:.1f} {name}"
+TeacherOutputs = tuple[Tensor, Representations]
 
 
 class TeacherCache:
@@ -210,7 +97,7 @@ class TeacherCache:
         return found
 
 
-def restored(stored: dict[str, Tensor], layout: Layout, attention_mask: Tensor) -> Outputs:
+def restored(stored: dict[str, Tensor], layout: Layout, attention_mask: Tensor) -> TeacherOutputs:
     """Logits and representations of a batch from what `TeacherCache.read` gave; padding is 0."""
     wanted, logits = layout.wanted, stored["logits"]
     if layout.top_k:
@@ -252,7 +139,7 @@ def build_cache(
     model: PreTrainedModel,
     plan: CachePlan,
     rows: datasets.Dataset,
-    outputs: Callable[[list[int]], tuple[Outputs, Tensor]],
+    outputs: Callable[[list[int]], tuple[TeacherOutputs, Tensor]],
     *,
     batch_size: int,
     precision: str,
@@ -337,21 +224,6 @@ def _drop_half_made(folder: Path) -> None:
             partial.unlink(missing_ok=True)
 
 
-def _free_bytes(folder: Path) -> int:
-    """Of the disk that a folder, which need not exist yet, would be on."""
-    return shutil.disk_usage(_nearest(folder)).free
-
-
-def _writable(folder: Path) -> bool:
-    nearest = _nearest(folder)
-    return nearest.is_dir() and os.access(nearest, os.W_OK)
-
-
-def _nearest(folder: Path) -> Path:
-    """The folder itself, or the first above it that exists."""
-    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-
-
 def _chunks(lengths: NDArray, layout: Layout) -> list[NDArray]:
     """Row numbers in order of length, cut where a file is full; the same cuts for every batch size and process."""
     order = np.argsort(lengths, kind="stable")
@@ -364,7 +236,7 @@ def _chunks(lengths: NDArray, layout: Layout) -> list[NDArray]:
 def _write_chunk(
     path: Path,
     numbers: NDArray,
-    outputs: Callable[[list[int]], tuple[Outputs, Tensor]],
+    outputs: Callable[[list[int]], tuple[TeacherOutputs, Tensor]],
     layout: Layout,
     batch_size: int,
 ) -> None:
@@ -388,7 +260,7 @@ def _write_chunk(
         partial.unlink(missing_ok=True)
 
 
-def _columns(found: Outputs, attention_mask: Tensor, layout: Layout) -> dict[str, tuple[NDArray, list[int]]]:
+def _columns(found: TeacherOutputs, attention_mask: Tensor, layout: Layout) -> dict[str, tuple[NDArray, list[int]]]:
     """For each column the values of all rows in a row, and how many are whose."""
     logits, shown = found
     one, valid = [1] * len(logits), attention_mask.bool()

@@ -87,7 +87,7 @@ def show_pairs(pairs: Sequence[tuple[int, int]]) -> str:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class FeatureSpec:
     """Which of a model's representations to read; layers are numbered as in a layer map."""
 
     hidden: tuple[int, ...] = ()
@@ -104,7 +104,7 @@ class Wanted:
 
 @dataclass
 class Representations:
-    """One forward's representations, in the order of `Wanted`."""
+    """One forward's representations, in the order of `FeatureSpec`."""
 
     hidden: list[Tensor] = field(default_factory=list)
     """Each B×T×D."""
@@ -127,7 +127,7 @@ class Representations:
         )
 
 
-def tokens_of_image(model: PreTrainedModel, wanted: Sequence["Wanted"]) -> int:
+def tokens_of_image(model: PreTrainedModel, wanted: Sequence["FeatureSpec"]) -> int:
     """Tokens that a vision transformer makes of an image; 1 for other models, and where none is compared."""
     compared = any(each.hidden_states or each.relations for each in wanted)
     if not compared or "pixel_values" not in input_names(model):
@@ -139,7 +139,7 @@ def tokens_of_image(model: PreTrainedModel, wanted: Sequence["Wanted"]) -> int:
         return model(pixel_values=pixels, output_hidden_states=True).hidden_states[-1].shape[1]
 
 
-class Reader:
+class FeatureExtractor:
     """Runs a model and reads representations from it.
 
     Queries, keys and values are caught by hooks, so they are there under every attention implementation; attention
@@ -149,7 +149,7 @@ class Reader:
         InputError: the model gives no attention maps, or its projections have names that are not known here.
     """
 
-    def __init__(self, model: PreTrainedModel | PeftModel, wanted: Sequence[Wanted]):
+    def __init__(self, model: PreTrainedModel | PeftModel, wanted: Sequence[FeatureSpec]):
         self.model = model
         self.wanted = wanted
         self._caught: dict[int, dict[str, Tensor]] | None = None
@@ -204,7 +204,7 @@ class Reader:
             caught, self._caught = self._caught, None
         return logits_of(outputs), [self._pick(each, outputs, inputs, caught) for each in self.wanted]
 
-    def _pick(self, wanted: Wanted, outputs: Any, inputs: Mapping[str, Tensor], caught: dict) -> Representations:
+    def _pick(self, wanted: FeatureSpec, outputs: Any, inputs: Mapping[str, Tensor], caught: dict) -> Representations:
         hidden: Sequence[Tensor] = outputs.hidden_states if wanted.hidden_states else []
         attentions: Sequence[Tensor] = outputs.attentions if wanted.attention else []
         for kind, found, layers in (
@@ -270,12 +270,17 @@ class ProjectedStudent(nn.Module):
     """
 
     def __init__(
-        self, student: PreTrainedModel, wanted: Sequence[Wanted], teacher_widths: Sequence[int], *, uses_logits: bool
+        self,
+        student: PreTrainedModel,
+        wanted: Sequence[FeatureSpec],
+        teacher_widths: Sequence[int],
+        *,
+        uses_logits: bool,
     ):
         super().__init__()
         self.student = student
         self.config = student.config
-        self.reader = Reader(student, wanted)
+        self.extractor = FeatureExtractor(student, wanted)
         self._uses_logits = uses_logits
         known = {type(module).__name__ for module in student.modules()}
         self._no_split_modules = sorted(known & set(student._no_split_modules or ()))  # where FSDP cuts
@@ -300,8 +305,8 @@ class ProjectedStudent(nn.Module):
 
     def forward(self, **batch: Tensor) -> dict[str, Any]:
         """`logits` B×C, and `representations`, one for each teacher."""
-        logits, read = self.reader(batch)
-        for teacher, (wanted, found) in enumerate(zip(self.reader.wanted, read, strict=True)):
+        logits, read = self.extractor(batch)
+        for teacher, (wanted, found) in enumerate(zip(self.extractor.wanted, read, strict=True)):
             found.hidden = [
                 self._project(f"{teacher}_hidden_{layer}", hidden)
                 for layer, hidden in zip(wanted.hidden, found.hidden, strict=True)

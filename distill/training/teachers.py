@@ -27,15 +27,15 @@ from distill.tasks.targets import (
 )
 from distill.training.cache import (
     TEACHER_OUTPUTS,
-    Layout,
     TeacherCache,
     restored,
 )
+from distill.training.cache_plan import Layout
 from distill.training.config import PARTS, DistillationConfig, is_on
 from distill.training.features import (
-    Reader,
+    FeatureExtractor,
+    FeatureSpec,
     Representations,
-    Wanted,
     resolve_layer_map,
 )
 
@@ -57,9 +57,9 @@ class Teacher:
     """Its position among the teachers."""
     model: PreTrainedModel | PeftModel | None = None
     """None for predictions that the rows carry."""
-    student_wants: Wanted = field(default_factory=Wanted)
+    student_wants: FeatureSpec = field(default_factory=FeatureSpec)
     """What of the student stands against this teacher, in the order of what is read from the teacher."""
-    reader: Reader | None = None
+    extractor: FeatureExtractor | None = None
     relation_heads: int = 1
     negatives: Tensor | None = None
     """N×D pooled states of other rows, for the contrastive loss."""
@@ -86,14 +86,14 @@ class Teacher:
         Args:
             counted: for a masked LM the tokens (B×T) to predict; all by default.
         """
-        if self.model is None or self.reader is None:
+        if self.model is None or self.extractor is None:
             return stored_logits(batch, self.problem), Representations()
         stored, layout = batch.get(TEACHER_OUTPUTS, {}).get(str(self.number)), self.layout
         if stored is not None and layout is not None:
             return restored(stored, layout, batch["attention_mask"])
         predicting = predicting_alone(self.model, counted)
         with record_function("teacher"), torch.inference_mode(), evaluating(self.model), self.autocast(), predicting:
-            logits, (shown,) = self.reader(self.inputs(batch))
+            logits, (shown,) = self.extractor(self.inputs(batch))
             finite = all_finite(logits, batch.get("attention_mask"))
         self.all_finite = finite if self.all_finite is None else self.all_finite & finite
         if finite.device.type == "cpu":
@@ -127,12 +127,12 @@ class Teacher:
     def layout(self) -> Layout | None:
         """What a cache would hold of it; None where that is too much (attention maps, a vocabulary for every token)."""
         of_words = self.problem == "masked_lm" or (self.problem == "causal_lm" and not self.top_k)
-        if self.model is None or self.reader is None or self.reader.wanted[0].attention or of_words:
+        if self.model is None or self.extractor is None or self.extractor.wanted[0].attention or of_words:
             return None
         outputs = 2 if self.problem == "question_answering" else self.model.config.num_labels
         if self.problem == "causal_lm":
             outputs = self.model.config.vocab_size
-        return Layout(self.reader.wanted[0], outputs, width_of(self.model.config), self.problem, self.top_k)
+        return Layout(self.extractor.wanted[0], outputs, width_of(self.model.config), self.problem, self.top_k)
 
 
 def own_columns(number: int) -> str:
@@ -338,11 +338,13 @@ def _match(
     if problems:
         raise InputError(*problems)
 
-    def wanted(side: int) -> Wanted:
+    def wanted(side: int) -> FeatureSpec:
         layers = {
             part: tuple(pair[side] for pair in pairs.get(part, [])) for part in ("hidden", "attention", "relation")
         }
-        return Wanted(layers["hidden"], layers["attention"], layers["relation"], "embedding" in on, "contrastive" in on)
+        return FeatureSpec(
+            layers["hidden"], layers["attention"], layers["relation"], "embedding" in on, "contrastive" in on
+        )
 
     return Teacher(
         problem=problem,
@@ -350,7 +352,7 @@ def _match(
         number=number,
         model=teacher,
         student_wants=wanted(0),
-        reader=Reader(teacher, [wanted(1)]),
+        extractor=FeatureExtractor(teacher, [wanted(1)]),
         relation_heads=relation_heads,
         pairs=pairs,
         prefix=prefix,

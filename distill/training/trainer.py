@@ -58,11 +58,10 @@ from distill.tasks.targets import (
 from distill.training.arguments import check_given, own_arguments
 from distill.training.cache import (
     TEACHER_OUTPUTS,
-    CachePlan,
-    Outputs,
+    TeacherOutputs,
     build_cache,
-    plan_cache,
 )
+from distill.training.cache_plan import CachePlan, plan_cache
 from distill.training.checkpoints import note_batches, other_batches
 from distill.training.conditions import (
     checkpointing_kept,
@@ -268,9 +267,9 @@ class DistillationTrainer(transformers.Trainer):
             yield
             return
         models = [each.model for each in self.teachers if each.model is not None]
-        readers = [each.reader for each in self.teachers if each.reader is not None]
+        readers = [each.extractor for each in self.teachers if each.extractor is not None]
         if isinstance(self.model, ProjectedStudent):
-            readers.append(self.model.reader)
+            readers.append(self.model.extractor)
         self._is_running = True
         try:
             with ExitStack() as stack:
@@ -443,7 +442,9 @@ class DistillationTrainer(transformers.Trainer):
                 continue
             read = self.reader(self.train_dataset, "teacher")
 
-            def outputs(numbers: list[int], teacher: Teacher = teacher, read: Reader = read) -> tuple[Outputs, Tensor]:
+            def outputs(
+                numbers: list[int], teacher: Teacher = teacher, read: Reader = read
+            ) -> tuple[TeacherOutputs, Tensor]:
                 batch = self._completed(self._prepare_inputs(read(numbers)))
                 found = teacher.outputs(batch)
                 teacher.refuse_not_finite()  # before it lies on disk, where a GPU is waited for anyway

@@ -15,7 +15,7 @@ from distill.compression.student import Width, fresh_model
 from distill.data.load import tokenize
 from distill.errors import InputError
 from distill.tasks.base import GLUE
-from distill.training.features import Reader, Wanted
+from distill.training.features import FeatureExtractor, FeatureSpec
 from tests.conftest import WORDS, make_tokenizer, sentences
 
 SIZES = {
@@ -144,7 +144,7 @@ def test_a_vision_transformer_is_cut(family):
     pixels = torch.randn(2, 3, 8, 8)
     shown = [model(pixel_values=pixels, output_hidden_states=True).hidden_states for model in (student, teacher)]
     torch.testing.assert_close(shown[0][1], shown[1][1])
-    Reader(student, [Wanted(relations=(2,))])(
+    FeatureExtractor(student, [FeatureSpec(relations=(2,))])(
         {"pixel_values": pixels, "attention_mask": torch.ones(2, shown[0][0].shape[1])}
     )
 

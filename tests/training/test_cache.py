@@ -10,12 +10,12 @@ import torch
 from distill import DistillationConfig, DistillationTrainer
 from distill.errors import DiskFull, InputError
 from distill.training.cache import (
-    Layout,
     TeacherCache,
     top_words,
     with_tail,
 )
-from distill.training.features import Wanted
+from distill.training.cache_plan import Layout
+from distill.training.features import FeatureSpec
 from distill.training.teachers import Teacher
 from tests.conftest import make_tokenizer
 from tests.training.test_exactness import CASES, make_models, make_rows, relative_difference
@@ -244,7 +244,7 @@ def test_a_cache_that_lacks_rows_is_told(tmp_path):
     make_trainer(tmp_path).train()
     (folder,) = caches(tmp_path)
     with pytest.raises(InputError, match="lacks rows"):
-        TeacherCache(folder, Layout(Wanted(), 2, 64), 41)
+        TeacherCache(folder, Layout(FeatureSpec(), 2, 64), 41)
 
 
 def test_the_likeliest_words_are_kept_and_the_others_share_what_is_left():

@@ -25,7 +25,7 @@ from distill import (
     quantize_model,
 )
 from distill.training.config import PARTS, TrainingConfig
-from distill.training.features import Reader, Wanted
+from distill.training.features import FeatureExtractor, FeatureSpec
 from tests.conftest import make_tokenizer, tiny_bert
 from tests.training.test_exactness import make_rows
 
@@ -178,10 +178,10 @@ def test_a_language_model_may_use_its_cache_again(tmp_path):
         assert transformers.AutoConfig.from_pretrained(tmp_path / folder).use_cache is True
 
 
-def test_a_reader_reads_outside_of_a_run_and_leaves_nothing_behind():
+def test_a_feature_extractor_reads_outside_of_a_run_and_leaves_nothing_behind():
     model = tiny_bert()
     before = state_of(model)
-    reader = Reader(model, [Wanted(attention=(1,), relations=(2,))])
+    reader = FeatureExtractor(model, [FeatureSpec(attention=(1,), relations=(2,))])
     inputs = {"input_ids": torch.tensor([[2, 7, 8, 3]]), "attention_mask": torch.ones(1, 4, dtype=torch.int64)}
     _, [read] = reader(inputs)
     assert read.attention[0].shape == (1, 4, 4, 4)

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from distill.errors import InputError
-from distill.training.features import Reader, Wanted
+from distill.training.features import FeatureExtractor, FeatureSpec
 from distill.training.packing import packed
 from tests.conftest import tiny_config
 from tests.training.test_exactness import only, relative_difference
@@ -42,7 +42,7 @@ def batch(lengths=(5, 12, 3, 9)):
 def test_a_packed_forward_equals_the_padded_one(name, attention):
     model = MODELS[name]().eval()
     model.set_attn_implementation(attention)
-    reader = Reader(model, [Wanted(hidden=(1, 3), relations=(2,), embedding=True, pooled=True)])
+    reader = FeatureExtractor(model, [FeatureSpec(hidden=(1, 3), relations=(2,), embedding=True, pooled=True)])
     inputs = batch()
     valid = inputs["attention_mask"].bool()
     widths = []

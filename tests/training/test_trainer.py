@@ -24,7 +24,7 @@ from distill import DistillationConfig, DistillationTrainer, build_student
 from distill.errors import InputError, TrainingDiverged
 from distill.training.checkpoints import other_batches
 from distill.training.config import TrainingConfig, value_at
-from distill.training.features import Reader, Wanted, resolve_layer_map
+from distill.training.features import FeatureExtractor, FeatureSpec, resolve_layer_map
 from tests.conftest import make_tokenizer, tiny_bert
 from tests.training.test_exactness import OFF, make_rows
 
@@ -300,7 +300,7 @@ def make_family(family, **changes):
 def test_queries_keys_and_values_are_those_that_attention_sees(family):
     """Their softmax is the attention map that the model reports in eager attention."""
     model = make_family(family).eval()
-    reader = Reader(model, [Wanted(relations=(2,))])
+    reader = FeatureExtractor(model, [FeatureSpec(relations=(2,))])
     inputs = {"input_ids": torch.tensor([[2, 7, 8, 9, 3]]), "attention_mask": torch.ones(1, 5, dtype=torch.int64)}
     assert model.config._attn_implementation in ("sdpa", "eager")
     _, [read] = reader(inputs)
