@@ -1,4 +1,4 @@
-"""A training that may take several sessions: what it goes on from, what it tells, and the time it took."""
+"""A training that may take several sessions: what it goes on from, and the time it took."""
 
 import copy
 import json
@@ -13,7 +13,6 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from distill.common.console import log
 from distill.common.folders import write_atomically
 
 Options = TypeVar("Options", bound=TrainingArguments)
@@ -90,32 +89,6 @@ def with_step_counts(options: Options, checkpoint: Path) -> Options:
         if share and share < 1:
             setattr(counted, name, math.ceil(max_steps * share))
     return counted
-
-
-class ProgressLines(TrainerCallback):
-    """For a log file: one line per logging step, with an estimate, where a terminal has Trainer's moving bar."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note where this session starts."""
-        self._started, self._first_step = time.perf_counter(), state.global_step
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
-        """Print the loss, its parts, and the time that is left."""
-        if "loss" not in logs or not state.is_world_process_zero:
-            return
-        parts = ", ".join(f"{key.partition('/')[2]} {logs[key]:.4f}" for key in sorted(logs) if key.startswith("loss/"))
-        done = state.global_step - self._first_step
-        left = (time.perf_counter() - self._started) / max(done, 1) * (state.max_steps - state.global_step)
-        step = f"step {state.global_step}/{state.max_steps}"
-        log.print(f"      {step}, loss {logs['loss']:.4f} ({parts}), {left:.0f} s left")
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
-        """Print the scores of an evaluation on the way."""
-        if state.is_world_process_zero:
-            shown = {name.partition("_")[2]: value for name, value in metrics.items() if "/" not in name}
-            times = ("runtime", "samples_per_second", "steps_per_second")
-            scores = ", ".join(f"{name} {value:.4f}" for name, value in shown.items() if name and name not in times)
-            log.print(f"      step {state.global_step}/{state.max_steps}, validation: {scores}")
 
 
 class Clock(TrainerCallback):

@@ -62,6 +62,7 @@ from distill.training.cache import (
     build_cache,
 )
 from distill.training.cache_plan import CachePlan, plan_cache
+from distill.training.callbacks import Announcement
 from distill.training.checkpoints import note_batches, other_batches
 from distill.training.conditions import (
     checkpointing_kept,
@@ -75,10 +76,11 @@ from distill.training.conditions import (
 from distill.training.config import DistillationConfig, is_on, value_at
 from distill.training.features import ProjectedStudent, tokens_of_image
 from distill.training.loaders import length_loader, masking_of
-from distill.training.monitoring import Announcement, DivergenceWatch, Sums
 from distill.training.objective import (
     COUNTS,
+    FiniteLosses,
     Part,
+    Sums,
     against_labels,
     against_teacher,
     count,
@@ -218,7 +220,7 @@ class DistillationTrainer(transformers.Trainer):
         self._logged = Sums()
         self._evaluated = Sums()
         self._reduce_logits: Callable[[Tensor, Tensor], Tensor] | None = None
-        self._watch = DivergenceWatch(args)
+        self._watch = FiniteLosses(args)
         for each in self.teachers:
             if each.student_wants.pooled:
                 with self._running():
@@ -666,7 +668,7 @@ class DistillationTrainer(transformers.Trainer):
         if "loss" in logs and self._logged.totals:
             for teacher in self.teachers:
                 teacher.refuse_not_finite()
-            self._watch.stop_if_diverged(self.state)
+            self._watch.stop_if_not_finite(self.state)
             totals = self._logged.reduced(self.accelerator)
             steps = self._logged.steps * self.accelerator.num_processes
             for name, (part, weighted) in totals.items():
@@ -724,7 +726,7 @@ class DistillationTrainer(transformers.Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Trainer's, but weights that are not finite never replace a good checkpoint."""
-        self._watch.stop_if_diverged(self.state)
+        self._watch.stop_if_not_finite(self.state)
         if not torch.stack([parameter.isfinite().all() for parameter in self.model.parameters()]).all():
             self._watch.stop(f"a weight was NaN or infinite at step {self.state.global_step}", self.state)
         if self._quantized is not None:

@@ -38,14 +38,13 @@ from distill.models.adapters import in_float32, lora_config, merged
 from distill.models.load import load_classifier, load_for_finetuning, load_processor
 from distill.models.structure import depth_of
 from distill.tasks.targets import problem_type
+from distill.training.callbacks import ProgressLines, StepProfile
 from distill.training.checkpoints import (
     Clock,
-    ProgressLines,
     last_checkpoint,
     other_batches,
     with_step_counts,
 )
-from distill.training.profiling import StepProfile
 from distill.training.teachers import FROM_DATA, AnyTeacher, own_columns
 from distill.training.trainer import DistillationTrainer
 from distill.verbs.options import (

@@ -1,5 +1,6 @@
-"""Where the time of a training step goes."""
+"""What a training says while it runs: the layers it matches, its losses and scores, where the time of a step goes."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,8 @@ from torch.profiler import ProfilerActivity, profile, record_function, schedule,
 from transformers import TrainerCallback
 
 from distill.common.console import log
+from distill.training.features import show_pairs
+from distill.training.teachers import Teacher
 
 # The trainer marks these; they nest, so that a phase's own time is what its parts leave.
 _PARTS = {"training step": ("student forward", "losses"), "losses": ("teacher",)}
@@ -19,6 +22,50 @@ _PHASES = {
     "optimizer": "optimizer",
 }
 _FIRST_STEPS, _STEPS = 5, 20
+
+
+class Announcement(TrainerCallback):
+    """Says at the start of a training which layers are matched."""
+
+    def __init__(self, teachers: list[Teacher]):
+        self._teachers = teachers
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Print each loss's pairs of layers."""
+        if not state.is_world_process_zero:
+            return
+        for number, teacher in enumerate(self._teachers, start=1):
+            of = f" {number}" if len(self._teachers) > 1 else ""
+            for part, pairs in teacher.pairs.items():
+                log.print(f"      {part} loss: layers {show_pairs(pairs)} (student→teacher{of}; 0 is the embeddings)")
+            if "attention" in teacher.pairs:
+                log.print("      attention maps are read, so student and teacher run in eager attention (slower)")
+
+
+class ProgressLines(TrainerCallback):
+    """For a log file: one line per logging step, with an estimate, where a terminal has Trainer's moving bar."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note where this session starts."""
+        self._started, self._first_step = time.perf_counter(), state.global_step
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        """Print the loss, its parts, and the time that is left."""
+        if "loss" not in logs or not state.is_world_process_zero:
+            return
+        parts = ", ".join(f"{key.partition('/')[2]} {logs[key]:.4f}" for key in sorted(logs) if key.startswith("loss/"))
+        done = state.global_step - self._first_step
+        left = (time.perf_counter() - self._started) / max(done, 1) * (state.max_steps - state.global_step)
+        step = f"step {state.global_step}/{state.max_steps}"
+        log.print(f"      {step}, loss {logs['loss']:.4f} ({parts}), {left:.0f} s left")
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        """Print the scores of an evaluation on the way."""
+        if state.is_world_process_zero:
+            shown = {name.partition("_")[2]: value for name, value in metrics.items() if "/" not in name}
+            times = ("runtime", "samples_per_second", "steps_per_second")
+            scores = ", ".join(f"{name} {value:.4f}" for name, value in shown.items() if name and name not in times)
+            log.print(f"      step {state.global_step}/{state.max_steps}, validation: {scores}")
 
 
 class StepProfile(TrainerCallback):
