@@ -85,6 +85,10 @@ class Work:
                 module.p = dropout
         return student.to(self.device)
 
+    def autocast(self) -> torch.autocast:
+        """bfloat16 where the hardware has it, as ours trains."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=has_bf16(self.device.type))
+
 
 def main() -> None:
     """Parse the arguments, run the rounds, print."""
@@ -121,11 +125,10 @@ def main() -> None:
 def _work(arguments: argparse.Namespace, folder: str) -> Work:
     transformers.set_seed(0)
     tokenizer = load_tokenizer(find_model(arguments.tokenizer).location, 128)
+    of_glue = Path(arguments.data).is_dir()
     options = DataOptions(path=arguments.data, max_train_rows=arguments.batches * _BATCH)
-    task = "sst2" if Path(arguments.data).is_dir() else None
-    if task is None:
-        options.kind = "classification"
-    data = load_data(task, options)
+    options.kind = None if of_glue else "classification"
+    data = load_data("sst2" if of_glue else None, options)
     rows = data.tokenized("train", tokenizer)
     if arguments.full_rows:
         rows = rows.map(_filled, load_from_cache_file=False, keep_in_memory=True)
@@ -150,16 +153,12 @@ def _variants(work: Work, only: list[str] | None) -> dict[str, Callable[[], floa
 
     def ours(**options: Any) -> Callable[[], float]:
         config = DistillationConfig(**_arguments(work), cache_dir=f"{work.folder}/cache", **_OPTIONS | options)
-        return _epochs(DistillationTrainer(work.student(dropout=0.0), work.teacher, config, **_data(work)))
+        return _epochs(_ours(work, work.teacher, config))
 
     makers: dict[str, Callable[[], Callable[[], float]]] = {
         "usual_pad128": lambda: _usual(work, padding="max_length", max_length=128),
         "usual_dynamic": lambda: _usual(work),
-        "student_only": lambda: _epochs(
-            DistillationTrainer(
-                work.student(dropout=0.0), None, TrainingConfig(**_arguments(work), learning_rate=5e-5), **_data(work)
-            )
-        ),
+        "student_only": lambda: _epochs(_ours(work, None, TrainingConfig(**_arguments(work), learning_rate=5e-5))),
         "live": lambda: ours(cache_teacher="none"),
         "cached_logits": lambda: ours(cache_teacher="logits", hidden_weight=0.0),
         "cached_hidden": lambda: ours(cache_teacher="hidden"),
@@ -178,8 +177,9 @@ def _arguments(work: Work) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _data(work: Work) -> dict[str, Any]:
-    return {"train_dataset": work.rows, "processing_class": work.tokenizer}
+def _ours(work: Work, teacher: BertForSequenceClassification | None, config: TrainingConfig) -> DistillationTrainer:
+    student = work.student(dropout=0.0)
+    return DistillationTrainer(student, teacher, config, train_dataset=work.rows, processing_class=work.tokenizer)
 
 
 class _Clock(TrainerCallback):
@@ -232,12 +232,10 @@ class _UsualTrainer(transformers.Trainer):
 
 
 def _usual(work: Work, **padding: Any) -> Callable[[], float]:
-    arguments = transformers.TrainingArguments(**_arguments(work), learning_rate=_OPTIONS["learning_rate"])
-    rows = _some(work.rows, 3 if padding else 10)
     trainer = _UsualTrainer(
         model=work.student(dropout=0.1),
-        args=arguments,
-        train_dataset=rows.remove_columns("length"),
+        args=transformers.TrainingArguments(**_arguments(work), learning_rate=_OPTIONS["learning_rate"]),
+        train_dataset=_some(work.rows, 3 if padding else 10).remove_columns("length"),
         data_collator=DataCollatorWithPadding(work.tokenizer, **padding),
     )
     trainer.teacher = work.teacher
@@ -260,7 +258,6 @@ def _hand_written(work: Work) -> Callable[[], float]:
     )
     optimizer = torch.optim.AdamW(student.parameters(), lr=_OPTIONS["learning_rate"], fused=True)
     ratio = teacher.config.num_hidden_layers // student.config.num_hidden_layers
-    autocast = torch.autocast(work.device.type, torch.bfloat16, enabled=has_bf16(work.device.type))
 
     def run() -> float:
         if work.device.type == "cpu":
@@ -273,7 +270,7 @@ def _hand_written(work: Work) -> Callable[[], float]:
         for batch in loader:
             batch = batch.to(work.device)
             labels = batch.pop("labels")
-            with autocast:
+            with work.autocast():
                 ours = student(**batch, output_hidden_states=True)
                 with torch.no_grad():
                     theirs = teacher(**batch, output_hidden_states=True)
@@ -312,7 +309,7 @@ def _textbrewer(work: Work) -> Callable[[], float]:
     def adaptor(batch: dict[str, Any], outputs: Any) -> dict[str, Any]:
         return {"logits": outputs.logits, "hidden": outputs.hidden_states, "losses": outputs.loss}
 
-    rows = _some(work.rows, 10)
+    rows = _some(work.rows, 10).remove_columns("length")
 
     def run() -> float:
         work.teacher.config.output_hidden_states = student.config.output_hidden_states = True
@@ -327,9 +324,7 @@ def _textbrewer(work: Work) -> Callable[[], float]:
         distiller.save_and_callback = lambda *_: None  # writing its checkpoint is not training
         optimizer = torch.optim.AdamW(student.parameters(), lr=_OPTIONS["learning_rate"])
         collate = DataCollatorWithPadding(work.tokenizer)
-        loader = DataLoader(
-            rows.remove_columns("length"), _BATCH, shuffle=True, collate_fn=lambda rows: dict(collate(rows))
-        )
+        loader = DataLoader(rows, _BATCH, shuffle=True, collate_fn=lambda rows: dict(collate(rows)))
         started = time.perf_counter()
         with distiller:
             distiller.train(optimizer, loader, num_epochs=1, max_grad_norm=1.0)
@@ -352,18 +347,13 @@ def _cache_rates(work: Work, rounds: int) -> dict[str, float]:
     starts = range(0, len(order), 64)
     batches = [collate([rows[row] for row in order[start : start + 64]]).to(work.device) for start in starts]
     for number in range(rounds + 1):
-        config = DistillationConfig(
-            **_arguments(work), cache_teacher="logits", cache_dir=f"{work.folder}/built {number}"
-        )
-        trainer = DistillationTrainer(work.student(dropout=0.0), work.teacher, config, **_data(work))
+        options = {**_arguments(work), "cache_teacher": "logits", "cache_dir": f"{work.folder}/built {number}"}
+        trainer = _ours(work, work.teacher, DistillationConfig(**options))
         with fast_attention([work.teacher], max(work.rows["length"]), work.device):
             started = time.perf_counter()
             trainer.cache_teachers()
             built = time.perf_counter()
-            with (
-                torch.inference_mode(),
-                torch.autocast(work.device.type, torch.bfloat16, enabled=has_bf16(work.device.type)),
-            ):
+            with torch.inference_mode(), work.autocast():
                 for batch in batches:
                     logits = work.teacher(**{key: value for key, value in batch.items() if key != "labels"}).logits
                 logits.sum().item()  # a GPU has then finished
