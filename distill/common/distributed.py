@@ -10,9 +10,9 @@ from typing import TypeVar
 import torch
 import torch.distributed
 from accelerate import PartialState
-from accelerate.state import AcceleratorState
 from accelerate.utils import get_int_from_env, parse_flag_from_env
 
+from distill.common.private_names import reset_accelerator_state, shared_precision, shared_states
 from distill.errors import InputError, MainProcessFailed
 
 Result = TypeVar("Result")
@@ -38,12 +38,12 @@ def process_state() -> PartialState:
 
 def forget_precision() -> None:
     """Let the next trainer of this process choose its own: Accelerate keeps the first one's, and refuses another."""
-    AcceleratorState._reset_state()
+    reset_accelerator_state()
 
 
 def forget_other_precision(mixed_precision: str) -> None:
     """`forget_precision`, where the one that Accelerate keeps is another."""
-    if AcceleratorState._shared_state.get("_mixed_precision", mixed_precision) != mixed_precision:
+    if shared_precision() not in (None, mixed_precision):
         forget_precision()
 
 
@@ -55,7 +55,7 @@ class AcceleratorSnapshot:
     """
 
     def __init__(self) -> None:
-        self._states = [(kind._shared_state, dict(kind._shared_state)) for kind in (PartialState, AcceleratorState)]
+        self._states = [(shared, dict(shared)) for shared in shared_states()]
 
     @contextmanager
     def restored(self) -> Iterator[None]:

@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import DistilBertConfig, PretrainedConfig, PreTrainedModel
 
+from distill.common.private_names import model_from_config
 from distill.errors import InputError
 from distill.models.adapters import has_adapters, merged_copy
 from distill.models.structure import find_blocks
@@ -145,7 +146,7 @@ def fresh_model(model_class: type[PreTrainedModel], config: PretrainedConfig) ->
     """A model with new float32 weights, drawn from torch's global generator as its family draws them."""
     config = copy.deepcopy(config)
     config.dtype = torch.float32
-    return model_class._from_config(config)
+    return model_from_config(model_class, config)
 
 
 def choose_layers(layers: Literal["uniform"] | list[int], num_layers: int | None, num_teacher_layers: int) -> list[int]:

@@ -19,6 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from distill.common.console import progress
 from distill.common.hardware import accelerator_name, compute_device, wait_for
+from distill.common.private_names import model_from_config, set_attention_of_config
 from distill.compression.quantization.layers import Int8Linear
 from distill.compression.quantization.quantize import weight_memory
 from distill.errors import InputError
@@ -222,9 +223,9 @@ def _skeleton(model: PreTrainedModel) -> PreTrainedModel:
     plain = model.config.to_dict()
     plain.pop("quantization_config", None)
     plain_config = type(model.config).from_dict(plain)
-    plain_config._attn_implementation = "eager"  # matrix products that the FLOP counter sees
+    set_attention_of_config(plain_config, "eager")  # matrix products that the FLOP counter sees
     with torch.device("meta"):
-        return type(model)._from_config(plain_config)
+        return model_from_config(type(model), plain_config)
 
 
 def _in_adapters(model: PreTrainedModel) -> int:

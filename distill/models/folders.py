@@ -8,6 +8,7 @@ from typing import Any
 import transformers
 from transformers import AutoConfig, PretrainedConfig
 
+from distill.common.private_names import class_of_config
 from distill.common.sources import (
     locate,
     reason_of,
@@ -171,8 +172,9 @@ def load_config(location: str) -> PretrainedConfig:
         labels, auto = _labels_of_adapters(folder), _CLASSES_OF_ADAPTERS.get(task_of(folder) or "")
         if labels is not None:
             config.num_labels = labels
-        if auto is not None and type(config) in auto._model_mapping:
-            config.architectures = [auto._model_mapping[type(config)].__name__]
+        model_class = None if auto is None else class_of_config(auto, config)
+        if model_class is not None:
+            config.architectures = [model_class.__name__]
     return config
 
 

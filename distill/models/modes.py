@@ -8,6 +8,8 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from distill.common.private_names import attention_of_config
+
 
 @contextmanager
 def modes_kept(models: Sequence[nn.Module]) -> Iterator[None]:
@@ -39,7 +41,7 @@ _LONGEST_EAGER = 128
 @contextmanager
 def attention_of(models: Sequence[PreTrainedModel | PeftModel], implementation: str) -> Iterator[None]:
     """Compute the attention of these models another way (`eager`, `sdpa`); each has its own again afterwards."""
-    before = [model.config._attn_implementation for model in models]
+    before = [attention_of_config(model.config) for model in models]
     try:
         for model in models:
             _set_attention(model, implementation)
@@ -57,11 +59,11 @@ def fast_attention(models: Sequence[PreTrainedModel | PeftModel], longest: int, 
     saves memory. The models have their own attention again afterwards.
     """
     plain_is_faster = device.type == "cpu" and longest <= _LONGEST_EAGER
-    fused = [model for model in models if plain_is_faster and model.config._attn_implementation == "sdpa"]
+    fused = [model for model in models if plain_is_faster and attention_of_config(model.config) == "sdpa"]
     with attention_of(fused, "eager"):
         yield
 
 
 def _set_attention(model: PreTrainedModel | PeftModel, implementation: str) -> None:
-    if model.config._attn_implementation != implementation:
+    if attention_of_config(model.config) != implementation:
         model.set_attn_implementation(implementation)

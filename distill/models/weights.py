@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations import deepspeed
 
+from distill.common.private_names import set_sharding_config, sharding_config
 from distill.errors import InputError
 from distill.models.adapters import stored_beside_adapters
 from distill.tasks.base import OF_LANGUAGE, TaskKind
@@ -265,12 +266,12 @@ def on_meta() -> Iterator[None]:
 @contextlib.contextmanager
 def unsharded() -> Iterator[None]:
     """Without ZeRO-3, which would shard weights that are not there."""
-    sharding = deepspeed._hf_deepspeed_config_weak_ref
+    sharding = sharding_config()
     deepspeed.unset_hf_deepspeed_config()
     try:
         yield
     finally:
-        deepspeed._hf_deepspeed_config_weak_ref = sharding
+        set_sharding_config(sharding)
 
 
 @contextlib.contextmanager

@@ -6,20 +6,27 @@ import logging
 import math
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from transformers import TrainerCallback, TrainerState, TrainingArguments
+import safetensors.torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from distill.common.folders import write_atomically
+from distill.errors import InputError
+from distill.models.weights import load_weights
 
 Options = TypeVar("Options", bound=TrainingArguments)
 
 CHECKPOINTS = "checkpoints"
 """In a step's folder, where its training leaves them until it is finished."""
 _BATCHES_FILE = "batches.json"
+_PROJECTIONS_FILE = "projections.safetensors"
+_RANGES_FILE = "activation_ranges.safetensors"
 
 # Checkpoints of a small model are less than a second apart; Trainer then sorts them by number, which is just right.
 logging.getLogger("transformers.trainer_utils").addFilter(lambda record: "mtime may not be" not in record.getMessage())
@@ -78,6 +85,55 @@ def other_batches(checkpoint: Path, args: TrainingArguments) -> str | None:
         return None  # Trainer says what is missing
     different = [name for name, value in now.items() if before.get(name) != value]
     return ", ".join(f"{name}: {before.get(name)}, now {now[name]}" for name in different) or None
+
+
+def refuse_other_batches(checkpoint: Path, args: TrainingArguments) -> None:
+    """Refuse a checkpoint of other batches: Trainer would take its batch size, and skip as many batches as were done.
+
+    Raises:
+        InputError: its training dealt rows to optimizer steps otherwise.
+    """
+    different = other_batches(checkpoint, args)
+    if different is not None:
+        raise InputError(f"{checkpoint}: can't be gone on from ({different}); say the same, or start anew")
+
+
+def of_student(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The student's weights, under its own names, of a state of a `ProjectedStudent`."""
+    return {name.removeprefix("student."): value for name, value in state.items() if name.startswith("student.")}
+
+
+def save_projections(checkpoint: Path, state: Mapping[str, Tensor]) -> None:
+    """Write the projections, of a state of a `ProjectedStudent`, to a checkpoint."""
+    projections = {name: value for name, value in state.items() if name.startswith("projections.")}
+    safetensors.torch.save_file(projections, checkpoint / _PROJECTIONS_FILE)
+
+
+def load_projections(checkpoint: Path, model: nn.Module) -> None:
+    """Put a checkpoint's projections into a `ProjectedStudent`."""
+    model.load_state_dict(safetensors.torch.load_file(checkpoint / _PROJECTIONS_FILE), strict=False)
+
+
+def save_ranges(checkpoint: Path, ranges: Tensor) -> None:
+    """Write the activations' ranges of a quantization-aware training to a checkpoint."""
+    safetensors.torch.save_file({"ranges": ranges}, checkpoint / _RANGES_FILE)
+
+
+def load_ranges(checkpoint: Path) -> Tensor:
+    """The activations' ranges in a checkpoint, on the CPU."""
+    return safetensors.torch.load_file(checkpoint / _RANGES_FILE)["ranges"]
+
+
+def load_student(checkpoint: str, student: PreTrainedModel) -> None:
+    """Put a checkpoint's weights into the student, those too that Trainer would skip: tied ones, and renamed ones.
+
+    Raises:
+        InputError: the weights are not those of the student's config.
+    """
+    saved, fit = load_weights(checkpoint, type(student), student.config, student.dtype)
+    if fit.problem is not None or fit.untrained:
+        raise InputError(f"{checkpoint}: {fit.problem or 'its head is not stored'}")
+    student.load_state_dict(saved.state_dict())
 
 
 def with_step_counts(options: Options, checkpoint: Path) -> Options:

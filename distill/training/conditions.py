@@ -2,12 +2,22 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
 
 import torch
 import transformers
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, TrainingArguments
+
+from distill.common.distributed import AcceleratorSnapshot
+from distill.common.hardware import available_cores, freed_memory_kept
+from distill.common.private_names import put_forward, take_prepared_forward
+from distill.compression.student import dropout
+from distill.models.modes import fast_attention, modes_kept
+from distill.training.config import DistillationConfig, TrainingConfig
+from distill.training.features import FeatureExtractor
+from distill.training.packing import packed
 
 # What `transformers.enable_full_determinism` writes into the environment.
 _OF_DETERMINISM = (
@@ -15,6 +25,95 @@ _OF_DETERMINISM = (
     "FLASH_ATTENTION_DETERMINISTIC",
 )
 _HOOKS_OF_TRAINER = ("make_inputs_require_grads", "neftune_post_forward_hook")
+
+
+class RunConditions:
+    """What holds while a trainer's models compute, in training and outside of it; all is put back afterwards.
+
+    It is made when the trainer's Accelerate state is set up, which it remembers.
+
+    Args:
+        student: the model that is trained, without what is wrapped around it.
+        teachers: the teachers' models.
+        args: the trainer's arguments.
+        device: where teachers compute.
+        extractors: those that read what the losses compare.
+    """
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        teachers: Sequence[PreTrainedModel],
+        *,
+        args: TrainingConfig,
+        device: torch.device,
+        extractors: Sequence[FeatureExtractor],
+    ):
+        self.accelerate = AcceleratorSnapshot()
+        self._student, self._teachers, self._extractors = student, teachers, extractors
+        self._args, self._device = args, device
+        self._prepared_forward: dict[str, Any] = {}
+        self._is_running = False
+
+    def forget_prepared_forward(self) -> None:
+        """Let Accelerate prepare the student anew."""
+        self._prepared_forward = {}
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Teachers lie on the device, and what the losses compare can be read; within itself it changes nothing."""
+        if self._is_running:  # an evaluation in the middle of a training
+            yield
+            return
+        self._is_running = True
+        try:
+            with ExitStack() as stack:
+                stack.enter_context(self.accelerate.restored())
+                stack.enter_context(verbosity_of(self._args))
+                stack.enter_context(determinism(self._args.full_determinism))
+                if self._args.device.type == "cpu":
+                    stack.enter_context(available_cores())
+                stack.enter_context(modes_kept([self._student]))
+                stack.enter_context(using_cache(self._student.config, self._args.use_cache))
+                stack.enter_context(self._forward_as_prepared())
+                stack.enter_context(on_device(self._teachers, self._device))
+                for extractor in self._extractors:
+                    stack.enter_context(extractor.attached())
+                yield
+        finally:
+            self._is_running = False
+
+    @contextmanager
+    def training(self, longest: int) -> Iterator[None]:
+        """`running`, with attention, dropout, packing and memory as they are in a training.
+
+        Args:
+            longest: tokens of the longest training row.
+        """
+        student, args = self._student, self._args
+        models = [student, *self._teachers]
+        probability = args.dropout if isinstance(args, DistillationConfig) else None
+        embeddings = list(student.get_input_embeddings().parameters()) if args.freeze_embeddings else []
+        with (
+            self.running(),
+            freed_memory_kept() if args.device.type == "cpu" else nullcontext(),
+            frozen(embeddings),
+            checkpointing_kept(student),
+            hooks_of_trainer_removed(student),
+            fast_attention(models, longest, args.device),
+            dropout(student, probability),
+            packed(models) if args.packing else nullcontext(),
+        ):
+            yield
+
+    @contextmanager
+    def _forward_as_prepared(self) -> Iterator[None]:
+        """A student without a teacher is what Accelerate puts its autocast around, for good; here for the run."""
+        put_forward(self._student, self._prepared_forward)
+        try:
+            yield
+        finally:
+            self._prepared_forward = take_prepared_forward(self._student)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from distill.common.private_names import unsplit_modules
 from distill.errors import InputError
 from distill.losses import mean_pool
 from distill.models.modes import attention_of
@@ -283,7 +284,7 @@ class ProjectedStudent(nn.Module):
         self.extractor = FeatureExtractor(student, wanted)
         self._uses_logits = uses_logits
         known = {type(module).__name__ for module in student.modules()}
-        self._no_split_modules = sorted(known & set(student._no_split_modules or ()))  # where FSDP cuts
+        self._no_split_modules = sorted(known & unsplit_modules(student))  # where FSDP cuts
         self.projections = nn.ModuleDict()
         width = width_of(student.config)
         for teacher, (each, teacher_width) in enumerate(zip(wanted, teacher_widths, strict=True)):

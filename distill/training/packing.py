@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from distill.common.private_names import attention_of_config
 from distill.errors import InputError
 from distill.models.structure import find_blocks
 
@@ -68,7 +69,7 @@ class _Packing:
             row = torch.arange(len(self._valid), device=self._valid.device).unsqueeze(-1).expand_as(self._valid)
             row = row[self._valid]
             own = (row.unsqueeze(0) == row.unsqueeze(1))[None, None]
-            if self._model.config._attn_implementation == "eager":
+            if attention_of_config(self._model.config) == "eager":
                 lowest = torch.finfo(torch.float32).min
                 own = torch.zeros(own.shape, device=own.device).masked_fill(~own, lowest)
             self._mask = own

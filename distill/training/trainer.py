@@ -4,13 +4,12 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-import safetensors.torch
 import torch
 import transformers
 from peft import PeftConfig, PeftModel
@@ -29,10 +28,9 @@ from transformers.trainer_utils import (
 
 from distill.common.console import log
 from distill.common.credentials import UnsavedToken
-from distill.common.distributed import AcceleratorSnapshot, forget_other_precision, wait_for_everyone
-from distill.common.hardware import available_cores, freed_memory_kept
+from distill.common.distributed import forget_other_precision, wait_for_everyone
+from distill.common.private_names import forget_prepared
 from distill.compression.quantization.qat import FakeQuantization, check_quantizable, fake_quantized
-from distill.compression.student import dropout
 from distill.data.batches import (
     COUNTED_ROWS,
     Reader,
@@ -42,9 +40,8 @@ from distill.data.batches import (
 from distill.data.columns import STORED_COLUMNS
 from distill.errors import InputError
 from distill.models.adapters import with_adapters
-from distill.models.modes import fast_attention, modes_kept
+from distill.models.modes import modes_kept
 from distill.models.structure import accepted_inputs, input_names, width_of
-from distill.models.weights import load_weights
 from distill.tasks.targets import (
     IGNORED,
     OF_TOKENS,
@@ -63,16 +60,17 @@ from distill.training.cache import (
 )
 from distill.training.cache_plan import CachePlan, plan_cache
 from distill.training.callbacks import Announcement
-from distill.training.checkpoints import note_batches, other_batches
-from distill.training.conditions import (
-    checkpointing_kept,
-    determinism,
-    frozen,
-    hooks_of_trainer_removed,
-    on_device,
-    using_cache,
-    verbosity_of,
+from distill.training.checkpoints import (
+    load_projections,
+    load_ranges,
+    load_student,
+    note_batches,
+    of_student,
+    refuse_other_batches,
+    save_projections,
+    save_ranges,
 )
+from distill.training.conditions import RunConditions, determinism, using_cache, verbosity_of
 from distill.training.config import DistillationConfig, is_on, value_at
 from distill.training.features import ProjectedStudent, tokens_of_image
 from distill.training.loaders import length_loader, masking_of
@@ -85,7 +83,6 @@ from distill.training.objective import (
     against_teacher,
     count,
 )
-from distill.training.packing import packed
 from distill.training.teachers import (
     AnyTeacher,
     Teacher,
@@ -95,9 +92,6 @@ from distill.training.teachers import (
 
 _LOGITS_AT_ONCE = 2**24
 """Of a language model that is evaluated: 64 MB in float32."""
-
-_PROJECTIONS_FILE = "projections.safetensors"
-_RANGES_FILE = "activation_ranges.safetensors"
 
 
 class DistillationTrainer(transformers.Trainer):
@@ -189,8 +183,6 @@ class DistillationTrainer(transformers.Trainer):
         if self.problem_type in OF_TOKENS and tokenizer is not None and not self._collates_otherwise:
             trainer_arguments["data_collator"] = DataCollatorForTokenClassification(tokenizer)
         self._fillers = fillers_of(self.teachers)
-        self._prepared_forward: dict[str, Any] = {}
-        self._is_running = False
         self._use_cache = getattr(model.config, "use_cache", None)
         with modes_kept([model]), verbosity_of(args), determinism(args.full_determinism):
             forget_other_precision(args.mixed_precision)
@@ -200,7 +192,16 @@ class DistillationTrainer(transformers.Trainer):
                 callbacks=[Announcement(self.teachers), *(trainer_arguments.pop("callbacks", None) or [])],
                 **trainer_arguments,
             )
-        self._accelerate = AcceleratorSnapshot()
+        extractors = [each.extractor for each in self.teachers if each.extractor is not None]
+        if isinstance(trained, ProjectedStudent):
+            extractors.append(trained.extractor)
+        self._conditions = RunConditions(
+            model,
+            [each.model for each in self.teachers if each.model is not None],
+            args=args,
+            device=self.accelerator.device,
+            extractors=extractors,
+        )
         if self._use_cache is not None:  # Trainer has switched it off for good, in what is saved too
             model.config.use_cache = self._use_cache
         # Our losses are divided by the whole step's counts, so Trainer must not divide by the accumulation steps too.
@@ -223,7 +224,7 @@ class DistillationTrainer(transformers.Trainer):
         self._watch = FiniteLosses(args)
         for each in self.teachers:
             if each.student_wants.pooled:
-                with self._running():
+                with self._conditions.running():
                     each.negatives = self._read_negatives(each)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *arguments: Any, **options: Any) -> TrainOutput:
@@ -235,13 +236,12 @@ class DistillationTrainer(transformers.Trainer):
         last = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
         checkpoint = os.path.expanduser(last) if last else None
         if checkpoint is not None:
-            self._refuse_other_batches(Path(checkpoint))
+            refuse_other_batches(Path(checkpoint), self.args)
         if self.model_wrapped is self.model:
             # An evaluation has marked the model as prepared, and Accelerate would leave out DDP: processes that share
             # no gradients, each training alone (seen with transformers 5.23, accelerate 1.15).
-            self._prepared_forward = {}
-            self.model._is_accelerate_prepared = False
-            self.accelerator._models.clear()
+            self._conditions.forget_prepared_forward()
+            forget_prepared(self.model, self.accelerator)
         try:
             with self.training_conditions():
                 self.cache_teachers()
@@ -253,71 +253,12 @@ class DistillationTrainer(transformers.Trainer):
                 if each.cache is not None:
                     each.cache.release()
 
-    def _refuse_other_batches(self, checkpoint: Path) -> None:
-        """Trainer would train with the checkpoint's batch size, and skip as many batches as were done of others."""
-        different = other_batches(checkpoint, self.args)
-        if different is not None:
-            raise InputError(f"{checkpoint}: can't be gone on from ({different}); say the same, or start anew")
-
-    @contextmanager
-    def _running(self) -> Iterator[None]:
-        """What holds while student and teachers predict, in training and outside of it.
-
-        Teachers lie on the trainer's device, and what the losses compare can be read.
-        """
-        if self._is_running:  # an evaluation in the middle of a training
-            yield
-            return
-        models = [each.model for each in self.teachers if each.model is not None]
-        readers = [each.extractor for each in self.teachers if each.extractor is not None]
-        if isinstance(self.model, ProjectedStudent):
-            readers.append(self.model.extractor)
-        self._is_running = True
-        try:
-            with ExitStack() as stack:
-                stack.enter_context(self._accelerate.restored())
-                stack.enter_context(verbosity_of(self.args))
-                stack.enter_context(determinism(self.args.full_determinism))
-                if self.args.device.type == "cpu":
-                    stack.enter_context(available_cores())
-                stack.enter_context(modes_kept([self.student]))
-                stack.enter_context(using_cache(self.student.config, self.args.use_cache))
-                stack.enter_context(self._forward_as_prepared())
-                stack.enter_context(on_device(models, self.accelerator.device))
-                for reader in readers:
-                    stack.enter_context(reader.attached())
-                yield
-        finally:
-            self._is_running = False
-
-    @contextmanager
-    def _forward_as_prepared(self) -> Iterator[None]:
-        """A student without a teacher is what Accelerate puts its autocast around, for good; here for the run."""
-        vars(self.student).update(self._prepared_forward)
-        try:
-            yield
-        finally:
-            names = ("forward", "_original_forward", "_is_accelerate_prepared")
-            self._prepared_forward = {
-                name: vars(self.student).pop(name) for name in names if name in vars(self.student)
-            }
-
     @contextmanager
     def training_conditions(self) -> Iterator[None]:
         """Attention, dropout, packing, fake weights and memory as they are in `train`."""
         lengths = row_lengths(self.train_dataset, self.args.length_column_name)
-        models = [self.student, *(each.model for each in self.teachers if each.model is not None)]
         longest = sys.maxsize if lengths is None else int(lengths.max())
-        probability = self.args.dropout if isinstance(self.args, DistillationConfig) else None
-        packing = packed(models) if self.args.packing else nullcontext()
-        embeddings = list(self.student.get_input_embeddings().parameters()) if self.args.freeze_embeddings else []
-        memory = freed_memory_kept() if self.args.device.type == "cpu" else nullcontext()
-        with (
-            self._running(), memory, frozen(embeddings), checkpointing_kept(self.student),
-            hooks_of_trainer_removed(self.student),
-            fast_attention(models, longest, self.args.device), dropout(self.student, probability), packing,
-            self.as_quantized() as self._quantized,
-        ):  # fmt: skip
+        with self._conditions.training(longest), self.as_quantized() as self._quantized:
             yield
 
     def hyperparameter_search(self, *arguments: Any, **options: Any) -> Any:
@@ -680,17 +621,17 @@ class DistillationTrainer(transformers.Trainer):
 
     def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
         """Trainer's; what it changes around it is put back."""
-        with self._running():
+        with self._conditions.running():
             return super().evaluate(*arguments, **options)
 
     def predict(self, *arguments: Any, **options: Any) -> PredictionOutput:
         """Trainer's, predictions in the order of the rows; what it changes around it is put back."""
-        with self._running():
+        with self._conditions.running():
             return super().predict(*arguments, **options)
 
     def save_model(self, *arguments: Any, **options: Any) -> None:
         """Trainer's; also after another trainer has been made."""
-        with self._accelerate.restored():
+        with self._conditions.accelerate.restored():
             super().save_model(*arguments, **options)
 
     def evaluation_loop(
@@ -747,36 +688,28 @@ class DistillationTrainer(transformers.Trainer):
         model = self.accelerator.unwrap_model(self.model)
         if isinstance(model, ProjectedStudent):
             state = model.state_dict() if state_dict is None else state_dict
-            state_dict = {k.removeprefix("student."): v for k, v in state.items() if k.startswith("student.")}
+            state_dict = of_student(state)
         with using_cache(self.student.config, self._use_cache):
             self.student.save_pretrained(folder, state_dict=state_dict, is_main_process=self.args.should_save)
         if not self.args.should_save:
             return
         is_checkpoint = folder.name.startswith(PREFIX_CHECKPOINT_DIR)
         if is_checkpoint and self._quantized is not None and self.args.qat_activations:
-            safetensors.torch.save_file({"ranges": self._quantized.ranges}, folder / _RANGES_FILE)
+            save_ranges(folder, self._quantized.ranges)
         if isinstance(model, ProjectedStudent) and model.projections and is_checkpoint:
-            projections = {k: v for k, v in state.items() if k.startswith("projections.")}
-            safetensors.torch.save_file(projections, folder / _PROJECTIONS_FILE)
+            save_projections(folder, state)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self._trainer_loads:
             super()._load_from_checkpoint(resume_from_checkpoint, self.student if model is None else model)
-        else:  # a file has neither tied weights nor always the modules' own names, and Trainer would skip those
-            saved, fit = load_weights(
-                resume_from_checkpoint, type(self.student), self.student.config, self.student.dtype
-            )
-            if fit.problem is not None or fit.untrained:
-                raise InputError(f"{resume_from_checkpoint}: {fit.problem or 'its head is not stored'}")
-            self.student.load_state_dict(saved.state_dict())
+        else:
+            load_student(resume_from_checkpoint, self.student)
         if self._quantized is not None and self.args.qat_activations:
-            ranges = safetensors.torch.load_file(Path(resume_from_checkpoint) / _RANGES_FILE)["ranges"]
-            self._quantized.ranges = ranges.to(self.args.device)
+            self._quantized.ranges = load_ranges(Path(resume_from_checkpoint)).to(self.args.device)
         if isinstance(self.model, ProjectedStudent) and self.model.projections:
-            projections = safetensors.torch.load_file(Path(resume_from_checkpoint) / _PROJECTIONS_FILE)
-            self.model.load_state_dict(projections, strict=False)
+            load_projections(Path(resume_from_checkpoint), self.model)
 
     def _load_best_model(self) -> None:
         # Of a wrapped student Trainer would look for the wrapper's names, and find none.

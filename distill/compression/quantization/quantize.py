@@ -17,6 +17,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from distill.common.private_names import finish_loading, untie
 from distill.compression.quantization.embeddings import Int8Embedding, Nf4Embedding, TiedLinear
 from distill.compression.quantization.formats import (
     DTYPES,
@@ -117,7 +118,7 @@ def apply_formats(
     model.hf_quantizer = _Quantizer(config, pre_quantized=True)
     model.is_quantized = True
     model.quantization_method = config.quant_method
-    return model.hf_quantizer._process_model_after_weight_loading(model).eval().requires_grad_(False)
+    return finish_loading(model).eval().requires_grad_(False)
 
 
 def _plain(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -287,10 +288,7 @@ def _tie(model: PreTrainedModel, head: str | None) -> None:
     """Let an output layer compute with the quantized word embeddings."""
     if head is not None:
         model.set_submodule(head, TiedLinear(model.get_input_embeddings(), model.get_submodule(head).bias))
-        model.all_tied_weights_keys.pop(f"{head}.weight", None)  # nothing is left for transformers to tie
-        model._tied_weights_keys = {
-            tied: source for tied, source in (model._tied_weights_keys or {}).items() if tied != f"{head}.weight"
-        }
+        untie(model, f"{head}.weight")  # nothing is left for transformers to tie
 
 
 def _quant_state_tensors(state: QuantState | None) -> list[Tensor | None]:
