@@ -2,13 +2,11 @@
 
 import hashlib
 import json
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, TypeAlias
 
 import datasets
-import numpy as np
 from pydantic import Field
 from transformers import BaseImageProcessor
 
@@ -22,12 +20,12 @@ from distill.data.columns import (
 )
 from distill.data.files.readers import hub_revision, read_splits
 from distill.data.labels import read_labels
+from distill.data.split import classes_without_rows, cut_validation, random_part
 from distill.data.tokenized import Processor, cut_rows, tokenize
 from distill.data.unlabelled import read_unlabelled, sample_pairs, with_stored
 from distill.errors import InputError
 from distill.tasks.base import (
     DEFAULT_COLUMNS,
-    OF_CLASSES,
     Task,
     TaskKind,
     glue_task,
@@ -237,9 +235,11 @@ def load_data(
 
     if not any(split in splits for split, _ in task.validation_splits):
         whole = splits["train"]
-        splits["train"], validation = _cut_validation(whole, task, options)
+        splits["train"], validation = cut_validation(
+            whole, task, fraction=options.validation_fraction, seed=options.seed
+        )
         splits[task.validation_splits[0][0]] = validation
-        missing = _classes_without_rows(validation, task)
+        missing = classes_without_rows(validation, task)
         notes.append(
             f"no validation split: {len(validation)} rows ({len(validation) / len(whole):.0%}) cut from train, "
             f"seed {options.seed}, stratified, equal texts kept on one side"
@@ -248,7 +248,7 @@ def load_data(
     for split in [name for name in splits if name != "unlabelled"]:
         limit = options.max_train_rows if split == "train" else options.max_eval_rows
         if limit and limit < len(splits[split]):
-            splits[split] = _random_part(splits[split], limit, options.seed)
+            splits[split] = random_part(splits[split], limit, options.seed)
     if options.sampled_pairs is not None and not to_score:
         pairs = sample_pairs(splits["train"], task, options.sampled_pairs, options.seed)
         notes.append(f"{len(pairs)} unlabelled pairs sampled from the {len(splits['train'])} training rows")
@@ -370,76 +370,3 @@ def _leave_out_unlabelled_test(
         return
     del found["test"]
     notes.append(f"the test split ({len(test)} rows) is left out: {why}")
-
-
-def _classes_without_rows(rows: datasets.Dataset, task: Task) -> int:
-    return task.num_labels - len(set(rows["label"])) if task.kind in OF_CLASSES else 0
-
-
-def _cut_validation(
-    rows: datasets.Dataset, task: Task, options: DataOptions
-) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """(train, validation): a seeded share of every class; rows with equal texts stay together, so none leaks."""
-    labels = rows["label"] if task.kind in OF_CLASSES else [0] * len(rows)
-    texts = _keys(rows, task)
-    groups: dict[str, list[int]] = defaultdict(list)
-    for index, text in enumerate(texts):
-        groups[text].append(index)
-    by_class: dict[Any, list[list[int]]] = defaultdict(list)
-    for indices in groups.values():
-        by_class[labels[indices[0]]].append(indices)
-    generator = np.random.default_rng(options.seed)
-    classes = sorted(by_class)
-    orders = [generator.permutation(len(by_class[label])) for label in classes]
-    counts = _counts_to_cut([len(by_class[label]) for label in classes], options.validation_fraction, generator)
-    chosen: set[int] = set()
-    for label, order, count in zip(classes, orders, counts, strict=True):
-        for position in order[:count]:
-            chosen.update(by_class[label][position])
-    train = [index for index in range(len(rows)) if index not in chosen]
-    if not chosen and task.kind in OF_CLASSES and len(by_class) == len(rows):
-        raise InputError(
-            f"data.label: column {task.label!r} has another label in each of {len(rows)} rows; name the column of the "
-            "classes, or say kind: regression for scores"
-        )
-    if not chosen or not train:
-        raise InputError(
-            f"data.validation_fraction: {options.validation_fraction} of {len(rows)} rows leaves "
-            f"{len(train)} to train on and {len(chosen)} to validate; add rows, or give a validation file"
-        )
-    return rows.select(train), rows.select(sorted(chosen))
-
-
-def _counts_to_cut(sizes: list[int], fraction: float, generator: np.random.Generator) -> list[int]:
-    """How many of each class are cut off, never all of one.
-
-    Each class gives its share, rounded. Where that misses the whole's share, as it does if most classes are small
-    (0.4 of a row rounds to none), the shares are rounded by the largest remainder, ties by chance.
-    """
-    rounded = [min(round(size * fraction), size - 1) for size in sizes]
-    wanted = sum(sizes) * fraction
-    if sum(rounded) > 0 and abs(sum(rounded) - wanted) <= max(1, min(np.sqrt(len(sizes)), wanted / 4)):
-        return rounded
-    total = round(wanted)
-    divisible = sum(size for size in sizes if size > 1)
-    shares = np.array([size * total / divisible if size > 1 else 0.0 for size in sizes])
-    counts = np.minimum(np.floor(shares), np.array(sizes) - 1).astype(int)
-    remainders = np.round(shares - np.floor(shares), 9)
-    by_remainder = sorted(range(len(sizes)), key=lambda place: (-remainders[place], generator.random()))
-    for place in by_remainder:
-        if counts.sum() < total and counts[place] < sizes[place] - 1:
-            counts[place] += 1
-    return counts.tolist()
-
-
-def _keys(rows: datasets.Dataset, task: Task) -> list[str]:
-    """What tells a row from others: its texts, or for questions the context alone, or an image's bytes."""
-    if task.kind == "image-classification":
-        raw = rows.cast_column(task.text[0], datasets.Image(decode=False))[task.text[0]]
-        return [str(image["bytes"] or image["path"]) for image in raw]
-    columns = task.text[1:] if task.kind == "question-answering" else task.text
-    return [str(texts) for texts in zip(*(rows[column] for column in columns), strict=True)]  # words are in a list
-
-
-def _random_part(rows: datasets.Dataset, limit: int, seed: int) -> datasets.Dataset:
-    return rows.select(sorted(np.random.default_rng(seed).permutation(len(rows))[:limit].tolist()))

@@ -7,11 +7,11 @@ import pytest
 
 from distill.data.load import (
     DataOptions,
-    _counts_to_cut,
     load_data,
     token_fingerprint,
     tokenizer_fingerprint,
 )
+from distill.data.split import _counts_to_cut
 from distill.errors import InputError
 from tests.conftest import make_tokenizer, sentences, write_rows
 
