@@ -171,3 +171,15 @@ def _label_order_problems(models: Sequence[Any], sets: Mapping[str, Any]) -> lis
 
 def _shown(given: Any) -> str:
     return repr(given) if isinstance(given, str) else f"a {type(given).__name__}"
+
+
+def check_class_weights(args: TrainingConfig, model: PreTrainedModel) -> None:
+    """Refuse class weights for a model that predicts scores, or another number of classes.
+
+    Raises:
+        InputError: they don't fit.
+    """
+    of_scores = problem_type(model) == "regression"
+    if args.class_weights is not None and (of_scores or len(args.class_weights) != model.config.num_labels):
+        outputs = "a score" if of_scores else f"{model.config.num_labels} classes"
+        raise InputError(f"class_weights: {len(args.class_weights)} weights, but the model predicts {outputs}")

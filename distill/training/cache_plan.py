@@ -110,6 +110,19 @@ def plan_cache(
     return CachePlan(layout, lengths, size, root, limit)
 
 
+def passes_over_rows(args: DistillationConfig, batch_size: int, num_rows: int | None) -> float:
+    """How often a training reads each of its rows.
+
+    Args:
+        batch_size: rows of a batch of this process.
+        num_rows: of the training set; None where it is not known.
+    """
+    if args.max_steps > 0 and num_rows is not None:
+        rows_of_a_step = batch_size * args.gradient_accumulation_steps * args.world_size
+        return args.max_steps * min(rows_of_a_step, num_rows) / num_rows
+    return args.num_train_epochs
+
+
 _FEWEST_PASSES = 1.5  # storing and reading cost less than half of the teacher's forward
 
 _LEVELS = {"logits": "logits", "hidden": "logits and hidden states", "relations": "logits, queries, keys and values"}

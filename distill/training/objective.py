@@ -1,6 +1,6 @@
 """What a batch adds to the loss: the parts against labels and teachers, as sums beside what each is divided by."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from transformers import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from distill import losses
+from distill.data.batches import COUNTED_ROWS
 from distill.errors import TrainingDiverged
 from distill.tasks.targets import (
     IGNORED,
@@ -20,7 +21,7 @@ from distill.tasks.targets import (
     labels_of,
     shifted,
 )
-from distill.training.config import DistillationConfig, TrainingConfig, is_on
+from distill.training.config import DistillationConfig, TrainingConfig, is_on, value_at
 from distill.training.features import Representations
 from distill.training.teachers import Teacher
 
@@ -44,6 +45,11 @@ class Part:
     def __mul__(self, factor: float) -> "Part":
         return Part(self.total * factor, self.counted)
 
+    def divisor(self, counts: Tensor) -> Tensor:
+        """Its count, of those of a step; 1 where there is nothing to count."""
+        counted = counts[self.counted]
+        return torch.where(counted > 0, counted, 1)
+
 
 def count(config: TrainingConfig, problem: ProblemType, batch: Mapping[str, Tensor], counted_rows: Tensor) -> Tensor:
     """Rows, tokens, labels and predictions of the rows that count (B, of a batch): shape 4."""
@@ -53,6 +59,43 @@ def count(config: TrainingConfig, problem: ProblemType, batch: Mapping[str, Tens
     if expected.labels is not None:
         labels = losses.label_count(expected.labels, _class_weights(config, tokens.device))
     return torch.stack([counted_rows.sum().float(), tokens.float(), labels.float(), expected.counted.sum().float()])
+
+
+def parts_of_batch(
+    config: TrainingConfig,
+    teachers: Sequence[Teacher],
+    problem: ProblemType,
+    outputs: Mapping[str, Any],
+    inputs: dict[str, Tensor],
+    *,
+    hard: bool,
+    training: bool,
+    progress: float,
+) -> dict[str, Part]:
+    """All parts of the loss of a batch, by name; several teachers' are added up.
+
+    Args:
+        outputs: the student's `logits` and, with teachers, `representations`.
+        inputs: the batch, completed.
+        hard: whether the labels count.
+        training: whether a teacher that can't judge the rows is an error, or left out.
+        progress: optimizer steps done over all steps.
+    """
+    counted = inputs[COUNTED_ROWS]
+    parts: dict[str, Part] = {}
+    if hard:
+        parts |= against_labels(config, problem, outputs["logits"], inputs, counted)
+    if not isinstance(config, DistillationConfig):
+        return parts
+    for number, teacher in enumerate(teachers):
+        if not training and not teacher.can_judge(inputs):
+            continue  # validation rows need no stored predictions, nor tokens of the teacher's own
+        shown = (outputs["logits"], outputs["representations"][number])
+        temperature = None if config.temperature is None else value_at(config.temperature, progress)
+        against = against_teacher(config, teacher, shown, inputs, counted, temperature=temperature)
+        for name, part in against.items():
+            parts[name] = parts[name] + part if name in parts else part
+    return parts
 
 
 def against_labels(
@@ -172,6 +215,10 @@ class Sums:
         """Over all processes."""
         sums = accelerator.reduce(torch.stack(list(self.totals.values())), reduction="sum").tolist()
         return {name: (first, second) for name, (first, second) in zip(self.totals, sums, strict=True)}
+
+    def ratios(self, accelerator: Any) -> dict[str, float]:
+        """The first sum of each pair, over all processes, divided by the second; 0 where that is 0."""
+        return {name: first / second if second else 0.0 for name, (first, second) in self.reduced(accelerator).items()}
 
 
 class FiniteLosses:

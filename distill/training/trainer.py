@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import torch
 import transformers
 from peft import PeftConfig, PeftModel
@@ -52,13 +51,12 @@ from distill.tasks.targets import (
     predicting_alone,
     problem_type,
 )
-from distill.training.arguments import check_given, own_arguments
+from distill.training.arguments import check_class_weights, check_given, own_arguments
 from distill.training.cache import (
-    TEACHER_OUTPUTS,
     TeacherOutputs,
     build_cache,
 )
-from distill.training.cache_plan import CachePlan, plan_cache
+from distill.training.cache_plan import CachePlan, passes_over_rows, plan_cache
 from distill.training.callbacks import Announcement
 from distill.training.checkpoints import (
     load_projections,
@@ -73,15 +71,21 @@ from distill.training.checkpoints import (
 from distill.training.conditions import RunConditions, determinism, using_cache, verbosity_of
 from distill.training.config import DistillationConfig, is_on, value_at
 from distill.training.features import ProjectedStudent, tokens_of_image
-from distill.training.loaders import length_loader, masking_of
+from distill.training.loaders import (
+    check_columns,
+    completed,
+    length_loader,
+    made_as_read,
+    masking_of,
+    pooled_negatives,
+    with_cached,
+)
 from distill.training.objective import (
     COUNTS,
     FiniteLosses,
-    Part,
     Sums,
-    against_labels,
-    against_teacher,
     count,
+    parts_of_batch,
 )
 from distill.training.teachers import (
     AnyTeacher,
@@ -146,11 +150,7 @@ class DistillationTrainer(transformers.Trainer):
             model = with_adapters(model, peft_config)
         self.student = model
         self.problem_type = problem_type(model)
-        if args.class_weights is not None and (
-            self.problem_type == "regression" or len(args.class_weights) != model.config.num_labels
-        ):
-            outputs = "a score" if self.problem_type == "regression" else f"{model.config.num_labels} classes"
-            raise InputError(f"class_weights: {len(args.class_weights)} weights, but the model predicts {outputs}")
+        check_class_weights(args, model)
         self.weights = args.loss_weights if isinstance(args, DistillationConfig) else {"hard": 1.0}
         self.teachers: list[Teacher] = []
         if isinstance(args, DistillationConfig):
@@ -215,7 +215,12 @@ class DistillationTrainer(transformers.Trainer):
         if self.problem_type == "masked_lm" and columns is not None and "labels" not in columns:
             drawn = self._draws_batches and row_lengths(self.train_dataset, args.length_column_name) is not None
             self._masking = masking_of(self.processing_class, args, drawn_by_us=drawn)
-        self._check_columns()
+        check_columns(
+            self.train_dataset,
+            self.label_names,
+            needs_stored=any(each.model is None for each in self.teachers),
+            needs_labels=is_on(self.weights["hard"]) and self._masking is None and self.problem_type != "causal_lm",
+        )
         for each in self.teachers:
             each.autocast = self.accelerator.autocast
         self._logged = Sums()
@@ -281,11 +286,11 @@ class DistillationTrainer(transformers.Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         """Trainer's, but images have no length to be grouped by."""
         rows = self.train_dataset if train_dataset is None else train_dataset
-        return RandomSampler(rows) if _made_as_read(rows) else super()._get_train_sampler(rows)
+        return RandomSampler(rows) if made_as_read(rows) else super()._get_train_sampler(rows)
 
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
         """Trainer's, but what rows are made of as they are read stays."""
-        return dataset if _made_as_read(dataset) else super()._remove_unused_columns(dataset, description)
+        return dataset if made_as_read(dataset) else super()._remove_unused_columns(dataset, description)
 
     @property
     def _uses_ddp(self) -> bool:
@@ -323,17 +328,7 @@ class DistillationTrainer(transformers.Trainer):
 
     def batch_reader(self) -> Callable[[list[int], int], dict[str, Any]]:
         """Makes the training batch of the rows with these numbers in an epoch, with what is cached of the teachers."""
-        read = self.reader(self.train_dataset, "training")
-
-        def collate(numbers: list[int], epoch: int) -> dict[str, Any]:
-            cached = {str(each.number): each.cache.read(numbers) for each in self.teachers if each.cache is not None}
-            every = torch.ones(len(numbers), dtype=torch.bool)  # no process is filled up
-            batch = read(numbers)
-            if self._masking is not None:
-                batch = self._masking(batch, numbers, epoch)
-            return {**batch, COUNTED_ROWS: every, **({TEACHER_OUTPUTS: cached} if cached else {})}
-
-        return collate
+        return with_cached(self.reader(self.train_dataset, "training"), self.teachers, self._masking)
 
     @property
     def _draws_batches(self) -> bool:
@@ -360,10 +355,7 @@ class DistillationTrainer(transformers.Trainer):
         if not isinstance(self.args, DistillationConfig):
             return []
         lengths = row_lengths(self.train_dataset, self.args.length_column_name)
-        rows_of_a_step = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        passes = self.args.num_train_epochs
-        if self.args.max_steps > 0 and lengths is not None:
-            passes = self.args.max_steps * min(rows_of_a_step, len(lengths)) / len(lengths)
+        passes = passes_over_rows(self.args, self._train_batch_size, None if lengths is None else len(lengths))
         unfit = None
         if lengths is None or not self._draws_batches:
             unfit = "the rows are not drawn by their lengths"
@@ -431,9 +423,18 @@ class DistillationTrainer(transformers.Trainer):
             else:
                 outputs = {"logits": logits_of(model(**accepted_inputs(self.student, inputs)))}
         with record_function("losses"):
-            parts = self._parts(outputs, inputs, training=model.training)
+            parts = parts_of_batch(
+                self.args,
+                self.teachers,
+                self.problem_type,
+                outputs,
+                inputs,
+                hard=is_on(self.weights["hard"]),
+                training=model.training,
+                progress=self._progress,
+            )
         weights = {name: value_at(self.weights[name], self._progress) for name in parts}
-        losses = {name: part.total / _count_of(part, num_items_in_batch) for name, part in parts.items()}
+        losses = {name: part.total / part.divisor(num_items_in_batch) for name, part in parts.items()}
         if model.training:
             self._watch.look_at(losses, self.state)
             # The counts are of all processes, and DDP takes the mean of their gradients.
@@ -488,23 +489,6 @@ class DistillationTrainer(transformers.Trainer):
         with record_function("training step"):
             return super().training_step(*arguments, **options)
 
-    def _parts(self, outputs: Mapping[str, Any], inputs: dict[str, Tensor], *, training: bool) -> dict[str, Part]:
-        counted = inputs[COUNTED_ROWS]
-        parts: dict[str, Part] = {}
-        if is_on(self.weights["hard"]):
-            parts |= against_labels(self.args, self.problem_type, outputs["logits"], inputs, counted)
-        for number, teacher in enumerate(self.teachers):
-            if not training and not teacher.can_judge(inputs):
-                continue  # validation rows need no stored predictions, nor tokens of the teacher's own
-            shown = (outputs["logits"], outputs["representations"][number])
-            temperature = None
-            if self.args.temperature is not None:
-                temperature = value_at(self.args.temperature, self._progress)
-            against = against_teacher(self.args, teacher, shown, inputs, counted, temperature=temperature)
-            for name, part in against.items():
-                parts[name] = parts[name] + part if name in parts else part
-        return parts
-
     @property
     def _progress(self) -> float:
         """Optimizer steps done over all steps; known right after a resume."""
@@ -536,23 +520,7 @@ class DistillationTrainer(transformers.Trainer):
 
         With several processes the last batches are filled up with rows from the start of the epoch.
         """
-        batch = dict(batch)
-        if "pixel_values" in batch:  # the patches of an image all count
-            ids = batch["pixel_values"].new_ones(len(batch["pixel_values"]), self._image_tokens, dtype=torch.long)
-        else:
-            ids = batch["input_ids"]
-        batch.setdefault("attention_mask", torch.ones_like(ids))
-        if self.problem_type == "causal_lm" and "labels" not in batch:
-            batch["labels"] = ids.masked_fill(batch["attention_mask"] == 0, IGNORED)
-        if "labels" in batch and self.problem_type in ("regression", "multi_label_classification"):
-            batch["labels"] = batch["labels"].float()  # whole numbers are scores, or zeros and ones, here
-        if COUNTED_ROWS not in batch:
-            loader = self.accelerator.gradient_state
-            real = len(ids)
-            if loader.end_of_dataloader and loader.remainder > 0:
-                real = loader.remainder - self.accelerator.process_index * len(ids)
-            batch[COUNTED_ROWS] = torch.arange(len(ids), device=ids.device) < real
-        return batch
+        return completed(batch, self.problem_type, self._image_tokens, self.accelerator)
 
     _signature_columns: list[str] | None
 
@@ -570,33 +538,13 @@ class DistillationTrainer(transformers.Trainer):
             )
             self._signature_columns = [*inputs, *kept]
 
-    def _check_columns(self) -> None:
-        columns = getattr(self.train_dataset, "column_names", None)
-        if columns is None or _made_as_read(self.train_dataset):
-            return
-        if any(each.model is None for each in self.teachers) and not set(STORED_COLUMNS) & set(columns):
-            raise InputError(
-                f"teacher: 'data' needs a column {' or '.join(STORED_COLUMNS)} in the training rows; "
-                f"they have {', '.join(columns)}"
-            )
-        own_labels = self._masking is not None or self.problem_type == "causal_lm"
-        if (
-            is_on(self.weights["hard"])
-            and not own_labels
-            and not {"label", "label_ids", *self.label_names} & set(columns)
-        ):
-            raise InputError(f"hard_weight: the training rows have no labels (only {', '.join(columns)}); set it to 0")
-
     def _read_negatives(self, teacher: Teacher) -> Tensor:
         """For the contrastive loss: the teacher's pooled states (N×D) of rows spread over the whole training set."""
         dataset = self.train_dataset if self.train_dataset is not None else self.eval_dataset
         read = self.reader(dataset, "negatives")
-        wanted = min(self.args.contrastive_negatives, len(dataset))
-        rows = np.linspace(0, len(dataset) - 1, wanted).round().astype(int).tolist()
-        size = self.args.per_device_eval_batch_size
-        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
-        found = [teacher.outputs(self._completed(self._prepare_inputs(read(batch))))[1].pooled for batch in batches]
-        return torch.cat([pooled for pooled in found if pooled is not None])
+        return pooled_negatives(
+            teacher, len(dataset), lambda rows: self._completed(self._prepare_inputs(read(rows))), self.args
+        )
 
     # --- the log ----------------------------------------------------------------------------------------------------
 
@@ -657,10 +605,7 @@ class DistillationTrainer(transformers.Trainer):
         if not self._evaluated.totals:
             output.metrics.pop(key, None)  # nothing to compare with, neither labels nor stored predictions
         elif key in output.metrics:
-            parts = {
-                name: total / counted if counted else 0.0
-                for name, (total, counted) in self._evaluated.reduced(self.accelerator).items()
-            }
+            parts = self._evaluated.ratios(self.accelerator)
             output.metrics[key] = sum(value_at(self.weights[name], self._progress) * parts[name] for name in parts)
             output.metrics.update({f"{key}/{name}": part for name, part in parts.items()})
         return output
@@ -722,13 +667,3 @@ class DistillationTrainer(transformers.Trainer):
     def _trainer_loads(self) -> bool:
         """Whether Trainer's own way to read a checkpoint is the right one."""
         return isinstance(self.student, PeftModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled
-
-
-def _made_as_read(rows: Any) -> bool:
-    """Whether rows (images) become inputs only when they are read, by a transform of their own."""
-    return isinstance(rows, datasets.Dataset) and rows.format["type"] == "custom"
-
-
-def _count_of(part: Part, counts: Tensor) -> Tensor:
-    counted = counts[part.counted]
-    return torch.where(counted > 0, counted, 1)
