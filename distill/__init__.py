@@ -1,16 +1,23 @@
-"""Distil, quantize and measure Hugging Face encoders. Importing this makes quantized folders loadable."""
+"""Distil, quantize and measure Hugging Face encoders. Importing this makes quantized folders loadable.
 
+The public names are imported when they are first asked for (PEP 562), and bitsandbytes when a quantized model is made
+or loaded.
+"""
+
+import importlib
 import logging
+from typing import TYPE_CHECKING, Any
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # first: else a line at its import, and one a layer and call
+from distill.compression.quantization.registration import register_when_needed
 
-from distill.compression.quantization.formats import QuantizationSettings
-from distill.compression.quantization.quantize import quantize_model
-from distill.compression.student import build_student
-from distill.data.load import DataOptions, load_data
-from distill.errors import InputError
-from distill.training.config import DistillationConfig
-from distill.training.trainer import DistillationTrainer
+if TYPE_CHECKING:
+    from distill.compression.quantization.formats import QuantizationSettings
+    from distill.compression.quantization.quantize import quantize_model
+    from distill.compression.student import build_student
+    from distill.data.load import DataOptions, load_data
+    from distill.errors import InputError
+    from distill.training.config import DistillationConfig
+    from distill.training.trainer import DistillationTrainer
 
 __all__ = [
     "DataOptions",
@@ -22,3 +29,29 @@ __all__ = [
     "load_data",
     "quantize_model",
 ]
+
+_MODULES = {
+    "DataOptions": "distill.data.load",
+    "DistillationConfig": "distill.training.config",
+    "DistillationTrainer": "distill.training.trainer",
+    "InputError": "distill.errors",
+    "QuantizationSettings": "distill.compression.quantization.formats",
+    "build_student": "distill.compression.student",
+    "load_data": "distill.data.load",
+    "quantize_model": "distill.compression.quantization.quantize",
+}
+"""Where each public name is defined."""
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else a line at its import, and one a layer and call
+register_when_needed()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_MODULES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

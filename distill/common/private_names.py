@@ -6,8 +6,6 @@ for each, and pyproject.toml allows no release that the tests have not seen.
 
 from typing import TYPE_CHECKING, Any
 
-from accelerate.state import AcceleratorState, PartialState
-
 if TYPE_CHECKING:  # whoever only counts processes need not wait for these
     from accelerate import Accelerator
     from torch import nn
@@ -35,16 +33,22 @@ def put_forward(model: "nn.Module", prepared: dict[str, Any]) -> None:
 
 def reset_accelerator_state() -> None:
     """Forget the precision that Accelerate keeps for the process, so that the next Accelerator chooses its own."""
+    from accelerate.state import AcceleratorState  # only where it is needed
+
     AcceleratorState._reset_state()
 
 
 def shared_precision() -> str | None:
     """The precision that Accelerate keeps for the process; None where no Accelerator has been made."""
+    from accelerate.state import AcceleratorState  # only where it is needed
+
     return AcceleratorState._shared_state.get("_mixed_precision")
 
 
 def shared_states() -> list[dict[str, Any]]:
     """Accelerate's states of the process, the dictionaries themselves."""
+    from accelerate.state import AcceleratorState, PartialState  # only where it is needed
+
     return [PartialState._shared_state, AcceleratorState._shared_state]
 
 

@@ -13,7 +13,7 @@ from distill.common.local_names import base_name
 from distill.common.markdown import code, escaped
 from distill.common.records import read_record
 from distill.common.sources import reason_of, split_revision
-from distill.compression.quantization.quantize import METHOD
+from distill.compression.quantization.loading import METHOD
 from distill.data.files.readers import GLUE_ON_THE_HUB
 from distill.data.load import Truncated, describe_cut
 from distill.errors import InputError

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_args
 
-import torch
 from pydantic import Field
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from distill.compression.quantization.layers import scales_size
+from distill.compression.quantization.modules import DTYPES
 from distill.errors import InputError, near_name
 from distill.models.structure import depth_of, find_blocks
 
@@ -22,8 +22,6 @@ EmbeddingFormat = Literal["int8", "nf4", "none"]
 ComputeDtype = Literal["bf16", "fp32", "fp16"]
 RestDtype = Literal["bf16", "fp32"]
 BlockSize = Literal[32, 64, 128, 256, 512, 1024, 2048, 4096]
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
 # Smaller tables, such as token types, win nothing that shows.
 _LEAST_WEIGHTS_OF_AN_EMBEDDING = 50_000
@@ -147,16 +145,6 @@ def quantizable_modules(model: PreTrainedModel) -> dict[str, Any]:
     if all(isinstance(module, nn.Embedding) for module in modules.values()):
         raise InputError(f"{type(model).__name__}: no linear layers in its blocks, so there is nothing to quantize")
     return modules
-
-
-def resolve_name(name: str, modules: Mapping[str, nn.Module], prefix: str) -> str | None:
-    """The name of a module in a model of the same family, with another head or none; None where it lacks it.
-
-    Args:
-        prefix: the base model's, such as `bert`.
-    """
-    candidates = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
-    return next((candidate for candidate in candidates if candidate in modules), None)
 
 
 # --- bytes ----------------------------------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ from distill.common.console import progress
 from distill.common.records import json_text
 from distill.compression.quantization.embeddings import QuantizedEmbedding
 from distill.compression.quantization.formats import (
-    DTYPES,
     EmbeddingFormat,
     QuantizationSettings,
     fixed_formats,
@@ -27,6 +26,7 @@ from distill.compression.quantization.formats import (
     quantizable_modules,
 )
 from distill.compression.quantization.layers import Int8Linear, dequantized
+from distill.compression.quantization.modules import DTYPES
 from distill.compression.quantization.quantize import quantized_module
 from distill.errors import InputError
 from distill.models.structure import accepted_inputs

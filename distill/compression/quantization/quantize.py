@@ -13,32 +13,22 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
-from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from distill.common.private_names import finish_loading, untie
-from distill.compression.quantization.embeddings import Int8Embedding, Nf4Embedding, TiedLinear
+from distill.common.private_names import finish_loading
 from distill.compression.quantization.formats import (
-    DTYPES,
-    BlockSize,
-    ComputeDtype,
     Format,
     FormatOrBf16,
     QuantizationSettings,
     choose_formats,
     model_size,
-    resolve_name,
 )
 from distill.compression.quantization.gptq import compensate
-from distill.compression.quantization.layers import FourBitLinear, Int8Linear
+from distill.compression.quantization.loading import DistillQuantizationConfig, DistillQuantizer
+from distill.compression.quantization.modules import DTYPES, empty_module, tie_output
 from distill.errors import InputError
 from distill.models.adapters import on_another_base
 from distill.models.modes import evaluating
 from distill.models.weights import refuse_not_finite
-
-# transformers prints this name when it doesn't know it, that is without `import distill`.
-METHOD = "distill (first: import distill)"
 
 
 def quantize_model(
@@ -109,13 +99,13 @@ def apply_formats(
     floats = {name: model.get_submodule(name) for name in formats}
     for name, module in floats.items():
         model.set_submodule(name, quantized_module(module, formats[name], settings, dtype))
-    _tie(model, config.tied_head)
+    tie_output(model, config.tied_head)
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
     model.config.quantization_config = config
     model.config.dtype = dtype
-    model.hf_quantizer = _Quantizer(config, pre_quantized=True)
+    model.hf_quantizer = DistillQuantizer(config, pre_quantized=True)
     model.is_quantized = True
     model.quantization_method = config.quant_method
     return finish_loading(model).eval().requires_grad_(False)
@@ -136,7 +126,7 @@ def quantized_module(module: Any, format: Format, settings: QuantizationSettings
     Args:
         dtype: of an embedding's rows.
     """
-    quantized = _empty_module(module, format, settings, dtype)
+    quantized = empty_module(module, format, settings, dtype)
     weight = module.weight.detach()
     quantized.fill(weight.T if isinstance(module, Conv1D) else weight)
     return quantized.requires_grad_(False)
@@ -170,125 +160,12 @@ def weight_memory(model: nn.Module) -> int:
     return sum(storages.values())
 
 
-class DistillQuantizationConfig(QuantizationConfigMixin):
-    """What is saved under `quantization_config` in a quantized model's config.json.
-
-    No key may start with `load_in_`: AutoQuantizationConfig hands every such config to bitsandbytes' own quantizer,
-    which knows nothing of the embeddings.
-
-    Args:
-        formats: for every quantized module, by its full name, its format.
-        tied_head: the output layer that computes with the quantized word embeddings, if there is one.
-        double_quant: whether the 4-bit block scales are quantized too.
-        block_size: weights that share a scale in the 4-bit formats.
-        compute_dtype: what 4-bit weights are expanded to.
-        threshold: of `Int8Linear`.
-    """
-
-    def __init__(
-        self,
-        formats: dict[str, Format],
-        tied_head: str | None = None,
-        double_quant: bool = True,
-        block_size: BlockSize = 64,
-        compute_dtype: ComputeDtype = "bf16",
-        threshold: float | None = None,
-        quant_method: str = METHOD,
-    ):
-        self.quant_method = quant_method
-        self.formats = formats
-        self.tied_head = tied_head
-        self.double_quant = double_quant
-        self.block_size = block_size
-        self.compute_dtype = compute_dtype
-        self.threshold = threshold
-
-
-register_quantization_config(METHOD)(DistillQuantizationConfig)
-
-
-@register_quantizer(METHOD)
-class _Quantizer(HfQuantizer):
-    """Puts empty quantized modules into a model before its weights are loaded.
-
-    All that they store are parameters and buffers, so transformers loads and saves them as any others.
-    """
-
-    quantization_config: DistillQuantizationConfig
-    requires_calibration = False
-
-    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        if not self.pre_quantized:
-            raise InputError(
-                "quantization_config: use distill.quantize_model(model, format=…) to quantize a float model"
-            )
-
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        config = self.quantization_config
-        modules = dict(model.named_modules())
-        dtype = model.dtype
-        for name, format in config.formats.items():
-            found = resolve_name(name, modules, model.base_model_prefix)
-            if found is not None:
-                with torch.device("meta"):
-                    module = _empty_module(modules[found], format, config, dtype)
-                model.set_submodule(found, module.requires_grad_(False))
-        _tie(model, config.tied_head if config.tied_head in modules else None)
-
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        kinds = set()
-        for module in model.modules():
-            if isinstance(module, Int8Linear | FourBitLinear):
-                module.link()
-                kinds.add(type(module))
-        model.is_loaded_in_8bit = Int8Linear in kinds  # peft and Trainer ask for these
-        model.is_loaded_in_4bit = FourBitLinear in kinds
-        return model
-
-    def is_serializable(self) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        return True
-
-
-def _empty_module(
-    module: Any, format: Format, settings: QuantizationSettings | DistillQuantizationConfig, dtype: torch.dtype
-) -> Any:
-    """The quantized counterpart of a linear layer or embedding, to be filled; it shares the bias."""
-    if isinstance(module, nn.Embedding):
-        shape = module.num_embeddings, module.embedding_dim
-        if format == "int8":
-            return Int8Embedding(*shape, dtype)
-        return Nf4Embedding(*shape, dtype, double_quant=settings.double_quant, block_size=settings.block_size)
-    out_features, in_features = module.weight.shape[::-1] if isinstance(module, Conv1D) else module.weight.shape
-    if format == "int8":
-        return Int8Linear(in_features, out_features, module.bias, threshold=settings.threshold)
-    return FourBitLinear(
-        in_features,
-        out_features,
-        module.bias,
-        format=format,
-        double_quant=settings.double_quant,
-        block_size=settings.block_size,
-        compute_dtype=DTYPES[settings.compute_dtype],
-    )
-
-
 def _tied_head(model: PreTrainedModel) -> str | None:
     """The name of an output layer whose weights are the word embeddings, in a float model."""
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear) or head.weight is not model.get_input_embeddings().weight:
         return None
     return next(name for name, module in model.named_modules() if module is head)
-
-
-def _tie(model: PreTrainedModel, head: str | None) -> None:
-    """Let an output layer compute with the quantized word embeddings."""
-    if head is not None:
-        model.set_submodule(head, TiedLinear(model.get_input_embeddings(), model.get_submodule(head).bias))
-        untie(model, f"{head}.weight")  # nothing is left for transformers to tie
 
 
 def _quant_state_tensors(state: QuantState | None) -> list[Tensor | None]:

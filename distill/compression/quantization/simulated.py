@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from distill.compression.quantization.embeddings import Int8Embedding
-from distill.compression.quantization.formats import DTYPES, Format, QuantizationSettings
+from distill.compression.quantization.formats import Format, QuantizationSettings
+from distill.compression.quantization.modules import DTYPES
 
 _CELLS = 512
 """Cells of the table from −1 to 0, and from 0 to 1; narrower than two bounds of a format are ever apart."""
