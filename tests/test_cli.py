@@ -436,8 +436,8 @@ def test_ctrl_c_ends_with_status_1(monkeypatch, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("distill.cli.load_recipe", interrupted)
-    assert main(["run", "any.yaml"]) == 1
+    monkeypatch.setattr("distill.commands.load_recipe", interrupted)
+    assert main(["run", str(ROOT / "recipes" / "quickstart.yaml")]) == 1
     assert "goes on from the last checkpoint" in capsys.readouterr().err
 
 

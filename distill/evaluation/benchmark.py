@@ -7,13 +7,12 @@ import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -23,6 +22,7 @@ from distill.common.private_names import model_from_config, set_attention_of_con
 from distill.compression.quantization.layers import Int8Linear
 from distill.compression.quantization.quantize import weight_memory
 from distill.errors import InputError
+from distill.evaluation.options import BenchmarkOptions
 from distill.models.adapters import with_stored_adapters
 from distill.models.load import (
     base_folder,
@@ -35,21 +35,6 @@ from distill.models.structure import input_names
 from distill.models.weights import load_weights
 
 _IMAGE_SIZE = 224  # of networks that take any size
-
-PositiveInt = Annotated[int, Field(ge=1)]
-
-
-@dataclass
-class BenchmarkOptions:
-    """The `benchmark:` block of a recipe, and the options of `distill bench`."""
-
-    sequence_length: PositiveInt = field(default=128, metadata={"help": "Tokens of a row, none of them padding."})
-    latency_batch_size: PositiveInt = field(default=1, metadata={"help": "Rows of a call whose latency is measured."})
-    throughput_batch_size: PositiveInt = field(default=32, metadata={"help": "Rows of a call for the throughput."})
-    rounds: PositiveInt = field(
-        default=5,
-        metadata={"help": "Rounds; in each one every model has its turn: 8 calls for latency, 1 for throughput."},
-    )
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from distill.common.sources import (
 from distill.errors import InputError
 from distill.models.adapters import ADAPTER_CONFIG
 from distill.publishing.published import published
-from distill.recipes.recipe import read_yaml
+from distill.recipes.yaml12 import read_yaml
 from distill.runs.card import TAG, model_card
 
 PUSHED = "pushed.json"

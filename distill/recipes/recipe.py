@@ -13,12 +13,11 @@ from distill.data.load import DataOptions
 from distill.errors import (
     InputError,
     in_one_line,
-    near_name,
     nearest_name,
 )
-from distill.evaluation.benchmark import BenchmarkOptions
+from distill.evaluation.options import BenchmarkOptions
 from distill.recipes.trainer_options import annotations_of, read_mapping, refusal
-from distill.recipes.yaml12 import parse_yaml, yaml_problem
+from distill.recipes.yaml12 import parse_yaml, read_yaml
 from distill.training.checkpoints import CHECKPOINTS
 from distill.training.config import TrainingConfig, checked
 from distill.verbs.options import VERBS, Options
@@ -178,44 +177,6 @@ def parse_options(options_class: type, given: Any, where: str, problems: list[st
     found = len(problems)
     values = _right_values(options_class, given, where, problems)
     return options_class(**values) if len(problems) == found else None
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file as a mapping (see `parse_yaml`).
-
-    Raises:
-        InputError: no such file, one that can't be read, no mapping, a key twice, or not YAML at all.
-    """
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder; name a recipe, a YAML file{_recipe_inside(path)}")
-    if not path.is_file():
-        raise InputError(f"{path}: no such recipe{_near_recipe(path)}")
-    try:
-        content = parse_yaml(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not readable as YAML: no text in UTF-8 from byte {error.start} on") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not readable as YAML: {yaml_problem(error)}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: a recipe is a mapping with task (or data), output_dir and steps")
-    return content
-
-
-def _recipe_inside(folder: Path) -> str:
-    """The recipe that a run has left in its folder."""
-    return f"; did you mean {str(folder / 'recipe.yaml')!r}?" if (folder / "recipe.yaml").is_file() else ""
-
-
-def _near_recipe(path: Path) -> str:
-    """The recipes in the same folder or under ./recipes that are named most like `path`, or all of them."""
-    found = dict.fromkeys([*path.parent.glob("*.yaml"), *Path("recipes").rglob("*.yaml")])
-    recipes = [other for other in found if not other.name.startswith(".")]
-    name = near_name(path.name, [other.name for other in recipes])
-    if name:
-        return f"; did you mean {' or '.join(repr(str(other)) for other in recipes if other.name == name)}?"
-    return f"; {nearest_name(str(path), map(str, recipes))}" if recipes else ""
 
 
 # --- what is published ---------------------------------------------------------------------------------------------

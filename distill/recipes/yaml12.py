@@ -2,9 +2,12 @@
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import yaml
+
+from distill.errors import InputError, near_name, nearest_name
 
 _MOST_NODES = 100_000
 """A recipe has hundreds; more come of aliases of aliases, each of which stands for all that it repeats."""
@@ -21,6 +24,29 @@ _TYPES = {
     "float": _FLOAT,
 }
 _TAG = "tag:yaml.org,2002:"
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file as a mapping (see `parse_yaml`).
+
+    Raises:
+        InputError: no such file, one that can't be read, no mapping, a key twice, or not YAML at all.
+    """
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; name a recipe, a YAML file{_recipe_inside(path)}")
+    if not path.is_file():
+        raise InputError(f"{path}: no such recipe{_near_recipe(path)}")
+    try:
+        content = parse_yaml(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not readable as YAML: no text in UTF-8 from byte {error.start} on") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not readable as YAML: {yaml_problem(error)}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: a recipe is a mapping with task (or data), output_dir and steps")
+    return content
 
 
 def parse_yaml(text: str) -> Any:
@@ -56,6 +82,24 @@ def yaml_problem(error: yaml.YAMLError) -> str:
         return " ".join(str(error).replace('in "<unicode string>", ', "at ").split())
     said = ", ".join(part for part in (error.context, error.problem) if part)  # type: ignore[attr-defined]
     return f"line {mark.line + 1}, column {mark.column + 1}: {said}"
+
+
+# --- another recipe that may be meant --------------------------------------------------------------------------------
+
+
+def _recipe_inside(folder: Path) -> str:
+    """The recipe that a run has left in its folder."""
+    return f"; did you mean {str(folder / 'recipe.yaml')!r}?" if (folder / "recipe.yaml").is_file() else ""
+
+
+def _near_recipe(path: Path) -> str:
+    """The recipes in the same folder or under ./recipes that are named most like `path`, or all of them."""
+    found = dict.fromkeys([*path.parent.glob("*.yaml"), *Path("recipes").rglob("*.yaml")])
+    recipes = [other for other in found if not other.name.startswith(".")]
+    name = near_name(path.name, [other.name for other in recipes])
+    if name:
+        return f"; did you mean {' or '.join(repr(str(other)) for other in recipes if other.name == name)}?"
+    return f"; {nearest_name(str(path), map(str, recipes))}" if recipes else ""
 
 
 # --- what a document may hold ---------------------------------------------------------------------------------------

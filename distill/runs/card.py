@@ -18,8 +18,7 @@ from distill.data.files.readers import GLUE_ON_THE_HUB
 from distill.data.load import Truncated, describe_cut
 from distill.errors import InputError
 from distill.models.adapters import base_of
-from distill.recipes.recipe import read_yaml
-from distill.recipes.yaml12 import dump_yaml
+from distill.recipes.yaml12 import dump_yaml, read_yaml
 from distill.tasks.usages import USAGES, usage_code
 
 TAG = "distill"

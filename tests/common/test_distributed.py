@@ -10,7 +10,8 @@ from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
-from distill.cli import main, run_recipe
+from distill.cli import main
+from distill.commands import run_recipe
 from distill.common.distributed import (
     check_launch,
     check_world_size,

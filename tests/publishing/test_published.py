@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from distill.common.local_names import LocalNames, base_name
 from distill.errors import InputError
 from distill.publishing.published import left_out, published, without_text_chunks
-from distill.recipes.recipe import read_yaml
+from distill.recipes.yaml12 import read_yaml
 from tests.reports.test_presentation import entry
 
 TOKENS = {

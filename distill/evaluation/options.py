@@ -1,0 +1,23 @@
+"""What can be chosen of a measurement; without torch, so that help and what is wrong come at once."""
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from pydantic import Field
+
+EVAL_OPTIONS = "eval takes --task, --label_map and --data.<option>"
+
+PositiveInt = Annotated[int, Field(ge=1)]
+
+
+@dataclass
+class BenchmarkOptions:
+    """The `benchmark:` block of a recipe, and the options of `distill bench`."""
+
+    sequence_length: PositiveInt = field(default=128, metadata={"help": "Tokens of a row, none of them padding."})
+    latency_batch_size: PositiveInt = field(default=1, metadata={"help": "Rows of a call whose latency is measured."})
+    throughput_batch_size: PositiveInt = field(default=32, metadata={"help": "Rows of a call for the throughput."})
+    rounds: PositiveInt = field(
+        default=5,
+        metadata={"help": "Rounds; in each one every model has its turn: 8 calls for latency, 1 for throughput."},
+    )
