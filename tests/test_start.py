@@ -12,6 +12,7 @@ import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from safetensors.torch import load_file
+from transformers import BertConfig, BertForSequenceClassification, BitsAndBytesConfig
 
 import distill
 import distill.data
@@ -209,8 +210,9 @@ def seconds(*programs, rounds=5):
     for _ in range(rounds + 1):
         for code, taken in zip(programs, times, strict=True):
             start = time.perf_counter()
-            run_python(*code)
+            done = run_python(*code)
             taken.append(time.perf_counter() - start)
+            assert done.returncode == 0, done.stderr
     return [median(taken[1:]) for taken in times]
 
 
@@ -225,3 +227,20 @@ def test_the_start_takes_no_longer_than_what_it_needs(tmp_path):
     alone, distill_first, registered = seconds((registering,), ("import distill",), (f"import distill; {registering}",))
     assert distill_first <= 1.15 * alone
     assert registered <= 1.15 * alone
+
+
+@pytest.mark.slow
+def test_an_int8_folder_loads_as_fast_as_one_of_bitsandbytes(tmp_path):
+    float_model = BertForSequenceClassification(BertConfig())
+    float_model.save_pretrained(tmp_path / "float")
+    config = BitsAndBytesConfig(load_in_8bit=True)
+    stock = BertForSequenceClassification.from_pretrained(
+        tmp_path / "float", quantization_config=config, device_map="cpu"
+    )
+    stock.save_pretrained(tmp_path / "stock")
+    quantize_model(float_model, format="int8").save_pretrained(tmp_path / "ours")
+    load = "from transformers import BertForSequenceClassification as B; import sys; B.from_pretrained(sys.argv[1])"
+    stock_seconds, our_seconds = seconds(
+        (load, str(tmp_path / "stock")), (f"import distill; {load}", str(tmp_path / "ours"))
+    )
+    assert our_seconds <= 1.15 * stock_seconds
