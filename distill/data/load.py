@@ -25,12 +25,11 @@ from distill.data.tokenized import Processor, cut_rows, tokenize
 from distill.data.unlabelled import read_unlabelled, sample_pairs, with_stored
 from distill.errors import InputError
 from distill.tasks.base import (
-    DEFAULT_COLUMNS,
     Task,
     TaskKind,
     glue_task,
-    own_task,
 )
+from distill.tasks.kinds import KINDS, own_task
 
 Truncated: TypeAlias = dict[str, dict[str, int]]
 """Of each split its `rows`, and those that were `cut` at `max_length`."""
@@ -326,9 +325,9 @@ def _task(task_name: str | None, options: DataOptions) -> Task:
             else "task: missing; name a GLUE task, or say `data:` with kind, path, text and label"
         )
     if options.kind is None:
-        problems.append(f"data.kind: missing; say {', '.join(DEFAULT_COLUMNS)} (or name a GLUE task under `task:`)")
+        problems.append(f"data.kind: missing; say {', '.join(KINDS)} (or name a GLUE task under `task:`)")
         raise InputError(*problems)
-    columns, label = DEFAULT_COLUMNS[options.kind]
+    columns, label = list(KINDS[options.kind].columns), KINDS[options.kind].label
     text = [options.text] if isinstance(options.text, str) else options.text or columns
     allowed = [1, 2] if options.kind in ("classification", "multi-label", "regression") else [len(columns)]
     if len(text) not in allowed:

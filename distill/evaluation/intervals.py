@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from distill.models.load import PROBLEM_TYPES
 from distill.tasks import scorers
 from distill.tasks.base import OF_LANGUAGE, Task
+from distill.tasks.kinds import KINDS
 from distill.tasks.metrics import compute_metrics, divergences, scorer
 from distill.tasks.questions import normalised
 from distill.tasks.scorers import Scorer
@@ -142,5 +142,5 @@ def _weights(rows: NDArray[np.int64], num_rows: int) -> NDArray[np.float64]:
 
 
 def _divergences(task: Task, reference: Sequence, logits: Sequence) -> NDArray[np.float64]:
-    problem = cast(ProblemType, PROBLEM_TYPES[task.kind])
+    problem = cast(ProblemType, KINDS[task.kind].problem_type)
     return divergences(problem, np.asarray(reference), np.asarray(logits))

@@ -29,6 +29,7 @@ from typing_extensions import TypedDict  # typing's own from Python 3.12 on
 
 from distill.errors import InputError, in_one_line, nearest_name
 from distill.tasks.base import TaskKind
+from distill.tasks.kinds import KINDS
 
 _ADAPTED = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -46,24 +47,7 @@ class LoraOptions(TypedDict, total=False):
 
 LoraOptions.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
 
-_TASK_TYPES: dict[TaskKind, TaskType] = {
-    "classification": TaskType.SEQ_CLS,
-    "multi-label": TaskType.SEQ_CLS,
-    "regression": TaskType.SEQ_CLS,
-    "token-classification": TaskType.TOKEN_CLS,
-    "question-answering": TaskType.QUESTION_ANS,
-    "causal-lm": TaskType.CAUSAL_LM,
-}
-
-
-# Those that PEFT puts adapters into where it should train them as a whole; of sequence classifiers it knows them.
-_HEADS: dict[TaskKind, list[str]] = {
-    "token-classification": ["classifier", "score"],
-    "question-answering": ["qa_outputs", "classifier"],
-    "image-classification": ["classifier"],
-}
-
-_KNOWN_HEADS = {name for names in _HEADS.values() for name in names}
+_KNOWN_HEADS = {name for kind in KINDS.values() for name in kind.heads or ()}
 """Some of which any model lacks."""
 
 
@@ -73,7 +57,8 @@ def lora_config(options: LoraOptions, kind: TaskKind) -> LoraConfig:
     The head of a classifier is trained and saved as a whole.
     """
     rank, targets = options.get("r", 8), options.get("target_modules", "all-linear")
-    heads = _HEADS.get(kind)
+    its = KINDS[kind]
+    heads = None if its.heads is None else list(its.heads)
     return LoraConfig(
         r=rank,
         lora_alpha=options.get("alpha", 2 * rank),
@@ -82,7 +67,7 @@ def lora_config(options: LoraOptions, kind: TaskKind) -> LoraConfig:
         # PEFT trains DistilBERT's pre_classifier with its classifier, as the names end alike.
         exclude_modules=[*(heads or []), "pre_classifier"] if targets == "all-linear" else None,
         modules_to_save=options.get("modules_to_save", heads),
-        task_type=_TASK_TYPES.get(kind),
+        task_type=None if its.peft_task is None else TaskType(its.peft_task),
     )
 
 

@@ -9,26 +9,19 @@ from transformers import PretrainedConfig
 
 from distill.errors import InputError
 from distill.tasks.base import Task
+from distill.tasks.kinds import KINDS
 
-# transformers' names for our kinds.
-PROBLEM_TYPES = {
-    "classification": "single_label_classification",
-    "image-classification": "single_label_classification",
-    "multi-label": "multi_label_classification",
-    "regression": "regression",
-    "token-classification": None,
-}
 _DEFAULT_LABEL = re.compile(r"LABEL_\d+")
 
 
 def set_labels(config: PretrainedConfig, task: Task) -> None:
     """Write the task's label names and problem type into the model's config, where the task has labels."""
-    if task.kind not in PROBLEM_TYPES:
+    if not KINDS[task.kind].names_labels:
         return
     names = task.label_names or ("score",)
     config.id2label = dict(enumerate(names))
     config.label2id = {name: index for index, name in enumerate(names)}
-    config.problem_type = PROBLEM_TYPES[task.kind]
+    config.problem_type = KINDS[task.kind].problem_type
 
 
 def label_order(
@@ -43,7 +36,7 @@ def label_order(
         InputError: the label sets differ, differ by case alone in a way that leaves several readings, or the model only
             has `LABEL_0`-like names.
     """
-    if task.kind not in PROBLEM_TYPES:
+    if not KINDS[task.kind].names_labels:
         return None
     if task.kind == "regression":
         if config.num_labels != 1:

@@ -22,7 +22,7 @@ from distill.models.folders import (
     load_config,
     size_on_disk,
 )
-from distill.models.labels import PROBLEM_TYPES, label_order, set_labels
+from distill.models.labels import label_order, set_labels
 from distill.models.processors import (
     POSITIONS_AFTER_PADDING,
     fit_to_tokenizer,
@@ -43,9 +43,9 @@ from distill.models.weights import (
     with_head_of_adapters,
 )
 from distill.tasks.base import Task, TaskKind
+from distill.tasks.kinds import KINDS
 
 __all__ = [
-    "PROBLEM_TYPES",
     "ModelSource",
     "auto_class",
     "base_folder",
@@ -68,21 +68,10 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_AUTO_CLASSES: dict[TaskKind, Any] = {
-    "classification": transformers.AutoModelForSequenceClassification,
-    "multi-label": transformers.AutoModelForSequenceClassification,
-    "regression": transformers.AutoModelForSequenceClassification,
-    "token-classification": transformers.AutoModelForTokenClassification,
-    "question-answering": transformers.AutoModelForQuestionAnswering,
-    "masked-lm": transformers.AutoModelForMaskedLM,
-    "causal-lm": transformers.AutoModelForCausalLM,
-    "image-classification": transformers.AutoModelForImageClassification,
-}
-
 
 def auto_class(kind: TaskKind) -> Any:
     """The Auto class that loads models for a kind of task."""
-    return _AUTO_CLASSES[kind]
+    return getattr(transformers, KINDS[kind].auto_class)
 
 
 def load_classifier(
@@ -173,7 +162,7 @@ def saved_class(location: str, config: PretrainedConfig) -> type[PreTrainedModel
     if named is not None:
         return named
     stored = stored_shapes(weight_files(Path(location))) if readable_on_meta(config) else {}
-    for kind in _AUTO_CLASSES if stored else ():
+    for kind in KINDS if stored else ():
         with contextlib.suppress(InputError):  # a family without models for this kind
             chosen = model_class(config, kind)
             fit = fit_of(stored, chosen, config, plain_names(stored, chosen, config))

@@ -19,7 +19,7 @@ from distill.data.load import Truncated, describe_cut
 from distill.errors import InputError
 from distill.models.adapters import base_of
 from distill.recipes.yaml12 import dump_yaml, read_yaml
-from distill.tasks.usages import USAGES, usage_code
+from distill.tasks.kinds import KINDS, usage_code
 
 TAG = "distill"
 """In the front matter of every card that is written here."""
@@ -129,7 +129,7 @@ def _metadata(
         "language": recipe.get("language") or (["en"] if is_glue else root.get("language")),
         **license,
         "library_name": "peft" if is_adapter else "transformers",
-        "pipeline_tag": USAGES[record["kind"]].pipeline_tag,
+        "pipeline_tag": KINDS[record["kind"]].pipeline_tag,
         "tags": tags,
         "metrics": list(dict.fromkeys(each.metric_type for each in results)) or None,
         "model_name": name.rpartition("/")[2],
@@ -162,7 +162,7 @@ def _eval_results(record: dict[str, Any], recipe: dict[str, Any], entry: dict[st
         found.append(
             EvalResult(
                 **data,
-                task_type=USAGES[record["kind"]].pipeline_tag,
+                task_type=KINDS[record["kind"]].pipeline_tag,
                 dataset_split=split,
                 dataset_revision=record["data_revision"],
                 metric_type=_HUB_METRICS.get(metric, metric),

@@ -1,4 +1,4 @@
-"""What a task is: its kind, columns, label names and metrics; GLUE's nine, and one from a user's own columns."""
+"""What a task is: its columns, label names and metrics; GLUE's nine."""
 
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -103,37 +103,7 @@ def glue_task(name: str) -> Task:
     return GLUE[name]
 
 
-DEFAULT_COLUMNS: dict[TaskKind, tuple[list[str], str]] = {
-    "classification": (["text"], "label"),
-    "multi-label": (["text"], "label"),
-    "regression": (["text"], "label"),
-    "token-classification": (["tokens"], "label"),
-    "question-answering": (["question", "context"], "answers"),
-    "masked-lm": (["text"], ""),
-    "causal-lm": (["text"], ""),
-    "image-classification": (["image"], "label"),
-}
-"""Of each kind the columns that are read, and the label's (empty where there is none), unless the user names others."""
-
-_METRICS: dict[TaskKind, tuple[tuple[str, ...], str]] = {
-    "classification": (("accuracy", "f1_macro", "roc_auc"), "accuracy"),
-    "multi-label": (("f1_micro", "f1_macro", "accuracy"), "f1_micro"),
-    "regression": (("pearson", "spearmanr"), "pearson"),
-    "token-classification": (("entity_f1", "accuracy"), "entity_f1"),
-    "question-answering": (("f1", "exact_match"), "f1"),
-    "masked-lm": (("perplexity", "accuracy"), "perplexity"),
-    "causal-lm": (("perplexity", "accuracy"), "perplexity"),
-    "image-classification": (("accuracy", "f1_macro"), "accuracy"),
-}
-
-
 def is_better_lower(metric: str) -> bool:
     """Whether less of a metric is better: of perplexity, and of losses (`loss`, `eval_loss`, `loss/soft`)."""
     name = metric.removeprefix("eval_")
     return name.endswith(("perplexity", "loss")) or name.startswith("loss/")
-
-
-def own_task(kind: TaskKind, text: tuple[str, ...], label: str) -> Task:
-    """A task on a user's own columns; its label names are read from the data."""
-    metrics, primary = _METRICS[kind]
-    return Task("own", kind, text, label, metrics=metrics, primary_metric=primary)

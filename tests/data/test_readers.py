@@ -17,7 +17,7 @@ import pytest
 from distill.data.files.readers import read_splits
 from distill.data.load import DataOptions, load_data
 from distill.errors import InputError
-from distill.tasks.base import own_task
+from distill.tasks.kinds import own_task
 from tests.conftest import write_rows
 
 TASK = own_task("classification", ("text",), "label")

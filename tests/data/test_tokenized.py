@@ -6,7 +6,8 @@ from transformers import ByT5Tokenizer
 
 from distill.data.load import DataOptions, describe_cut, load_data
 from distill.data.tokenized import cut_rows, tokenize
-from distill.tasks.base import GLUE, own_task
+from distill.tasks.base import GLUE
+from distill.tasks.kinds import own_task
 from tests.conftest import make_tokenizer, write_rows
 
 

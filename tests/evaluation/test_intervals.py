@@ -8,7 +8,8 @@ from distill.evaluation.intervals import (
     score_interval,
     won_back,
 )
-from distill.tasks.base import GLUE, own_task
+from distill.tasks.base import GLUE
+from distill.tasks.kinds import own_task
 from distill.tasks.metrics import compute_metrics, predict
 
 

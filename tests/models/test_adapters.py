@@ -20,7 +20,7 @@ from distill.recipes.plan import make_plan
 from distill.recipes.recipe import load_recipe
 from distill.reports.report import write_report
 from distill.runs.run import run_plan
-from distill.tasks.base import own_task
+from distill.tasks.kinds import own_task
 from tests.architectures import ARCHITECTURES, small_model
 from tests.conftest import make_tokenizer, sentences, write_rows
 from tests.training.test_exactness import make_models, make_rows

@@ -30,7 +30,8 @@ from distill.models.load import (
 )
 from distill.recipes.plan import make_plan
 from distill.recipes.recipe import load_recipe
-from distill.tasks.base import GLUE, own_task
+from distill.tasks.base import GLUE
+from distill.tasks.kinds import own_task
 from tests.conftest import tiny_bert
 from tests.models.test_weights import edit_config
 

@@ -26,7 +26,8 @@ from distill.evaluation.evaluate import evaluate_model
 from distill.models.load import find_model, load_classifier, load_for_finetuning
 from distill.models.weights import fit_of, plain_names, stored_shapes
 from distill.recipes.stored_models import has_head, stored_fit
-from distill.tasks.base import GLUE, own_task
+from distill.tasks.base import GLUE
+from distill.tasks.kinds import own_task
 from distill.tasks.targets import all_finite
 from tests.conftest import tiny_bert, tiny_config
 

@@ -20,7 +20,7 @@ from distill.recipes.plan import make_plan
 from distill.recipes.recipe import load_recipe
 from distill.reports.report import write_report
 from distill.runs.run import run_plan
-from distill.tasks.base import own_task
+from distill.tasks.kinds import own_task
 from distill.training.config import TrainingConfig
 from tests.conftest import WORDS, make_tokenizer, sentences, tiny_config, write_rows
 

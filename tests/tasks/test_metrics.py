@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from distill.tasks.base import GLUE, is_better_lower, own_task
+from distill.tasks.base import GLUE, is_better_lower
+from distill.tasks.kinds import own_task
 from distill.tasks.metrics import (
     F1,
     METRICS,

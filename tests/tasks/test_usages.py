@@ -12,7 +12,7 @@ import transformers
 from PIL import Image
 
 from distill import DistillationTrainer
-from distill.tasks.usages import USAGES, usage_code
+from distill.tasks.kinds import KINDS, usage_code
 from distill.training.config import TrainingConfig
 from tests.conftest import WORDS, make_tokenizer, tiny_config
 
@@ -82,7 +82,7 @@ def said(tmp_path_factory):
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("kind", USAGES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_code_for_each_kind_prints_a_prediction(kind, said):
     expected = {
         "classification": 1, "multi-label": 3, "regression": 1, "masked-lm": 5, "image-classification": 2,
