@@ -59,7 +59,7 @@ from distill.reports.report import write_report
 from distill.runs.launch import check_config, find_config, launch
 from distill.runs.run import chosen_steps, run_plan
 from distill.tasks.base import GLUE
-from distill.verbs.options import VERBS
+from distill.verbs.all import VERBS
 
 
 def run_command(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
@@ -291,7 +291,7 @@ def _launch(arguments: argparse.Namespace, overrides: dict[str, str], command: l
 
 
 def _print_options(name: str) -> None:
-    options_class = {"data": DataOptions, "benchmark": BenchmarkOptions, **VERBS}[name]
+    options_class = VERBS[name].options if name in VERBS else {"data": DataOptions, "benchmark": BenchmarkOptions}[name]
     own = _own_fields(options_class)
     shown = [field for field in fields(options_class) if field.init and not refusal(options_class, field.name)]
     table = Table("option", "default", "help", box=box.SIMPLE_HEAD, pad_edge=False)

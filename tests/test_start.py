@@ -20,7 +20,7 @@ from distill import cli, commands
 from distill.compression.quantization.formats import QuantizationSettings
 from distill.compression.quantization.loading import METHOD
 from distill.compression.quantization.quantize import quantize_model
-from distill.verbs.options import VERBS
+from distill.verbs.all import VERBS
 from tests.architectures import IDS, MASK, logits, small_model
 
 HEAVY = {"torch", "transformers", "datasets", "numpy", "bitsandbytes", "peft", "sklearn", "scipy", "evaluate"}

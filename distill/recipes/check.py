@@ -46,7 +46,7 @@ from distill.verbs.options import (
     is_adapter,
     teachers_of,
 )
-from distill.verbs.steps import batch_of, read_rows, rows_cut
+from distill.verbs.training import batch_of, read_rows, rows_cut
 
 _TIMED_BATCHES = 3
 _SETTINGS = {field.name for field in fields(QuantizationSettings)}

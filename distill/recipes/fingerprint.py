@@ -15,7 +15,7 @@ def code_fingerprint(module: str) -> str:
     Comments, docstrings, help texts and what errors say are left out: no number changes with them.
 
     Args:
-        module: its name inside the package, such as "verbs.steps".
+        module: its name inside the package, such as "verbs.distill".
     """
     trees = {name: _without_words(_parsed(name)) for name in sorted(modules_behind(module))}
     return hashlib.sha256("\n".join(ast.unparse(tree) for tree in trees.values()).encode()).hexdigest()

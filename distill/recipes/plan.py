@@ -44,6 +44,7 @@ from distill.tasks.base import TaskKind
 from distill.tasks.metrics import computed
 from distill.training.config import is_on
 from distill.training.teachers import FROM_DATA, comparable, layer_pairs
+from distill.verbs.all import VERBS
 from distill.verbs.options import (
     DistillOptions,
     FinetuneOptions,
@@ -272,7 +273,7 @@ def _plan_step(
         layers=layers,
         layer_pairs=pairs,
         fingerprint=_fingerprint(step, {option: model.fingerprint for option, model in inputs.items()}, data),
-        code=code_fingerprint("verbs.steps"),
+        code=code_fingerprint(VERBS[step.run].module),
         described=_described(step, inputs, sources, recipe, data),
         made_from=tuple(planned[model.reference] for model in inputs.values() if model.is_step),
         notes=tuple(dict.fromkeys(note for model in inputs.values() for note in model.notes)),

@@ -20,7 +20,8 @@ from distill.recipes.trainer_options import annotations_of, read_mapping, refusa
 from distill.recipes.yaml12 import parse_yaml, read_yaml
 from distill.training.checkpoints import CHECKPOINTS
 from distill.training.config import TrainingConfig, checked
-from distill.verbs.options import VERBS, Options
+from distill.verbs.all import VERBS
+from distill.verbs.options import Options
 
 _TOP_LEVEL = (
     *("task", "data", "output_dir", "baseline", "benchmark", "steps"),
@@ -237,12 +238,13 @@ def _parse_step(name: str, given: Any, output_dir: Path, right: dict[str, Any], 
     if not isinstance(verb, str) or verb not in VERBS:
         problems.append(f"{where}.run: no verb {verb!r}; {nearest_name(str(verb), VERBS)}")
         return None
-    values = _right_values(VERBS[verb], given, where, problems)
+    options_class = VERBS[verb].options
+    values = _right_values(options_class, given, where, problems)
     right |= {"run": verb, **values}
-    fixed = {"output_dir": str(output_dir / name / CHECKPOINTS)} if issubclass(VERBS[verb], TrainingConfig) else {}
-    missing = dict.fromkeys(_required(VERBS[verb]) - values.keys())  # so that the others are checked together
+    fixed = {"output_dir": str(output_dir / name / CHECKPOINTS)} if issubclass(options_class, TrainingConfig) else {}
+    missing = dict.fromkeys(_required(options_class) - values.keys())  # so that the others are checked together
     try:
-        options = VERBS[verb](**missing, **values, **fixed)
+        options = options_class(**missing, **values, **fixed)
     except InputError as error:
         problems += [problem_at(where, problem) for problem in error.problems]
     except Exception as error:  # of whatever kind TrainingArguments and the packages it asks raise, it is about values

@@ -49,8 +49,9 @@ from distill.runs.card import inherited, write_model_card
 from distill.training.checkpoints import CHECKPOINTS, drop_half_made, last_checkpoint
 from distill.training.config import TrainingConfig
 from distill.training.features import show_pairs
+from distill.verbs.all import VERBS
+from distill.verbs.base import StepResult
 from distill.verbs.options import StudentOptions
-from distill.verbs.steps import Made, run_step
 
 _BEGUN = ".begun"
 """In a step's folder: what its checkpoints are of."""
@@ -119,7 +120,7 @@ def _run(plan: Plan, planned: PlannedStep, *, profile: bool) -> None:
     folder = unfinished(planned.folder)
     with written_whole(planned.folder) if process_state().is_main_process else nullcontext():
         wait_for_everyone()
-        made = run_step(planned.step.options, planned.inputs, plan.data, folder, profile=profile)
+        made = VERBS[planned.step.run].run(planned.step.options, planned.inputs, plan.data, folder, profile=profile)
         wait_for_everyone()
         seconds = time.perf_counter() - clock
         finish = partial(_finish, plan, replace(planned, folder=folder), made)
@@ -255,7 +256,7 @@ def _prepare_folder(planned: PlannedStep) -> str:
 
 
 def _finish(
-    plan: Plan, planned: PlannedStep, made: Made, *, code: str | None, started: datetime, seconds: float
+    plan: Plan, planned: PlannedStep, made: StepResult, *, code: str | None, started: datetime, seconds: float
 ) -> None:
     """A folder as others may take it: a card, and the record that says it is finished."""
     record = _record(plan, planned) | {"code": code} | asdict(made)

@@ -145,8 +145,6 @@ class QuantizeOptions(QuantizationSettings):
 
 Options = FinetuneOptions | DistillOptions | QuantizeOptions
 
-VERBS: dict[str, type] = {"finetune": FinetuneOptions, "distill": DistillOptions, "quantize": QuantizeOptions}
-
 
 def referenced_models(given: Mapping[str, Any]) -> dict[str, str]:
     """The models that a step's options name: `teacher`, `teacher 2`, …, `model`."""

@@ -19,7 +19,7 @@ from distill.recipes.plan import make_plan
 from distill.recipes.recipe import load_recipe
 from distill.reports.report import write_report
 from distill.runs.run import run_plan
-from distill.verbs.steps import read_rows
+from distill.verbs.training import read_rows
 from tests.conftest import make_tokenizer, sentences, tiny_bert, write_rows
 
 RECIPE = """

@@ -8,7 +8,7 @@ from markdown_it import MarkdownIt
 
 from distill.recipes.yaml12 import parse_yaml
 from distill.runs.card import inherited, model_card
-from distill.verbs.options import VERBS
+from distill.verbs.all import VERBS
 
 REPORT = """# run
 

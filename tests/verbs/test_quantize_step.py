@@ -128,7 +128,9 @@ def test_the_calibration_rows_belong_to_what_a_budget_makes(tmp_path, model, sst
 
 def test_gptq_reads_as_many_rows_as_hold_65536_tokens(tmp_path, model, tokenizer, monkeypatch, capsys):
     seen = []
-    monkeypatch.setattr("distill.verbs.steps.compensate", lambda model, formats, options, batches: seen.extend(batches))
+    monkeypatch.setattr(
+        "distill.verbs.quantize.compensate", lambda model, formats, options, batches: seen.extend(batches)
+    )
     words = [f"w{number}" for number in range(40)]
     rows = [{"sentence": " ".join(words[: 10 + 2 * (row % 16)]), "label": row % 2} for row in range(4000)]
     (tmp_path / "data").mkdir()

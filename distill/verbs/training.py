@@ -1,29 +1,15 @@
-"""The verbs of a recipe: for each one the plain function that makes its model folder."""
+"""How a verb that trains makes its model: the student, the rows that it and its teachers read, and the training."""
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
-import numpy as np
-import torch
-import transformers
-from torch import Tensor
 from transformers import PreTrainedModel, PrinterCallback
 
 from distill.common.console import log
 from distill.common.distributed import on_main_process, wait_for_everyone
-from distill.common.hardware import compute_device
-from distill.compression.quantization.formats import Format, choose_formats
-from distill.compression.quantization.gptq import compensate
-from distill.compression.quantization.mixed import (
-    budget_in_bytes,
-    calibration_logits,
-    choose_mix,
-    write_sensitivity,
-)
-from distill.compression.quantization.quantize import apply_formats
 from distill.compression.student import build_student
 from distill.data.load import (
     Data,
@@ -33,11 +19,10 @@ from distill.data.load import (
     tokenizer_fingerprint,
 )
 from distill.data.tokenized import Processor, beside
-from distill.evaluation.evaluate import input_batches, metrics_while_training
+from distill.evaluation.evaluate import metrics_while_training
 from distill.models.adapters import in_float32, lora_config, merged
-from distill.models.load import load_classifier, load_for_finetuning, load_processor
+from distill.models.load import load_processor
 from distill.models.structure import depth_of
-from distill.tasks.targets import problem_type
 from distill.training.callbacks import ProgressLines, StepProfile
 from distill.training.checkpoints import (
     Clock,
@@ -45,149 +30,20 @@ from distill.training.checkpoints import (
     other_batches,
     with_step_counts,
 )
-from distill.training.teachers import FROM_DATA, AnyTeacher, own_columns
+from distill.training.teachers import AnyTeacher, own_columns
 from distill.training.trainer import DistillationTrainer
+from distill.verbs.base import StepResult
 from distill.verbs.options import (
     DistillOptions,
     FinetuneOptions,
-    Options,
-    QuantizeOptions,
     chosen_layers,
     cuts_student,
-    is_teacher,
-    teachers_of,
     width_of_student,
 )
 
 
-@dataclass(frozen=True)
-class Made:
-    """What a step tells of its run; it goes into step.json."""
-
-    train_seconds: float | None = None
-    samples_per_second: float | None = None
-    """Training rows per second, all processes together."""
-    world_size: int | None = None
-    device: str | None = None
-    effective_batch_size: int | None = None
-    """Rows of an optimizer step, all processes together; null where batches are made by their tokens."""
-    learning_rate: float | None = None
-    """The highest; by default it follows from the student's width."""
-    log: list[dict[str, float]] = field(default_factory=list)
-    """Trainer's log lines."""
-    truncated: Truncated | None = None
-    """How many rows of each split the model's tokenizer cuts; null where none was read, and for images."""
-
-
-def run_step(options: Options, inputs: dict[str, str], data: Data, folder: Path, *, profile: bool = False) -> Made:
-    """Make one model folder.
-
-    Args:
-        options: of the verb to run.
-        inputs: for each option that names a model, where `from_pretrained` finds it.
-        folder: the run folder; may hold `checkpoints/` of a run that was cut off.
-        profile: write a `StepProfile` of the training into the folder.
-    """
-    if isinstance(options, QuantizeOptions):
-        return quantize(options, inputs, data, folder)
-    if isinstance(options, DistillOptions):
-        return distill(options, inputs, data, folder, profile=profile)
-    return finetune(options, inputs, data, folder, profile=profile)
-
-
-def finetune(
-    options: FinetuneOptions, inputs: dict[str, str], data: Data, folder: Path, *, profile: bool = False
-) -> Made:
-    """Train `inputs["model"]`, or a student cut from it, on the labels."""
-    transformers.set_seed(options.seed)  # a new head is drawn here
-    model = load_for_finetuning(inputs["model"], data.task, from_scratch=options.from_scratch)
-    return _train(_cut_student(model, options), [], options, data, inputs["model"], folder, profile)
-
-
-def distill(
-    options: DistillOptions, inputs: dict[str, str], data: Data, folder: Path, *, profile: bool = False
-) -> Made:
-    """Train a student, cut from `inputs["model"]` or else from the teacher, against `inputs["teacher"]`."""
-    transformers.set_seed(options.seed)
-    models = (location for option, location in inputs.items() if is_teacher(option))
-    teachers: list[tuple[AnyTeacher, str | None]] = []
-    for reference in teachers_of(options.__dict__):
-        if reference == FROM_DATA:
-            teachers.append((FROM_DATA, None))
-            continue
-        location = next(models)
-        teacher = load_classifier(
-            location,
-            data.task,
-            label_map=options.teacher_label_map,
-            dtype=torch.float32,
-            merge=options.model is None,  # layers are taken from it
-        )
-        teachers.append((teacher, location))
-    started_from = inputs.get("model") or inputs["teacher"]
-    if "model" in inputs:
-        source = load_for_finetuning(inputs["model"], data.task, from_scratch=options.from_scratch)
-    else:
-        source = next(teacher for teacher, _ in teachers if not isinstance(teacher, str))
-    return _train(_cut_student(source, options), teachers, options, data, started_from, folder, profile)
-
-
-def quantize(options: QuantizeOptions, inputs: dict[str, str], data: Data, folder: Path) -> Made:
-    """Quantize `inputs["model"]`; on the main process alone."""
-
-    def work() -> None:
-        model = load_classifier(inputs["model"], data.task, label_map=options.label_map, dtype=torch.float32)
-        processor = load_processor(inputs["model"], data.task.kind, data.max_length)
-        model.to(compute_device() if options.reads_rows else "cpu")
-        if options.bits_budget is None:
-            formats = choose_formats(model, options)
-        else:
-            formats = _pick_formats(model, options, _calibration(data, processor, options, rows=256), folder)
-        if options.gptq:
-            compensate(model, formats, options, _calibration(data, processor, options, rows=512, tokens=65536))
-        apply_formats(model.to("cpu"), formats, options).save_pretrained(folder)
-        processor.save_pretrained(folder)
-
-    on_main_process(work)
-    return Made()
-
-
-def _calibration(
-    data: Data, processor: Processor, options: QuantizeOptions, *, rows: int, tokens: int | None = None
-) -> list[dict[str, Tensor]]:
-    """The model inputs of a random part of the training rows, in batches of like length.
-
-    Args:
-        rows: how many, where the options don't say.
-        tokens: as many rows instead as hold these, where rows are texts.
-    """
-    found = data.tokenized("train", processor).shuffle(seed=0)
-    if tokens is not None and "length" in found.column_names:
-        rows = int(np.searchsorted(np.cumsum(found["length"]), tokens)) + 1
-    found = found.select(range(min(options.calibration_rows or rows, len(found))))
-    log.print(f"      measuring on {len(found):,} training rows")
-    return [batch for _, batch in input_batches(found, processor, batch_size=64)]
-
-
-def _pick_formats(
-    model: PreTrainedModel, options: QuantizeOptions, batches: list[dict[str, Tensor]], folder: Path
-) -> dict[str, Format]:
-    """The formats that keep closest to the model within its budget; what was measured goes into the folder."""
-    budget = budget_in_bytes(options.bits_budget or 0, model, options)
-    mixes, measured = choose_mix(
-        model,
-        options,
-        budget,
-        predict=lambda model: calibration_logits(model, batches),
-        problem=problem_type(model),
-    )
-    write_sensitivity(folder, budget, mixes, measured)
-    for mix in mixes:
-        log.print(f"      {mix.name}: {mix.size / 1e6:.2f} MB, divergence {mix.divergence:.3g}")
-    return {name: format for name, format in mixes[0].formats.items() if format != "none"}  # type: ignore[misc]
-
-
-def _cut_student(source: PreTrainedModel, options: FinetuneOptions | DistillOptions) -> PreTrainedModel:
+def cut_student(source: PreTrainedModel, options: FinetuneOptions | DistillOptions) -> PreTrainedModel:
+    """The student that a step trains; `source` itself where it is to be trained as it is."""
     source_is_teacher = isinstance(options, DistillOptions) and options.model is None
     if not source_is_teacher and not cuts_student(options, source.config):
         return source
@@ -199,7 +55,7 @@ def _cut_student(source: PreTrainedModel, options: FinetuneOptions | DistillOpti
     )
 
 
-def _train(
+def train(
     model: PreTrainedModel,
     teachers: list[tuple[AnyTeacher, str | None]],
     options: FinetuneOptions | DistillOptions,
@@ -207,7 +63,7 @@ def _train(
     processor_from: str,
     folder: Path,
     profile: bool,
-) -> Made:
+) -> StepResult:
     """Train and save.
 
     Args:
@@ -256,7 +112,7 @@ def _train(
         trainer.save_model(str(folder))
     seconds = clock.seconds()
     num_rows = len(rows.train) * (trainer.state.epoch or 0)
-    return Made(
+    return StepResult(
         train_seconds=seconds,
         samples_per_second=num_rows / seconds,
         world_size=trainer.accelerator.num_processes,

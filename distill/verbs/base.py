@@ -1,0 +1,47 @@
+"""What a verb of a recipe is, and what each leaves to be told of its run."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from distill.data.load import Truncated
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step tells of its run; it goes into step.json."""
+
+    train_seconds: float | None = None
+    samples_per_second: float | None = None
+    """Training rows per second, all processes together."""
+    world_size: int | None = None
+    device: str | None = None
+    effective_batch_size: int | None = None
+    """Rows of an optimizer step, all processes together; null where batches are made by their tokens."""
+    learning_rate: float | None = None
+    """The highest; by default it follows from the student's width."""
+    log: list[dict[str, float]] = field(default_factory=list)
+    """Trainer's log lines."""
+    truncated: Truncated | None = None
+    """How many rows of each split the model's tokenizer cuts; null where none was read, and for images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verb:
+    """All that is asked of a verb; one that leaves something out can't be created."""
+
+    name: str
+    """What `run:` says in a recipe."""
+    options: type
+    """The dataclass of its options."""
+    run: Callable[..., StepResult]
+    """Makes one model folder, from `(options, inputs, data, folder, *, profile)`.
+
+    Of these, `options` are an instance of the class above; `inputs` say for each option that names a model where
+    `from_pretrained` finds it; `folder` is the run folder and may hold `checkpoints/` of a run that was cut off;
+    `profile` asks for a `StepProfile` of the training in the folder.
+    """
+
+    @property
+    def module(self) -> str:
+        """The module whose code makes its models, by its name inside the package."""
+        return self.run.__module__.removeprefix("distill.")

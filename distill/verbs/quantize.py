@@ -1,0 +1,88 @@
+"""The verb `quantize`: store a model's weights in fewer bits."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from distill.common.console import log
+from distill.common.distributed import on_main_process
+from distill.common.hardware import compute_device
+from distill.compression.quantization.formats import Format, choose_formats
+from distill.compression.quantization.gptq import compensate
+from distill.compression.quantization.mixed import (
+    budget_in_bytes,
+    calibration_logits,
+    choose_mix,
+    write_sensitivity,
+)
+from distill.compression.quantization.quantize import apply_formats
+from distill.data.load import Data
+from distill.data.tokenized import Processor
+from distill.evaluation.evaluate import input_batches
+from distill.models.load import load_classifier, load_processor
+from distill.tasks.targets import problem_type
+from distill.verbs.base import StepResult, Verb
+from distill.verbs.options import QuantizeOptions
+
+
+def quantize(
+    options: QuantizeOptions, inputs: dict[str, str], data: Data, folder: Path, *, profile: bool = False
+) -> StepResult:
+    """Quantize `inputs["model"]`; on the main process alone. It trains nothing, so there is nothing to profile."""
+
+    def work() -> None:
+        model = load_classifier(inputs["model"], data.task, label_map=options.label_map, dtype=torch.float32)
+        processor = load_processor(inputs["model"], data.task.kind, data.max_length)
+        model.to(compute_device() if options.reads_rows else "cpu")
+        if options.bits_budget is None:
+            formats = choose_formats(model, options)
+        else:
+            formats = _pick_formats(model, options, _calibration(data, processor, options, rows=256), folder)
+        if options.gptq:
+            compensate(model, formats, options, _calibration(data, processor, options, rows=512, tokens=65536))
+        apply_formats(model.to("cpu"), formats, options).save_pretrained(folder)
+        processor.save_pretrained(folder)
+
+    on_main_process(work)
+    return StepResult()
+
+
+def _calibration(
+    data: Data, processor: Processor, options: QuantizeOptions, *, rows: int, tokens: int | None = None
+) -> list[dict[str, Tensor]]:
+    """The model inputs of a random part of the training rows, in batches of like length.
+
+    Args:
+        rows: how many, where the options don't say.
+        tokens: as many rows instead as hold these, where rows are texts.
+    """
+    found = data.tokenized("train", processor).shuffle(seed=0)
+    if tokens is not None and "length" in found.column_names:
+        rows = int(np.searchsorted(np.cumsum(found["length"]), tokens)) + 1
+    found = found.select(range(min(options.calibration_rows or rows, len(found))))
+    log.print(f"      measuring on {len(found):,} training rows")
+    return [batch for _, batch in input_batches(found, processor, batch_size=64)]
+
+
+def _pick_formats(
+    model: PreTrainedModel, options: QuantizeOptions, batches: list[dict[str, Tensor]], folder: Path
+) -> dict[str, Format]:
+    """The formats that keep closest to the model within its budget; what was measured goes into the folder."""
+    budget = budget_in_bytes(options.bits_budget or 0, model, options)
+    mixes, measured = choose_mix(
+        model,
+        options,
+        budget,
+        predict=lambda model: calibration_logits(model, batches),
+        problem=problem_type(model),
+    )
+    write_sensitivity(folder, budget, mixes, measured)
+    for mix in mixes:
+        log.print(f"      {mix.name}: {mix.size / 1e6:.2f} MB, divergence {mix.divergence:.3g}")
+    return {name: format for name, format in mixes[0].formats.items() if format != "none"}  # type: ignore[misc]
+
+
+QUANTIZE = Verb(name="quantize", options=QuantizeOptions, run=quantize)
