@@ -9,37 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig
 
 from distill.compression.student import is_fresh, student_config
-from distill.data.load import (
-    Data,
-    load_data,
-    token_fingerprint,
-    tokenizer_fingerprint,
-)
-from distill.errors import InputError, near_name
-from distill.models.load import (
-    ModelSource,
-    find_model,
-    fit_to_tokenizer,
-    from_config,
-    label_order,
-    load_processor,
-    longest_input,
-    set_labels,
-)
+from distill.data.load import Data, load_data, token_fingerprint
+from distill.errors import InputError
+from distill.models.load import ModelSource, from_config, load_processor, longest_input, set_labels
 from distill.models.structure import depth_of
-from distill.models.weights import fit_problems, no_head_message
+from distill.models.weights import fit_problems
 from distill.recipes.fingerprint import code_fingerprint
+from distill.recipes.inputs import ModelInput, baseline_problems, default_baseline, label_map_of, resolve_outside
 from distill.recipes.recipe import Recipe, Step, located
-from distill.recipes.stored_models import (
-    check_student,
-    has_head,
-    reading_problems,
-    stored_fit,
-    weights_to_train,
-)
+from distill.recipes.stored_models import check_student, reading_problems, stored_fit
 from distill.tasks.base import TaskKind
 from distill.tasks.metrics import computed
 from distill.training.config import is_on
@@ -152,12 +133,12 @@ def make_plan(recipe: Recipe, *, check_step: StepCheck | None = None) -> Plan:
             problems += [f"steps.{name}.{problem}" for problem in error.problems]
     baseline, label_map = recipe.baseline, None
     if baseline is None and not problems and not recipe.problems:
-        baseline = _default_baseline(recipe, data, sources)
+        baseline = default_baseline(recipe, data, sources)
     if baseline is not None:
-        label_map = _label_map_of(recipe, baseline)
+        label_map = label_map_of(recipe, baseline)
         if baseline not in recipe.given:
             problems += [
-                f"baseline: {problem}" for problem in _baseline_problems(baseline, label_map, recipe, data, sources)
+                f"baseline: {problem}" for problem in baseline_problems(baseline, label_map, recipe, data, sources)
             ]
     if problems or recipe.problems or data is None or baseline is None:
         raise InputError(*recipe.problems, *(located(problem, recipe.path, recipe.flags) for problem in problems))
@@ -167,20 +148,6 @@ def make_plan(recipe: Recipe, *, check_step: StepCheck | None = None) -> Plan:
 class _Unplannable(Exception):
     def __init__(self, problems: Sequence[str]):
         self.problems = problems
-
-
-@dataclass(frozen=True)
-class _Input:
-    """A model that a step starts from."""
-
-    reference: str
-    config: PretrainedConfig
-    location: str
-    tokenizer_location: str
-    fingerprint: str
-    is_step: bool = False
-    has_head: bool = True
-    notes: tuple[str, ...] = ()
 
 
 def _plan_step(
@@ -194,7 +161,7 @@ def _plan_step(
     """One step; raises `_Unplannable` with its problems (none of its own where an input has failed already)."""
     given = recipe.given[name]
     problems: list[str] = []
-    inputs: dict[str, _Input] = {}
+    inputs: dict[str, ModelInput] = {}
     for option, reference in referenced_models(given).items():
         if reference in failed:
             failed.add(name)  # told already
@@ -202,7 +169,11 @@ def _plan_step(
             problems.append(f"{option}: {reference!r} is not an earlier step; a step refers to steps above it")
         else:
             try:
-                inputs[option] = _resolve_input(option, reference, name, recipe, data, planned, sources)
+                inputs[option] = (
+                    _made_by(planned[reference], option)
+                    if reference in planned
+                    else resolve_outside(option, reference, name, recipe, data, sources)
+                )
             except InputError as error:
                 problems += [f"{option}: {problem}" for problem in error.problems]
     step = recipe.steps.get(name)
@@ -280,12 +251,12 @@ def _plan_step(
     )
 
 
-def _reads(model: _Input, kind: TaskKind | None) -> str:
+def _reads(model: ModelInput, kind: TaskKind | None) -> str:
     """A fingerprint of the tokens (or pixels) that a model reads of rows."""
     return token_fingerprint(load_processor(model.tokenizer_location, kind))
 
 
-def _adapter_problems(options: FinetuneOptions | DistillOptions, source: _Input) -> list[str]:
+def _adapter_problems(options: FinetuneOptions | DistillOptions, source: ModelInput) -> list[str]:
     """What keeps a step from training adapters, or from starting from what it names."""
     problems = []
     if options.from_scratch and options.model is None:
@@ -330,47 +301,18 @@ def _check_quantization(options: QuantizeOptions, config: PretrainedConfig, data
         raise _Unplannable(error.problems) from None
 
 
-def _resolve_input(
-    option: str,
-    reference: str,
-    step_name: str,
-    recipe: Recipe,
-    data: Data | None,
-    planned: dict[str, PlannedStep],
-    sources: dict[str, ModelSource],
-) -> _Input:
-    """The earlier step, or else the model from outside, that an option names."""
-    if reference in planned:
-        made = planned[reference]
-        if not is_teacher(option) and is_adapter(made.step.options):
-            whole = "merge: true makes a whole model there"
-            if getattr(made.config, "quantization_config", None) is not None:
-                whole = "it belongs to a quantized one; go on from the model before that"
-            raise InputError(f"{reference} makes an adapter, and this starts from a whole model; {whole}")
-        return _Input(reference, made.config, str(made.folder), made.tokenizer_location, made.fingerprint, True)
-    given = recipe.given[step_name]
-    weights = is_teacher(option) or not given.get("from_scratch", False)
-    others = [name for name in recipe.given if name != step_name]
-    source = _find_outside(reference, others, sources, weights=weights, adapters=is_teacher(option))
-    trained, notes = True, []
-    if is_teacher(option) or given["run"] == "quantize":
-        problems = _classifier_problems(source, data, given.get("teacher_label_map", given.get("label_map")))
-        if problems:
-            raise InputError(*problems)
-        if data is not None:
-            notes = stored_fit(source, data.task, new_head=False)[1]
-    elif data is not None:
-        trained = has_head(source, data.task)
-        notes = weights_to_train(source, data.task) if weights else []
-    kind = data.task.kind if data is not None else None
-    processor = load_processor(source.location, kind)
-    config = copy.deepcopy(source.config)
-    if isinstance(processor, PreTrainedTokenizerBase):
-        fit_to_tokenizer(config, processor, reference)
-    fingerprint = f"{source.fingerprint} {tokenizer_fingerprint(processor)}"
-    return _Input(
-        reference, config, source.location, source.location, fingerprint, has_head=trained, notes=tuple(notes)
-    )
+def _made_by(made: PlannedStep, option: str) -> ModelInput:
+    """The model of an earlier step, as an option of a later one names it.
+
+    Raises:
+        InputError: it is an adapter, where a whole model is needed.
+    """
+    if not is_teacher(option) and is_adapter(made.step.options):
+        whole = "merge: true makes a whole model there"
+        if getattr(made.config, "quantization_config", None) is not None:
+            whole = "it belongs to a quantized one; go on from the model before that"
+        raise InputError(f"{made.step.name} makes an adapter, and this starts from a whole model; {whole}")
+    return ModelInput(made.step.name, made.config, str(made.folder), made.tokenizer_location, made.fingerprint, True)
 
 
 def check_fetched(plan: Plan, planned: PlannedStep) -> None:
@@ -390,83 +332,6 @@ def check_fetched(plan: Plan, planned: PlannedStep) -> None:
         problems += [f"steps.{planned.step.name}.{option}: {reference}: {problem}" for problem in found]
     if problems:
         raise InputError(*problems)
-
-
-def _find_outside(
-    reference: str,
-    steps: list[str],
-    sources: dict[str, ModelSource],
-    *,
-    weights: bool = True,
-    adapters: bool = False,
-) -> ModelSource:
-    """The model from outside, kept in `sources`; a mistyped step's name is told as such, and the Hub not asked."""
-    if reference not in sources or (sources[reference].base is not None and not adapters):
-        near = near_name(reference, steps, similarity=0.75)
-        if near and "/" not in reference and not Path(reference).exists():
-            raise InputError(f"no step {reference!r}; did you mean {near!r}?")
-        try:
-            sources[reference] = find_model(reference, weights=weights, adapters=adapters)
-        except InputError as error:
-            others = f" (steps: {', '.join(steps)})" if steps else ""
-            raise InputError(*(f"{problem}{others}" for problem in error.problems)) from None
-    return sources[reference]
-
-
-def _classifier_problems(source: ModelSource, data: Data | None, label_map: dict[str, str] | None) -> list[str]:
-    """What keeps a model from outside from being used as it is: no trained head, or other labels."""
-    if data is None:
-        return []
-    fit, _ = stored_fit(source, data.task, new_head=False)
-    problems = [] if fit is None else fit_problems(fit, data.task.kind, new_head=False)
-    if problems:
-        return [f"{source.reference}: {problem}" for problem in problems]
-    if not has_head(source, data.task):
-        return [f"{source.reference} {no_head_message([(source.config.architectures or ['its class'])[0]])}"]
-    try:
-        label_order(source.config, data.task, label_map, where=source.reference)
-    except InputError as error:
-        return list(error.problems)
-    return []
-
-
-def _baseline_problems(
-    baseline: str,
-    label_map: dict[str, str] | None,
-    recipe: Recipe,
-    data: Data | None,
-    sources: dict[str, ModelSource],
-) -> list[str]:
-    """What is wrong with a baseline that is no step; its source goes into `sources`."""
-    try:
-        return _classifier_problems(
-            _find_outside(baseline, list(recipe.given), sources, adapters=True), data, label_map
-        )
-    except InputError as error:
-        return list(error.problems)
-
-
-def _default_baseline(recipe: Recipe, data: Data | None, sources: dict[str, ModelSource]) -> str:
-    """The first distill step's teacher, else the first step's input, or the first step where that has no such head."""
-    steps = list(recipe.steps.values())
-    for step in steps:
-        teachers = [name for name in teachers_of(step.given) if name != FROM_DATA]
-        if teachers:
-            return teachers[0]
-    source = sources.get(str(steps[0].options.model))
-    if source is None or _classifier_problems(source, data, _label_map_of(recipe, source.reference)):
-        return steps[0].name
-    return source.reference
-
-
-def _label_map_of(recipe: Recipe, reference: str) -> dict[str, str] | None:
-    """The label map of the first step that takes this model with its head: as a teacher, or to quantize it."""
-    for step in recipe.steps.values():
-        if isinstance(step.options, DistillOptions) and reference in teachers_of(step.given):
-            return step.options.teacher_label_map
-        if isinstance(step.options, QuantizeOptions) and step.options.model == reference:
-            return step.options.label_map
-    return None
 
 
 def _fingerprint(step: Step, inputs: dict[str, str], data: Data | None) -> str:
@@ -493,7 +358,7 @@ def _fingerprint(step: Step, inputs: dict[str, str], data: Data | None) -> str:
 
 
 def _described(
-    step: Step, inputs: Mapping[str, _Input], sources: Mapping[str, ModelSource], recipe: Recipe, data: Data | None
+    step: Step, inputs: Mapping[str, ModelInput], sources: Mapping[str, ModelSource], recipe: Recipe, data: Data | None
 ) -> dict[str, Any]:
     """Options, inputs and rows as step.json says them."""
     parents = [model.reference for model in inputs.values()]

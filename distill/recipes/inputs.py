@@ -1,0 +1,148 @@
+"""The models from outside a recipe that it names: what its steps start from, and what the report compares with."""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from distill.data.load import Data, tokenizer_fingerprint
+from distill.errors import InputError, near_name
+from distill.models.load import ModelSource, find_model, fit_to_tokenizer, label_order, load_processor
+from distill.models.weights import fit_problems, no_head_message
+from distill.recipes.recipe import Recipe
+from distill.recipes.stored_models import has_head, stored_fit, weights_to_train
+from distill.training.teachers import FROM_DATA
+from distill.verbs.options import DistillOptions, QuantizeOptions, is_teacher, teachers_of
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """A model that a step starts from."""
+
+    reference: str
+    config: PretrainedConfig
+    location: str
+    tokenizer_location: str
+    fingerprint: str
+    is_step: bool = False
+    has_head: bool = True
+    notes: tuple[str, ...] = ()
+
+
+def resolve_outside(
+    option: str,
+    reference: str,
+    step_name: str,
+    recipe: Recipe,
+    data: Data | None,
+    sources: dict[str, ModelSource],
+) -> ModelInput:
+    """The model from outside that an option of a step names; its source goes into `sources`.
+
+    Args:
+        option: a key of `referenced_models`.
+
+    Raises:
+        InputError: it can't be found, or lacks what the step needs of it.
+    """
+    given = recipe.given[step_name]
+    weights = is_teacher(option) or not given.get("from_scratch", False)
+    others = [name for name in recipe.given if name != step_name]
+    source = _find_outside(reference, others, sources, weights=weights, adapters=is_teacher(option))
+    trained, notes = True, []
+    if is_teacher(option) or given["run"] == "quantize":
+        problems = _classifier_problems(source, data, given.get("teacher_label_map", given.get("label_map")))
+        if problems:
+            raise InputError(*problems)
+        if data is not None:
+            notes = stored_fit(source, data.task, new_head=False)[1]
+    elif data is not None:
+        trained = has_head(source, data.task)
+        notes = weights_to_train(source, data.task) if weights else []
+    kind = data.task.kind if data is not None else None
+    processor = load_processor(source.location, kind)
+    config = copy.deepcopy(source.config)
+    if isinstance(processor, PreTrainedTokenizerBase):
+        fit_to_tokenizer(config, processor, reference)
+    fingerprint = f"{source.fingerprint} {tokenizer_fingerprint(processor)}"
+    return ModelInput(
+        reference, config, source.location, source.location, fingerprint, has_head=trained, notes=tuple(notes)
+    )
+
+
+def _find_outside(
+    reference: str,
+    steps: list[str],
+    sources: dict[str, ModelSource],
+    *,
+    weights: bool = True,
+    adapters: bool = False,
+) -> ModelSource:
+    """The model from outside, kept in `sources`; a mistyped step's name is told as such, and the Hub not asked."""
+    if reference not in sources or (sources[reference].base is not None and not adapters):
+        near = near_name(reference, steps, similarity=0.75)
+        if near and "/" not in reference and not Path(reference).exists():
+            raise InputError(f"no step {reference!r}; did you mean {near!r}?")
+        try:
+            sources[reference] = find_model(reference, weights=weights, adapters=adapters)
+        except InputError as error:
+            others = f" (steps: {', '.join(steps)})" if steps else ""
+            raise InputError(*(f"{problem}{others}" for problem in error.problems)) from None
+    return sources[reference]
+
+
+def _classifier_problems(source: ModelSource, data: Data | None, label_map: dict[str, str] | None) -> list[str]:
+    """What keeps a model from outside from being used as it is: no trained head, or other labels."""
+    if data is None:
+        return []
+    fit, _ = stored_fit(source, data.task, new_head=False)
+    problems = [] if fit is None else fit_problems(fit, data.task.kind, new_head=False)
+    if problems:
+        return [f"{source.reference}: {problem}" for problem in problems]
+    if not has_head(source, data.task):
+        return [f"{source.reference} {no_head_message([(source.config.architectures or ['its class'])[0]])}"]
+    try:
+        label_order(source.config, data.task, label_map, where=source.reference)
+    except InputError as error:
+        return list(error.problems)
+    return []
+
+
+def baseline_problems(
+    baseline: str,
+    label_map: dict[str, str] | None,
+    recipe: Recipe,
+    data: Data | None,
+    sources: dict[str, ModelSource],
+) -> list[str]:
+    """What is wrong with a baseline that is no step; its source goes into `sources`."""
+    try:
+        return _classifier_problems(
+            _find_outside(baseline, list(recipe.given), sources, adapters=True), data, label_map
+        )
+    except InputError as error:
+        return list(error.problems)
+
+
+def default_baseline(recipe: Recipe, data: Data | None, sources: dict[str, ModelSource]) -> str:
+    """The first distill step's teacher, else the first step's input, or the first step where that has no such head."""
+    steps = list(recipe.steps.values())
+    for step in steps:
+        teachers = [name for name in teachers_of(step.given) if name != FROM_DATA]
+        if teachers:
+            return teachers[0]
+    source = sources.get(str(steps[0].options.model))
+    if source is None or _classifier_problems(source, data, label_map_of(recipe, source.reference)):
+        return steps[0].name
+    return source.reference
+
+
+def label_map_of(recipe: Recipe, reference: str) -> dict[str, str] | None:
+    """The label map of the first step that takes this model with its head: as a teacher, or to quantize it."""
+    for step in recipe.steps.values():
+        if isinstance(step.options, DistillOptions) and reference in teachers_of(step.given):
+            return step.options.teacher_label_map
+        if isinstance(step.options, QuantizeOptions) and step.options.model == reference:
+            return step.options.label_map
+    return None
