@@ -20,15 +20,11 @@ from distill.errors import InputError
 from distill.models.adapters import base_of
 from distill.recipes.yaml12 import dump_yaml, read_yaml
 from distill.tasks.kinds import KINDS, usage_code
+from distill.verbs.all import VERBS
+from distill.verbs.options import holds_adapter
 
 TAG = "distill"
 """In the front matter of every card that is written here."""
-
-_WHAT = {
-    "finetune": "fine-tuned on labels from {parents}",
-    "distill": "distilled from the teacher {parents}",
-    "quantize": "{parents} {formats}",
-}
 
 _UNMEASURED = "Not measured yet: `distill report` does it."
 
@@ -112,14 +108,13 @@ def _metadata(
     """The front matter, by the Hub's specification (hub-docs, modelcard.md and model-cards.md)."""
     root, is_glue = record["root"], "task" in recipe
     base_model = adapted or recipe.get("base_model") or root["hub_id"]
-    relation = "adapter" if is_adapter else "quantized" if record["run"] == "quantize" else "finetune"
+    verb = VERBS[record["run"]]
+    relation = "adapter" if is_adapter else verb.relation
     license = {key: root.get(key) for key in ("license", "license_name", "license_link")}
     if "license" in recipe:
         license = {"license": recipe["license"]}
-    tags = ["distillation"] if "distill" in (record["run"], *record["ancestors"].values()) else []
-    tags += [TAG, record["run"]] + ["lora"] * is_adapter
-    if record["run"] == "quantize":
-        tags.append(record["options"]["format"] or "mixed-precision")
+    tags = [tag for each in (verb.name, *record["ancestors"].values()) for tag in VERBS[each].lineage_tags]
+    tags = [*dict.fromkeys(tags), TAG, verb.name, *["lora"] * is_adapter, *verb.tags(record["options"])]
     datasets = [GLUE_ON_THE_HUB] if is_glue else [split_revision(record["data"]["path"])[0]]
     results = [] if entry is None else _eval_results(record, recipe, entry)
     known = {
@@ -186,36 +181,8 @@ def _task_sentence(record: dict[str, Any], recipe: dict[str, Any]) -> str:
 
 
 def _what(record: dict[str, Any]) -> str:
-    parents = record["parents"]
-    started_from = parents[-1]
-    if record["run"] == "distill" and record["options"]["model"] is not None and len(parents) > 1:
-        parents = parents[:-1]  # the last one is what the student started from
-    named = " and ".join(_shown(record, each) for each in parents)
-    if _has_adapters(record):
-        learned = f"distilled from the teacher {named}" if record["run"] == "distill" else "trained on labels"
-        return f"LoRA adapters of {_shown(record, started_from)}, {learned}"
-    return _WHAT[record["run"]].format(parents=named, formats=_formats(record["options"]))
-
-
-def _has_adapters(record: dict[str, Any]) -> bool:
-    """Whether the folder holds adapters alone."""
-    return record["options"].get("lora") is not None and not record["options"].get("merge")
-
-
-def _formats(options: dict[str, Any]) -> str:
-    """What a quantize step's model is made of; nothing for other steps."""
-    if "bits_budget" not in options:
-        return ""
-    if options["format"] == "bf16":
-        return "rounded to bfloat16"
-    quantized = "quantized with bitsandbytes: "
-    if options["format"] is None:
-        parts = [f"the formats that keep closest to it within {options['bits_budget']} (`sensitivity.json`)"]
-    else:
-        parts = [f"linear layers in {options['format']}", f"embeddings in {options['embeddings'] or 'int8'}"]
-    parts += ["some modules otherwise (`config.json`)"] * bool(options["skip"] or options["overrides"])
-    parts += ["4-bit weights rounded by GPTQ"] * options.get("gptq", False)
-    return quantized + ", ".join(parts)
+    parents = [_shown(record, each) for each in record["parents"]]
+    return VERBS[record["run"]].summary(record["options"], parents)
 
 
 def _shown(record: dict[str, Any], reference: str) -> str:
@@ -253,13 +220,10 @@ def _making(record: dict[str, Any], output_dir: Path) -> str:
 def _of_one_step(record: dict[str, Any]) -> list[str]:
     """Formats, layers, losses and training."""
     options = record["options"]
-    formats = _formats(options) if record["run"] == "quantize" else ""
-    lines = [formats[0].upper() + formats[1:]] if formats else []
-    if record["layers"] is not None and not _has_adapters(record):
+    lines = []
+    if record["layers"] is not None and not holds_adapter(options):
         lines.append(f"Layers taken from the source (from 0): {', '.join(map(str, record['layers']))}")
-    if record["run"] == "distill":
-        weights = {key.removesuffix("_weight"): value for key, value in options.items() if key.endswith("_weight")}
-        lines.append(f"Losses: {', '.join(_loss(part, weight, options) for part, weight in weights.items() if weight)}")
+    lines += VERBS[record["run"]].details(options)
     for teacher, maps in record["layer_pairs"].items():
         for part, pairs in maps.items():
             shown = ", ".join(f"{student}→{source}" for student, source in pairs)
@@ -283,15 +247,6 @@ def _of_one_step(record: dict[str, Any]) -> list[str]:
 
 def _at(revision: str | None) -> str:
     return f" at {revision[:12]}" if revision else ""
-
-
-def _loss(part: str, weight: Any, options: dict[str, Any]) -> str:
-    """One part of the loss: its weight (a number or a schedule), its name, and its variant."""
-    factor = f"{weight['from']} to {weight['to']}" if isinstance(weight, dict) else str(weight)
-    variant = [str(options[f"{part}_loss"])] if options.get(f"{part}_loss") else []
-    if part == "soft" and options["temperature"] is not None:
-        variant.append(f"temperature {options['temperature']}")
-    return f"{factor} × {part}" + (f" ({', '.join(variant)})" if variant else "")
 
 
 def _results(record: dict[str, Any], report: dict[str, Any], output_dir: Path, plots: str) -> str:

@@ -1,7 +1,8 @@
 """What a verb of a recipe is, and what each leaves to be told of its run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from distill.data.load import Truncated
 
@@ -40,6 +41,17 @@ class Verb:
     `from_pretrained` finds it; `folder` is the run folder and may hold `checkpoints/` of a run that was cut off;
     `profile` asks for a `StepProfile` of the training in the folder.
     """
+
+    relation: Literal["finetune", "quantized"]
+    """What a card's `base_model_relation` says of its models, unless they are adapters."""
+    tags: Callable[[Mapping[str, Any]], list[str]]
+    """Tags of a card beside the verb's name, from the step's options as step.json holds them."""
+    lineage_tags: tuple[str, ...]
+    """Tags of the card of every model that it makes, and of those made from such a model."""
+    summary: Callable[[Mapping[str, Any], Sequence[str]], str]
+    """The words of a card on how a model was made, from the options and from the parents as the card names them."""
+    details: Callable[[Mapping[str, Any]], list[str]]
+    """The lines of a card on the options that only this verb has."""
 
     @property
     def module(self) -> str:

@@ -1,13 +1,15 @@
 """The verb `finetune`: train a model on labels alone."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import transformers
 
 from distill.data.load import Data
 from distill.models.load import load_for_finetuning
 from distill.verbs.base import StepResult, Verb
-from distill.verbs.options import FinetuneOptions
+from distill.verbs.options import FinetuneOptions, holds_adapter
 from distill.verbs.training import cut_student, train
 
 
@@ -20,4 +22,19 @@ def finetune(
     return train(cut_student(model, options), [], options, data, inputs["model"], folder, profile)
 
 
-FINETUNE = Verb(name="finetune", options=FinetuneOptions, run=finetune)
+def _summary(options: Mapping[str, Any], parents: Sequence[str]) -> str:
+    if holds_adapter(options):
+        return f"LoRA adapters of {parents[-1]}, trained on labels"
+    return f"fine-tuned on labels from {' and '.join(parents)}"
+
+
+FINETUNE = Verb(
+    name="finetune",
+    options=FinetuneOptions,
+    run=finetune,
+    relation="finetune",
+    tags=lambda _: [],
+    lineage_tags=(),
+    summary=_summary,
+    details=lambda _: [],
+)

@@ -171,6 +171,11 @@ def is_adapter(options: Options) -> bool:
     return isinstance(options, StudentOptions) and options.lora is not None and not options.merge
 
 
+def holds_adapter(options: Mapping[str, Any]) -> bool:
+    """Whether a run folder holds an adapter, from the options as its step.json holds them."""
+    return options.get("lora") is not None and not options.get("merge")
+
+
 def chosen_layers(options: StudentOptions, num_source_layers: int) -> list[int]:
     """The 0-based source layers of a step's student.
 

@@ -1,6 +1,8 @@
 """The verb `quantize`: store a model's weights in fewer bits."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,4 +87,37 @@ def _pick_formats(
     return {name: format for name, format in mixes[0].formats.items() if format != "none"}  # type: ignore[misc]
 
 
-QUANTIZE = Verb(name="quantize", options=QuantizeOptions, run=quantize)
+def _summary(options: Mapping[str, Any], parents: Sequence[str]) -> str:
+    return f"{' and '.join(parents)} {_formats(options)}"
+
+
+def _details(options: Mapping[str, Any]) -> list[str]:
+    formats = _formats(options)
+    return [formats[0].upper() + formats[1:]] if formats else []
+
+
+def _formats(options: Mapping[str, Any]) -> str:
+    """What the model is made of; nothing where step.json is from before there were mixes."""
+    if "bits_budget" not in options:
+        return ""
+    if options["format"] == "bf16":
+        return "rounded to bfloat16"
+    if options["format"] is None:
+        parts = [f"the formats that keep closest to it within {options['bits_budget']} (`sensitivity.json`)"]
+    else:
+        parts = [f"linear layers in {options['format']}", f"embeddings in {options['embeddings'] or 'int8'}"]
+    parts += ["some modules otherwise (`config.json`)"] * bool(options["skip"] or options["overrides"])
+    parts += ["4-bit weights rounded by GPTQ"] * options.get("gptq", False)
+    return "quantized with bitsandbytes: " + ", ".join(parts)
+
+
+QUANTIZE = Verb(
+    name="quantize",
+    options=QuantizeOptions,
+    run=quantize,
+    relation="quantized",
+    tags=lambda options: [options["format"] or "mixed-precision"],
+    lineage_tags=(),
+    summary=_summary,
+    details=_details,
+)

@@ -157,13 +157,49 @@ def test_each_metric_stands_under_the_split_that_it_was_measured_on(card):
     assert {(each.dataset_type, each.dataset_config) for each in results} == {("nyu-mll/glue", "mnli")}
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_has_its_words_and_relation(card, verb):
+@pytest.mark.parametrize(
+    ("verb", "sentence", "relation", "tags", "detail"),
+    [
+        (
+            "finetune",
+            "fine-tuned on labels from `a` and `b`",
+            "finetune",
+            ["distill", "finetune"],
+            "- Layers taken from the source (from 0): 0, 3",
+        ),
+        (
+            "distill",
+            "distilled from the teacher `a`",
+            "finetune",
+            ["distillation", "distill"],  # the Hub's client names each once
+            "- Losses: 0.5 × soft (kl, temperature 2.0), 0.5 × hard, 1.0 to 0.0 × hidden (cosine)",
+        ),
+        (
+            "quantize",
+            "`a` and `b` quantized with bitsandbytes: linear layers in int8, embeddings in int8",
+            "quantized",
+            ["distill", "quantize", "int8"],
+            "- Quantized with bitsandbytes: linear layers in int8, embeddings in int8",
+        ),
+    ],
+)
+def test_every_verb_has_its_words_tags_and_relation(card, verb, sentence, relation, tags, detail):
     quantized = {"format": "int8", "embeddings": None, "skip": None, "overrides": None, "bits_budget": None}
-    options = {**record()["options"], **quantized}
-    data = card({"base_model": "org/root"}, run=verb, options=options).data
-    assert data.base_model_relation == {"quantize": "quantized"}.get(verb, "finetune")
-    assert ("distillation" in data.tags) is (verb == "distill")
+    options = {**record()["options"], **quantized, "model": "b"}
+    found = card({"base_model": "org/root"}, run=verb, parents=["a", "b"], options=options)
+    assert f"(no, yes), {sentence}." in found.text
+    assert found.data.base_model_relation == relation
+    assert found.data.tags == tags
+    assert detail in found.text.splitlines()
+
+
+def test_every_verb_is_told_of():
+    (cases,) = test_every_verb_has_its_words_tags_and_relation.pytestmark
+    assert [case[0] for case in cases.args[1]] == list(VERBS)
+
+
+def test_what_was_made_from_a_student_is_tagged_as_distilled(card):
+    assert card(run="finetune", ancestors={"s": "distill"}).data.tags == ["distillation", "distill", "finetune"]
 
 
 @pytest.mark.parametrize(
