@@ -40,7 +40,7 @@ from distill.tasks.targets import (
 )
 
 _FORMATS = ("none", "int8", "nf4")
-_BINS = 50_000
+_LARGEST_COST, _LARGEST_SIZE = 1e6, 1e4  # for the solver, whose absolute tolerances are 1e-6
 _TOKENS = 1000  # a language model's logits of all tokens would not fit into memory
 _UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -119,36 +119,48 @@ def choose_mix(
 
 
 def best_formats(measured: list[Sensitivity], budget: int) -> dict[str, str]:
-    """One format per module with the least sum of divergences: the multiple-choice knapsack, by dynamic programming.
+    """One format per module with the least sum of divergences: the multiple-choice knapsack, as an integer programme.
 
-    Sizes are rounded up to a 50,000th of the budget, so the answer never exceeds it.
+    Of a module's formats that diverge equally, the one measured first that fits; later modules choose first. Every
+    module has its smallest format if nothing fits.
 
     Args:
         budget: most bytes of these modules; at least what their smallest formats take.
     """
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
     by_module: dict[str, list[Sensitivity]] = {}
     for each in measured:
         by_module.setdefault(each.module, []).append(each)
-    unit = max(budget / _BINS, 1)
-    bins = int(budget / unit)
-    least = np.zeros(bins + 1)  # the least sum of the modules so far, within so many units
-    picks = []
-    for choices in by_module.values():
-        sums = np.full((len(choices), bins + 1), np.inf)
-        for row, choice in zip(sums, choices, strict=True):
-            units = int(np.ceil(choice.size / unit))
-            if units <= bins:
-                row[units:] = least[: bins + 1 - units] + choice.divergence
-        picks.append(sums.argmin(0))
-        least = sums.min(0)
-    if np.isinf(least[bins]):  # only by the rounding up
-        return {name: min(choices, key=lambda each: each.size).format for name, choices in by_module.items()}
-    chosen, left = {}, bins
-    for (name, choices), pick in zip(reversed(by_module.items()), reversed(picks), strict=True):
-        choice = choices[pick[left]]
-        chosen[name] = choice.format
-        left -= int(np.ceil(choice.size / unit))
-    return {name: chosen[name] for name in by_module}
+    options = [choice for choices in by_module.values() for choice in choices]
+    one_each = np.array([[choice.module == name for choice in options] for name in by_module], dtype=float)
+    costs = np.array([choice.divergence for choice in options])
+    usable = np.isfinite(costs)
+    scale = max(costs[usable].max(initial=0), np.finfo(np.float32).tiny) / _LARGEST_COST
+    unit = max(choice.size for choice in options) / _LARGEST_SIZE
+    solution = milp(
+        np.where(usable, costs, 0) / scale,
+        integrality=np.ones(len(options)),
+        bounds=Bounds(0, usable.astype(float)),
+        constraints=[
+            LinearConstraint(one_each, 1, 1),
+            LinearConstraint(np.array([[choice.size / unit for choice in options]]), ub=budget / unit),
+        ],
+        options={"mip_rel_gap": 0, "presolve": False},  # putting presolve's answer back, HiGHS prints if it must round
+    )
+    if solution.x is None:
+        return {name: min(choices, key=_size).format for name, choices in by_module.items()}
+    chosen = {choice.module: choice for choice, part in zip(options, solution.x, strict=True) if part > 0.5}
+    equal = {
+        name: [choice for choice in choices if choice.divergence <= chosen[name].divergence]
+        for name, choices in by_module.items()
+    }
+    left = budget - sum(min(map(_size, choices)) for choices in equal.values())
+    for name, choices in reversed(equal.items()):
+        left += min(map(_size, choices))
+        chosen[name] = next((choice for choice in choices if choice.size <= left), min(choices, key=_size))
+        left -= chosen[name].size
+    return {name: chosen[name].format for name in by_module}
 
 
 def calibration_logits(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]]) -> np.ndarray:
@@ -275,6 +287,10 @@ def _draw(mix: Mix, measured: list[Sensitivity], path: Path) -> None:
     axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncol=4, frameon=False)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def _size(choice: Sensitivity) -> int:
+    return choice.size
 
 
 def _uniform(modules: Mapping[str, nn.Module], allowed: Mapping[str, tuple[str, ...]]) -> dict[str, dict[str, str]]:

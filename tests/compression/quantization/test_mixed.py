@@ -51,6 +51,42 @@ def test_the_best_formats_are_those_of_an_exhaustive_search(seed):
     assert sum(each.divergence for each in chosen) == pytest.approx(best, rel=1e-9)
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_the_best_formats_are_exact_to_the_byte_over_magnitudes(seed, capfd):
+    random = np.random.default_rng(seed)
+    measured = []
+    for module in range(random.integers(1, 7)):
+        weights, error = int(10 ** random.uniform(2, 8)), 10 ** random.uniform(-8, 0)
+        measured += [
+            Sensitivity(f"m{module}", "none", 2 * weights, 0.0),
+            Sensitivity(f"m{module}", "int8", weights + 4, float(error * random.random() / 10)),
+            Sensitivity(f"m{module}", "nf4", weights // 2 + 16, float(error * random.random())),
+        ]
+    mixes = list(itertools.product(*(measured[start : start + 3] for start in range(0, len(measured), 3))))
+    budget = sum(each.size for each in mixes[random.integers(len(mixes))])  # one of them fits to the byte
+    best = min(sum(each.divergence for each in mix) for mix in mixes if sum(each.size for each in mix) <= budget)
+    formats = best_formats(measured, budget)
+    chosen = [each for each in measured if formats[each.module] == each.format]
+    assert sum(each.size for each in chosen) <= budget
+    assert sum(each.divergence for each in chosen) == pytest.approx(best, rel=1e-9, abs=1e-12)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_of_formats_that_diverge_equally_the_first_that_fits_is_taken():
+    sizes = {"none": 4, "int8": 2, "nf4": 1}
+    measured = [Sensitivity(module, format, size, 0.0) for module in "ab" for format, size in sizes.items()]
+    assert best_formats(measured, 8) == {"a": "none", "b": "none"}
+    assert best_formats(measured, 7) == {"a": "int8", "b": "none"}
+    assert best_formats(measured, 4) == {"a": "int8", "b": "int8"}
+    assert best_formats(measured, 2) == {"a": "nf4", "b": "nf4"}
+
+
+def test_every_module_has_its_smallest_format_where_none_fit():
+    measured = [Sensitivity("a", "none", 4, 0.0), Sensitivity("a", "nf4", 1, 1.0), Sensitivity("b", "int8", 2, 0.5)]
+    assert best_formats(measured, 2) == {"a": "nf4", "b": "int8"}
+    assert best_formats(measured, 5) == {"a": "nf4", "b": "int8"}
+
+
 @pytest.fixture(scope="module")
 def measured():
     """A GPT-2 (its layers are transposed) within what int8 embeddings and nf4 layers take."""
