@@ -20,8 +20,10 @@ _Mark = tuple[str, str]
 """(B, I, E, S or O; the entity's type)."""
 
 
-def entities_of(tags: Sequence[str], names: Sequence[str] | None = None) -> set[tuple[str, int, int]]:
-    """(type, first word, word after the last) of each entity in a row of tags like B-person, I-person, O.
+def entity_counts(
+    predictions: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], names: Sequence[str]
+) -> NDArray[np.int64]:
+    """For each row the entities found rightly, found, and there: N×3.
 
     The rules are those of seqeval's default mode (Nakayama 2018), which are the CoNLL-2000 script's: an entity begins
     at B or S, after an E or S, where the type changes, and after O; it ends before these, and after E and S. So they
@@ -30,21 +32,10 @@ def entities_of(tags: Sequence[str], names: Sequence[str] | None = None) -> set[
     one.
 
     Args:
-        names: all tags of the data set, which tell how they are written; by default those of the row.
-    """
-    return _marked([_reader(tags if names is None else names)(tag) for tag in tags])
-
-
-def entity_counts(
-    predictions: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], names: Sequence[str]
-) -> NDArray[np.int64]:
-    """For each row the entities found rightly, found, and there: N×3.
-
-    Args:
         predictions: label ids of each row's words; −100, or nothing at the end, for words that the model did not read
             (beyond its length, or without a token), whose entities are missed.
         labels: of every word.
-        names: of the label ids.
+        names: of the label ids; all of them tell how the tags are written.
     """
     marks = dict(enumerate(map(_reader(names), names))) | {IGNORED: _OUTSIDE}
     counts = []
