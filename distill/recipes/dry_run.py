@@ -27,12 +27,12 @@ from distill.errors import InputError, in_one_line, nearest_name
 from distill.evaluation.benchmark import refuse_too_short
 from distill.models.adapters import lora_config
 from distill.models.load import from_config
+from distill.models.packing import packed
 from distill.recipes.finished import is_finished, pending_reruns
 from distill.recipes.plan import Plan, PlannedStep, make_plan
 from distill.recipes.recipe import Recipe, located, problem_at
 from distill.tasks.base import TaskKind
-from distill.training.objective import COUNTS
-from distill.training.packing import packed
+from distill.training.parts import COUNTS
 from distill.training.teachers import FROM_DATA
 from distill.training.trainer import DistillationTrainer
 from distill.verbs.options import DistillOptions, FinetuneOptions, teachers_of

@@ -15,9 +15,9 @@ from distill.common.hardware import available_cores, freed_memory_kept
 from distill.common.private_names import put_forward, take_prepared_forward
 from distill.compression.student import dropout
 from distill.models.modes import fast_attention, modes_kept
+from distill.models.packing import packed
 from distill.training.config import DistillationConfig, TrainingConfig
 from distill.training.features import FeatureExtractor
-from distill.training.packing import packed
 
 # What `transformers.enable_full_determinism` writes into the environment.
 _OF_DETERMINISM = (

@@ -14,6 +14,7 @@ from distill.common.private_names import unsplit_modules
 from distill.errors import InputError
 from distill.losses import mean_pool
 from distill.models.modes import attention_of
+from distill.models.packing import unpacked
 from distill.models.structure import (
     accepted_inputs,
     find_blocks,
@@ -21,7 +22,6 @@ from distill.models.structure import (
     width_of,
 )
 from distill.tasks.targets import logits_of, plain_model
-from distill.training.packing import unpacked
 
 LayerMap = Literal["uniform", "last", "first"] | list[tuple[int, int]]
 

@@ -1,201 +1,177 @@
-"""What a batch adds to the loss: the parts against labels and teachers, as sums beside what each is divided by."""
+"""What a training minimizes: the weighted losses of its batches, added up exactly over steps and evaluations."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import TrainerState
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.profiler import record_function
+from transformers import PreTrainedModel, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from distill import losses
 from distill.data.batches import COUNTED_ROWS
 from distill.errors import TrainingDiverged
+from distill.models.structure import accepted_inputs
 from distill.tasks.targets import (
-    IGNORED,
-    Labels,
     ProblemType,
-    among,
     labels_of,
-    shifted,
+    logits_of,
+    plain_model,
+    predicting_alone,
+    problem_type,
 )
-from distill.training.config import DistillationConfig, TrainingConfig, is_on, value_at
-from distill.training.features import Representations
+from distill.training.config import Schedule, TrainingConfig, is_on, value_at
+from distill.training.parts import parts_of_batch
 from distill.training.teachers import Teacher
 
-COUNTS = 4
-ROWS, TOKENS, LABELS, PREDICTIONS = range(COUNTS)
-"""What losses count, as positions in a tensor of counts."""
 
-_ONE = torch.ones(())
-
-
-@dataclass(frozen=True)
-class Part:
-    """One loss of a batch: its sum, and the position of the count that it is divided by."""
-
-    total: Tensor
-    counted: int
-
-    def __add__(self, other: "Part") -> "Part":
-        return Part(self.total + other.total, self.counted)
-
-    def __mul__(self, factor: float) -> "Part":
-        return Part(self.total * factor, self.counted)
-
-    def divisor(self, counts: Tensor) -> Tensor:
-        """Its count, of those of a step; 1 where there is nothing to count."""
-        counted = counts[self.counted]
-        return torch.where(counted > 0, counted, 1)
-
-
-def count(config: TrainingConfig, problem: ProblemType, batch: Mapping[str, Tensor], counted_rows: Tensor) -> Tensor:
-    """Rows, tokens, labels and predictions of the rows that count (B, of a batch): shape 4."""
-    tokens = (batch["attention_mask"] * counted_rows.unsqueeze(-1)).sum()
-    expected = labels_of(problem, batch, counted_rows)
-    labels = torch.zeros((), device=tokens.device)
-    if expected.labels is not None:
-        labels = losses.label_count(expected.labels, _class_weights(config, tokens.device))
-    return torch.stack([counted_rows.sum().float(), tokens.float(), labels.float(), expected.counted.sum().float()])
-
-
-def parts_of_batch(
-    config: TrainingConfig,
-    teachers: Sequence[Teacher],
-    problem: ProblemType,
-    outputs: Mapping[str, Any],
-    inputs: dict[str, Tensor],
-    *,
-    hard: bool,
-    training: bool,
-    progress: float,
-) -> dict[str, Part]:
-    """All parts of the loss of a batch, by name; several teachers' are added up.
+class Objective:
+    """The weighted loss of each batch, and its parts summed over steps and evaluations.
 
     Args:
-        outputs: the student's `logits` and, with teachers, `representations`.
-        inputs: the batch, completed.
-        hard: whether the labels count.
-        training: whether a teacher that can't judge the rows is an error, or left out.
-        progress: optimizer steps done over all steps.
+        student: the model that is trained, without what is wrapped around it.
+        teachers: what it is compared with.
+        args: the trainer's arguments.
+        weights: of each loss, by its name; looked up for every batch.
+        accelerator: adds up over all processes.
     """
-    counted = inputs[COUNTED_ROWS]
-    parts: dict[str, Part] = {}
-    if hard:
-        parts |= against_labels(config, problem, outputs["logits"], inputs, counted)
-    if not isinstance(config, DistillationConfig):
-        return parts
-    for number, teacher in enumerate(teachers):
-        if not training and not teacher.can_judge(inputs):
-            continue  # validation rows need no stored predictions, nor tokens of the teacher's own
-        shown = (outputs["logits"], outputs["representations"][number])
-        temperature = None if config.temperature is None else value_at(config.temperature, progress)
-        against = against_teacher(config, teacher, shown, inputs, counted, temperature=temperature)
-        for name, part in against.items():
-            parts[name] = parts[name] + part if name in parts else part
-    return parts
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        teachers: Sequence[Teacher],
+        args: TrainingConfig,
+        weights: Mapping[str, float | Schedule],
+        accelerator: Accelerator,
+    ):
+        self._student, self._teachers, self._args = student, teachers, args
+        self._problem = problem_type(student)
+        self._weights, self._accelerator = weights, accelerator
+        self._logged, self._evaluated = Sums(), Sums()
+        self._finite = FiniteLosses(args)
+
+    def loss_of(
+        self, model: nn.Module, inputs: dict[str, Tensor], counts: Tensor, state: TrainerState, *, all_logits: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The share of a batch in the loss of its whole step, and the student's logits (as `logits_of` gives them).
+
+        Args:
+            model: the student as it is wrapped for the training.
+            inputs: the batch, completed.
+            counts: of the whole step (shape 4), see `count`.
+            state: how far the training has come.
+            all_logits: also those of a masked language model's tokens that no loss reads.
+
+        Raises:
+            TrainingDiverged: a loss of a training on a CPU is NaN or infinite.
+        """
+        counted = None
+        if self._problem == "masked_lm" and model.training and not all_logits:
+            counted = labels_of(self._problem, inputs, inputs[COUNTED_ROWS]).counted
+        predicting = predicting_alone(self._student, counted)
+        with record_function("student forward"), self._arithmetic_of_student(), predicting:
+            if self._teachers:
+                outputs = model(**inputs)
+            else:
+                outputs = {"logits": logits_of(model(**accepted_inputs(self._student, inputs)))}
+        progress = progress_of(state)
+        with record_function("losses"):
+            parts = parts_of_batch(
+                self._args,
+                self._teachers,
+                self._problem,
+                outputs,
+                inputs,
+                hard=is_on(self._weights["hard"]),
+                training=model.training,
+                progress=progress,
+            )
+        weights = {name: value_at(self._weights[name], progress) for name in parts}
+        losses = {name: part.total / part.divisor(counts) for name, part in parts.items()}
+        if model.training:
+            self._finite.look_at(losses, state)
+            # The counts are of all processes, and DDP takes the mean of their gradients.
+            losses = {name: loss * self._accelerator.num_processes for name, loss in losses.items()}
+            self._logged.add({name: (loss, loss * weights[name]) for name, loss in losses.items()})
+        else:
+            self._evaluated.add({name: (part.total, counts[part.counted]) for name, part in parts.items()})
+        weighted = [weights[name] * loss for name, loss in losses.items()]
+        return torch.stack(weighted).sum() if weighted else outputs["logits"].sum() * 0, outputs["logits"]
+
+    def _arithmetic_of_student(self) -> AbstractContextManager:
+        """A quantized student computes in bfloat16, whatever its adapters and its head are trained in."""
+        quantized = getattr(plain_model(self._student), "is_quantized", False)
+        return torch.autocast(self._args.device.type, torch.bfloat16) if quantized else nullcontext()
+
+    def begin_step(self) -> None:
+        """Count an optimizer step, of which the batches follow."""
+        self._logged.steps += 1
+
+    def means_for_log(self, state: TrainerState) -> dict[str, float]:
+        """The parts of the loss (`loss/soft`, …) as means over the steps since the last call, and `weight/…`.
+
+        Raises:
+            InputError: a teacher has predicted NaN or infinite values.
+            TrainingDiverged: a loss was NaN or infinite.
+        """
+        if not self._logged.totals:
+            return {}
+        for teacher in self._teachers:
+            teacher.refuse_not_finite()
+        self._finite.stop_if_not_finite(state)
+        totals = self._logged.reduced(self._accelerator)
+        steps = self._logged.steps * self._accelerator.num_processes
+        means = {}
+        for name, (part, weighted) in totals.items():
+            means[f"loss/{name}"] = part / steps
+            if isinstance(self._weights[name], dict):
+                mean = weighted / part if part else value_at(self._weights[name], progress_of(state))
+                means[f"weight/{name}"] = mean
+        self._logged = Sums()
+        return means
+
+    def begin_evaluation(self) -> None:
+        """Forget the sums of the evaluation before."""
+        self._evaluated = Sums()
+
+    def correct_metrics(self, metrics: dict[str, float], key: str, state: TrainerState) -> None:
+        """Put the exact loss of the evaluation in place of Trainer's, and its parts beside it.
+
+        Args:
+            metrics: of the evaluation; without the loss where there was nothing to compare with.
+            key: of the loss among them.
+        """
+        if not self._evaluated.totals:
+            metrics.pop(key, None)  # neither labels nor stored predictions
+        elif key in metrics:
+            parts, progress = self._evaluated.ratios(self._accelerator), progress_of(state)
+            metrics[key] = sum(value_at(self._weights[name], progress) * parts[name] for name in parts)
+            metrics.update({f"{key}/{name}": part for name, part in parts.items()})
+
+    def refuse_not_finite(self, model: nn.Module, state: TrainerState) -> None:
+        """Keep what is not finite out of a checkpoint.
+
+        Raises:
+            TrainingDiverged: a loss since the training began, or a weight of the model, is NaN or infinite.
+        """
+        self._finite.stop_if_not_finite(state)
+        if not torch.stack([parameter.isfinite().all() for parameter in model.parameters()]).all():
+            self._finite.stop(f"a weight was NaN or infinite at step {state.global_step}", state)
 
 
-def against_labels(
-    config: TrainingConfig, problem: ProblemType, logits: Tensor, batch: Mapping[str, Tensor], counted_rows: Tensor
-) -> dict[str, Part]:
-    """The hard loss; nothing for a batch without a column of labels.
-
-    Args:
-        logits: as `logits_of` gives them.
-        counted_rows: B booleans.
-    """
-    logits = shifted(problem, logits)
-    expected = labels_of(problem, batch, counted_rows).beside(logits)
-    if expected.labels is None:
-        return {}
-    logits = among(expected.classes, logits, as_values=False)
-    weights = _class_weights(config, logits.device)
-    total = losses.hard_loss(logits, expected.labels, config.label_smoothing_factor, _ONE, class_weights=weights)
-    return {"hard": Part(total, LABELS)}
+def progress_of(state: TrainerState) -> float:
+    """Optimizer steps done over all steps; known right after a resume."""
+    return state.global_step / state.max_steps if state.max_steps > 0 else 0.0
 
 
-def against_teacher(
-    config: DistillationConfig,
-    teacher: Teacher,
-    student: tuple[Tensor, Representations],
-    batch: Mapping[str, Tensor],
-    counted_rows: Tensor,
-    *,
-    temperature: float | None,
-) -> dict[str, Part]:
-    """The losses that are on, against one teacher.
-
-    Args:
-        student: its logits (as `logits_of` gives them) and the representations that stand against this teacher.
-        counted_rows: B booleans.
-    """
-    logits, shown = student
-    expected = labels_of(teacher.problem, batch, counted_rows)
-    alone = teacher.problem == "masked_lm" and logits.shape[:-1] != expected.counted.shape
-    targets, seen = teacher.outputs(batch, counted=expected.counted if alone else None)
-    tokens = batch["attention_mask"] * counted_rows.unsqueeze(-1)
-    parts = {}
-    if is_on(config.soft_weight):
-        logits, targets = logits[..., : teacher.vocabulary], targets[..., : teacher.vocabulary]
-        total = _soft(config, logits, targets, expected, temperature, teacher.problem)
-        parts["soft"] = Part(total, PREDICTIONS)
-    if shown.hidden and config.hidden_loss == "pkd":
-        parts["hidden"] = Part(losses.pkd_loss(shown.hidden, seen.hidden, counted_rows, _ONE), ROWS)
-    elif shown.hidden:
-        compare = {"mse": losses.hidden_loss, "cosine": losses.cosine_loss}[config.hidden_loss]
-        parts["hidden"] = Part(compare(shown.hidden, seen.hidden, tokens, _ONE), TOKENS)
-    if shown.embedding is not None and seen.embedding is not None:
-        parts["embedding"] = Part(losses.hidden_loss([shown.embedding], [seen.embedding], tokens, _ONE), TOKENS)
-    if shown.attention:
-        total = losses.attention_loss(shown.attention, seen.attention, tokens, _ONE, distance=config.attention_loss)
-        parts["attention"] = Part(total, TOKENS)
-    if shown.relations:
-        total = losses.relation_loss(shown.relations, seen.relations, tokens, _ONE, num_heads=teacher.relation_heads)
-        parts["relation"] = Part(total, TOKENS)
-    if shown.pooled is not None and seen.pooled is not None and teacher.negatives is not None:
-        total = losses.contrastive_loss(
-            shown.pooled, seen.pooled, teacher.negatives, config.contrastive_temperature, counted_rows, _ONE
-        )
-        parts["contrastive"] = Part(total, ROWS)
-    return {name: part * teacher.share for name, part in parts.items()}
-
-
-def _soft(
-    config: DistillationConfig,
-    logits: Tensor,
-    targets: Tensor,
-    expected: Labels,
-    temperature: float | None,
-    problem: ProblemType,
-) -> Tensor:
-    expected = expected.beside(shifted(problem, logits))
-    as_values = problem == "regression" or temperature is None or config.soft_loss == "mse"
-    logits, targets = (
-        among(expected.classes, shifted(problem, each), as_values=as_values) for each in (logits, targets)
-    )
-    if as_values or temperature is None:
-        return losses.logit_loss(logits, targets, _ONE, mask=expected.counted)
-    outputs, labels = _ONE, expected.labels
-    if problem == "multi_label_classification":  # a mean over labels, each with a distribution of its own
-        outputs, labels = torch.tensor(float(logits.shape[-1])), None
-        logits, targets = losses.per_label(logits), losses.per_label(targets)
-    if config.soft_loss not in ("kl", "reverse_kl", "js"):
-        classes = torch.full(logits.shape[:-1], IGNORED, device=logits.device) if labels is None else labels
-        return losses.decoupled_loss(
-            logits, targets, classes, temperature, outputs, mask=expected.counted,
-            alpha=config.dkd_alpha, beta=config.dkd_beta,
-        )  # fmt: skip
-    return losses.soft_loss(logits, targets, temperature, outputs, mask=expected.counted, divergence=config.soft_loss)
-
-
-def _class_weights(config: TrainingConfig, device: torch.device) -> Tensor | None:
-    return None if config.class_weights is None else torch.tensor(config.class_weights, device=device)
-
-
-# --- over many batches ------------------------------------------------------------------------------------------------
+def named_logits(problem: ProblemType, logits: Tensor) -> dict[str, Tensor]:
+    """Logits under the names that transformers' models give them; of questions two, each B×T."""
+    if problem == "question_answering":
+        return dict(zip(("start_logits", "end_logits"), logits.unbind(1), strict=True))
+    return {"logits": logits}
 
 
 class Sums:

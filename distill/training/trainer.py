@@ -40,15 +40,11 @@ from distill.data.columns import STORED_COLUMNS
 from distill.errors import InputError
 from distill.models.adapters import with_adapters
 from distill.models.modes import modes_kept
-from distill.models.structure import accepted_inputs, input_names, width_of
+from distill.models.structure import input_names, width_of
 from distill.tasks.targets import (
     IGNORED,
     OF_TOKENS,
     label_columns,
-    labels_of,
-    logits_of,
-    plain_model,
-    predicting_alone,
     problem_type,
 )
 from distill.training.arguments import check_class_weights, check_given, own_arguments
@@ -69,7 +65,7 @@ from distill.training.checkpoints import (
     save_ranges,
 )
 from distill.training.conditions import RunConditions, determinism, using_cache, verbosity_of
-from distill.training.config import DistillationConfig, is_on, value_at
+from distill.training.config import DistillationConfig, is_on
 from distill.training.features import ProjectedStudent, tokens_of_image
 from distill.training.loaders import (
     check_columns,
@@ -80,13 +76,8 @@ from distill.training.loaders import (
     pooled_negatives,
     with_cached,
 )
-from distill.training.objective import (
-    COUNTS,
-    FiniteLosses,
-    Sums,
-    count,
-    parts_of_batch,
-)
+from distill.training.objective import Objective, named_logits
+from distill.training.parts import COUNTS, count
 from distill.training.teachers import (
     AnyTeacher,
     Teacher,
@@ -223,10 +214,8 @@ class DistillationTrainer(transformers.Trainer):
         )
         for each in self.teachers:
             each.autocast = self.accelerator.autocast
-        self._logged = Sums()
-        self._evaluated = Sums()
+        self.objective = Objective(model, self.teachers, args, self.weights, self.accelerator)
         self._reduce_logits: Callable[[Tensor, Tensor], Tensor] | None = None
-        self._watch = FiniteLosses(args)
         for each in self.teachers:
             if each.student_wants.pooled:
                 with self._conditions.running():
@@ -413,43 +402,8 @@ class DistillationTrainer(transformers.Trainer):
         inputs = self._completed(inputs)
         if num_items_in_batch is None:
             num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
-        counted = None
-        if self.problem_type == "masked_lm" and model.training and not return_outputs:
-            counted = labels_of(self.problem_type, inputs, inputs[COUNTED_ROWS]).counted
-        predicting = predicting_alone(self.student, counted)
-        with record_function("student forward"), self._arithmetic_of_student(), predicting:
-            if self.teachers:
-                outputs = model(**inputs)
-            else:
-                outputs = {"logits": logits_of(model(**accepted_inputs(self.student, inputs)))}
-        with record_function("losses"):
-            parts = parts_of_batch(
-                self.args,
-                self.teachers,
-                self.problem_type,
-                outputs,
-                inputs,
-                hard=is_on(self.weights["hard"]),
-                training=model.training,
-                progress=self._progress,
-            )
-        weights = {name: value_at(self.weights[name], self._progress) for name in parts}
-        losses = {name: part.total / part.divisor(num_items_in_batch) for name, part in parts.items()}
-        if model.training:
-            self._watch.look_at(losses, self.state)
-            # The counts are of all processes, and DDP takes the mean of their gradients.
-            losses = {name: loss * self.accelerator.num_processes for name, loss in losses.items()}
-            self._logged.add({name: (loss, loss * weights[name]) for name, loss in losses.items()})
-        else:
-            self._evaluated.add({name: (part.total, num_items_in_batch[part.counted]) for name, part in parts.items()})
-        weighted = [weights[name] * loss for name, loss in losses.items()]
-        loss = torch.stack(weighted).sum() if weighted else outputs["logits"].sum() * 0
-        if not return_outputs:
-            return loss
-        shown = {"logits": outputs["logits"]}
-        if self.problem_type == "question_answering":  # two, each B×T, as transformers' models give them
-            shown = dict(zip(("start_logits", "end_logits"), outputs["logits"].unbind(1), strict=True))
-        return loss, shown
+        loss, logits = self.objective.loss_of(model, inputs, num_items_in_batch, self.state, all_logits=return_outputs)
+        return (loss, named_logits(self.problem_type, logits)) if return_outputs else loss
 
     def prediction_step(
         self,
@@ -479,20 +433,10 @@ class DistillationTrainer(transformers.Trainer):
             return loss, None, None
         return loss, functools.reduce(nested_concat, reduced), batch["labels"]
 
-    def _arithmetic_of_student(self) -> AbstractContextManager:
-        """A quantized student computes in bfloat16, whatever its adapters and its head are trained in."""
-        quantized = getattr(plain_model(self.student), "is_quantized", False)
-        return torch.autocast(self.args.device.type, torch.bfloat16) if quantized else nullcontext()
-
     def training_step(self, *arguments: Any, **options: Any) -> Tensor:
         """Trainer's, named in a profile."""
         with record_function("training step"):
             return super().training_step(*arguments, **options)
-
-    @property
-    def _progress(self) -> float:
-        """Optimizer steps done over all steps; known right after a resume."""
-        return self.state.global_step / self.state.max_steps if self.state.max_steps > 0 else 0.0
 
     # --- batches and what they count --------------------------------------------------------------------------------
 
@@ -506,7 +450,7 @@ class DistillationTrainer(transformers.Trainer):
         counts = self._get_num_items_in_batch(batches, device)
         if self.accelerator.num_processes > 1:
             counts = self.accelerator.reduce(counts, reduction="sum")
-        self._logged.steps += 1
+        self.objective.begin_step()
         self.begin_quantized_step()
         return batches, counts
 
@@ -554,17 +498,8 @@ class DistillationTrainer(transformers.Trainer):
         Where a weight follows a schedule, `weight/…` is its mean, weighted by the part; parts times weights are then
         always the loss.
         """
-        if "loss" in logs and self._logged.totals:
-            for teacher in self.teachers:
-                teacher.refuse_not_finite()
-            self._watch.stop_if_not_finite(self.state)
-            totals = self._logged.reduced(self.accelerator)
-            steps = self._logged.steps * self.accelerator.num_processes
-            for name, (part, weighted) in totals.items():
-                logs[f"loss/{name}"] = part / steps
-                if isinstance(self.weights[name], dict):
-                    logs[f"weight/{name}"] = weighted / part if part else value_at(self.weights[name], self._progress)
-            self._logged = Sums()
+        if "loss" in logs:
+            logs.update(self.objective.means_for_log(self.state))
         super().log(logs, start_time)
 
     def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
@@ -589,7 +524,7 @@ class DistillationTrainer(transformers.Trainer):
 
         With `qat` the student is evaluated as quantizing it now would leave it.
         """
-        self._evaluated = Sums()
+        self.objective.begin_evaluation()
         reduce: Any = self.preprocess_logits_for_metrics  # type: ignore[has-type]
         if self.problem_type in ("masked_lm", "causal_lm") and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             # Where weights are gathered in each forward, all processes must run as many.
@@ -601,20 +536,12 @@ class DistillationTrainer(transformers.Trainer):
                 )
         finally:
             self._reduce_logits, self.preprocess_logits_for_metrics = None, reduce
-        key = f"{metric_key_prefix}_loss"
-        if not self._evaluated.totals:
-            output.metrics.pop(key, None)  # nothing to compare with, neither labels nor stored predictions
-        elif key in output.metrics:
-            parts = self._evaluated.ratios(self.accelerator)
-            output.metrics[key] = sum(value_at(self.weights[name], self._progress) * parts[name] for name in parts)
-            output.metrics.update({f"{key}/{name}": part for name, part in parts.items()})
+        self.objective.correct_metrics(output.metrics, f"{metric_key_prefix}_loss", self.state)
         return output
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Trainer's, but weights that are not finite never replace a good checkpoint."""
-        self._watch.stop_if_not_finite(self.state)
-        if not torch.stack([parameter.isfinite().all() for parameter in self.model.parameters()]).all():
-            self._watch.stop(f"a weight was NaN or infinite at step {self.state.global_step}", self.state)
+        self.objective.refuse_not_finite(self.model, self.state)
         if self._quantized is not None:
             self._quantized.average_ranges(self.accelerator.gather)
         if self.args.should_save:

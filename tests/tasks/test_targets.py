@@ -17,7 +17,7 @@ from distill.tasks.targets import (
     shifted,
 )
 from distill.training.config import TrainingConfig
-from distill.training.objective import against_labels, count
+from distill.training.parts import against_labels, count
 from tests.conftest import make_tokenizer, tiny_bert, tiny_config
 from tests.training.test_exactness import MODELS, make_models, make_rows
 

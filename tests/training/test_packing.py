@@ -13,8 +13,8 @@ from transformers import (
 )
 
 from distill.errors import InputError
+from distill.models.packing import packed
 from distill.training.features import FeatureExtractor, FeatureSpec
-from distill.training.packing import packed
 from tests.conftest import tiny_config
 from tests.training.test_exactness import only, relative_difference
 from tests.training.test_speed import train

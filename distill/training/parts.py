@@ -1,0 +1,191 @@
+"""What a batch adds to the loss: the parts against labels and teachers, as sums beside what each is divided by."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill import losses
+from distill.data.batches import COUNTED_ROWS
+from distill.tasks.targets import (
+    IGNORED,
+    Labels,
+    ProblemType,
+    among,
+    labels_of,
+    shifted,
+)
+from distill.training.config import DistillationConfig, TrainingConfig, is_on, value_at
+from distill.training.features import Representations
+from distill.training.teachers import Teacher
+
+COUNTS = 4
+ROWS, TOKENS, LABELS, PREDICTIONS = range(COUNTS)
+"""What losses count, as positions in a tensor of counts."""
+
+_ONE = torch.ones(())
+
+
+@dataclass(frozen=True)
+class Part:
+    """One loss of a batch: its sum, and the position of the count that it is divided by."""
+
+    total: Tensor
+    counted: int
+
+    def __add__(self, other: "Part") -> "Part":
+        return Part(self.total + other.total, self.counted)
+
+    def __mul__(self, factor: float) -> "Part":
+        return Part(self.total * factor, self.counted)
+
+    def divisor(self, counts: Tensor) -> Tensor:
+        """Its count, of those of a step; 1 where there is nothing to count."""
+        counted = counts[self.counted]
+        return torch.where(counted > 0, counted, 1)
+
+
+def count(config: TrainingConfig, problem: ProblemType, batch: Mapping[str, Tensor], counted_rows: Tensor) -> Tensor:
+    """Rows, tokens, labels and predictions of the rows that count (B, of a batch): shape 4."""
+    tokens = (batch["attention_mask"] * counted_rows.unsqueeze(-1)).sum()
+    expected = labels_of(problem, batch, counted_rows)
+    labels = torch.zeros((), device=tokens.device)
+    if expected.labels is not None:
+        labels = losses.label_count(expected.labels, _class_weights(config, tokens.device))
+    return torch.stack([counted_rows.sum().float(), tokens.float(), labels.float(), expected.counted.sum().float()])
+
+
+def parts_of_batch(
+    config: TrainingConfig,
+    teachers: Sequence[Teacher],
+    problem: ProblemType,
+    outputs: Mapping[str, Any],
+    inputs: dict[str, Tensor],
+    *,
+    hard: bool,
+    training: bool,
+    progress: float,
+) -> dict[str, Part]:
+    """All parts of the loss of a batch, by name; several teachers' are added up.
+
+    Args:
+        outputs: the student's `logits` and, with teachers, `representations`.
+        inputs: the batch, completed.
+        hard: whether the labels count.
+        training: whether a teacher that can't judge the rows is an error, or left out.
+        progress: optimizer steps done over all steps.
+    """
+    counted = inputs[COUNTED_ROWS]
+    parts: dict[str, Part] = {}
+    if hard:
+        parts |= against_labels(config, problem, outputs["logits"], inputs, counted)
+    if not isinstance(config, DistillationConfig):
+        return parts
+    for number, teacher in enumerate(teachers):
+        if not training and not teacher.can_judge(inputs):
+            continue  # validation rows need no stored predictions, nor tokens of the teacher's own
+        shown = (outputs["logits"], outputs["representations"][number])
+        temperature = None if config.temperature is None else value_at(config.temperature, progress)
+        against = against_teacher(config, teacher, shown, inputs, counted, temperature=temperature)
+        for name, part in against.items():
+            parts[name] = parts[name] + part if name in parts else part
+    return parts
+
+
+def against_labels(
+    config: TrainingConfig, problem: ProblemType, logits: Tensor, batch: Mapping[str, Tensor], counted_rows: Tensor
+) -> dict[str, Part]:
+    """The hard loss; nothing for a batch without a column of labels.
+
+    Args:
+        logits: as `logits_of` gives them.
+        counted_rows: B booleans.
+    """
+    logits = shifted(problem, logits)
+    expected = labels_of(problem, batch, counted_rows).beside(logits)
+    if expected.labels is None:
+        return {}
+    logits = among(expected.classes, logits, as_values=False)
+    weights = _class_weights(config, logits.device)
+    total = losses.hard_loss(logits, expected.labels, config.label_smoothing_factor, _ONE, class_weights=weights)
+    return {"hard": Part(total, LABELS)}
+
+
+def against_teacher(
+    config: DistillationConfig,
+    teacher: Teacher,
+    student: tuple[Tensor, Representations],
+    batch: Mapping[str, Tensor],
+    counted_rows: Tensor,
+    *,
+    temperature: float | None,
+) -> dict[str, Part]:
+    """The losses that are on, against one teacher.
+
+    Args:
+        student: its logits (as `logits_of` gives them) and the representations that stand against this teacher.
+        counted_rows: B booleans.
+    """
+    logits, shown = student
+    expected = labels_of(teacher.problem, batch, counted_rows)
+    alone = teacher.problem == "masked_lm" and logits.shape[:-1] != expected.counted.shape
+    targets, seen = teacher.outputs(batch, counted=expected.counted if alone else None)
+    tokens = batch["attention_mask"] * counted_rows.unsqueeze(-1)
+    parts = {}
+    if is_on(config.soft_weight):
+        logits, targets = logits[..., : teacher.vocabulary], targets[..., : teacher.vocabulary]
+        total = _soft(config, logits, targets, expected, temperature, teacher.problem)
+        parts["soft"] = Part(total, PREDICTIONS)
+    if shown.hidden and config.hidden_loss == "pkd":
+        parts["hidden"] = Part(losses.pkd_loss(shown.hidden, seen.hidden, counted_rows, _ONE), ROWS)
+    elif shown.hidden:
+        compare = {"mse": losses.hidden_loss, "cosine": losses.cosine_loss}[config.hidden_loss]
+        parts["hidden"] = Part(compare(shown.hidden, seen.hidden, tokens, _ONE), TOKENS)
+    if shown.embedding is not None and seen.embedding is not None:
+        parts["embedding"] = Part(losses.hidden_loss([shown.embedding], [seen.embedding], tokens, _ONE), TOKENS)
+    if shown.attention:
+        total = losses.attention_loss(shown.attention, seen.attention, tokens, _ONE, distance=config.attention_loss)
+        parts["attention"] = Part(total, TOKENS)
+    if shown.relations:
+        total = losses.relation_loss(shown.relations, seen.relations, tokens, _ONE, num_heads=teacher.relation_heads)
+        parts["relation"] = Part(total, TOKENS)
+    if shown.pooled is not None and seen.pooled is not None and teacher.negatives is not None:
+        total = losses.contrastive_loss(
+            shown.pooled, seen.pooled, teacher.negatives, config.contrastive_temperature, counted_rows, _ONE
+        )
+        parts["contrastive"] = Part(total, ROWS)
+    return {name: part * teacher.share for name, part in parts.items()}
+
+
+def _soft(
+    config: DistillationConfig,
+    logits: Tensor,
+    targets: Tensor,
+    expected: Labels,
+    temperature: float | None,
+    problem: ProblemType,
+) -> Tensor:
+    expected = expected.beside(shifted(problem, logits))
+    as_values = problem == "regression" or temperature is None or config.soft_loss == "mse"
+    logits, targets = (
+        among(expected.classes, shifted(problem, each), as_values=as_values) for each in (logits, targets)
+    )
+    if as_values or temperature is None:
+        return losses.logit_loss(logits, targets, _ONE, mask=expected.counted)
+    outputs, labels = _ONE, expected.labels
+    if problem == "multi_label_classification":  # a mean over labels, each with a distribution of its own
+        outputs, labels = torch.tensor(float(logits.shape[-1])), None
+        logits, targets = losses.per_label(logits), losses.per_label(targets)
+    if config.soft_loss not in ("kl", "reverse_kl", "js"):
+        classes = torch.full(logits.shape[:-1], IGNORED, device=logits.device) if labels is None else labels
+        return losses.decoupled_loss(
+            logits, targets, classes, temperature, outputs, mask=expected.counted,
+            alpha=config.dkd_alpha, beta=config.dkd_beta,
+        )  # fmt: skip
+    return losses.soft_loss(logits, targets, temperature, outputs, mask=expected.counted, divergence=config.soft_loss)
+
+
+def _class_weights(config: TrainingConfig, device: torch.device) -> Tensor | None:
+    return None if config.class_weights is None else torch.tensor(config.class_weights, device=device)
