@@ -25,34 +25,26 @@ from transformers.trainer_utils import (
     get_last_checkpoint,
 )
 
-from distill.common.console import log
 from distill.common.credentials import UnsavedToken
-from distill.common.distributed import forget_other_precision, wait_for_everyone
+from distill.common.distributed import forget_other_precision
 from distill.common.private_names import forget_prepared
 from distill.compression.quantization.qat import FakeQuantization, check_quantizable, fake_quantized
 from distill.data.batches import (
-    COUNTED_ROWS,
     Reader,
     row_lengths,
     with_columns,
 )
-from distill.data.columns import STORED_COLUMNS
 from distill.errors import InputError
 from distill.models.adapters import with_adapters
 from distill.models.modes import modes_kept
-from distill.models.structure import input_names, width_of
+from distill.models.structure import width_of
 from distill.tasks.targets import (
-    IGNORED,
     OF_TOKENS,
     label_columns,
     problem_type,
 )
 from distill.training.arguments import check_class_weights, check_given, own_arguments
-from distill.training.cache import (
-    TeacherOutputs,
-    build_cache,
-)
-from distill.training.cache_plan import CachePlan, passes_over_rows, plan_cache
+from distill.training.cache_plan import CachePlan
 from distill.training.callbacks import Announcement
 from distill.training.checkpoints import (
     load_projections,
@@ -67,21 +59,11 @@ from distill.training.checkpoints import (
 from distill.training.conditions import RunConditions, determinism, using_cache, verbosity_of
 from distill.training.config import DistillationConfig, is_on
 from distill.training.features import ProjectedStudent, tokens_of_image
-from distill.training.loaders import (
-    check_columns,
-    completed,
-    length_loader,
-    made_as_read,
-    masking_of,
-    pooled_negatives,
-    with_cached,
-)
 from distill.training.objective import Objective, named_logits
-from distill.training.parts import COUNTS, count
+from distill.training.rows import TrainingRows, length_loader, made_as_read, pooled_negatives
 from distill.training.teachers import (
     AnyTeacher,
     Teacher,
-    fillers_of,
     match_teachers,
 )
 
@@ -168,12 +150,11 @@ class DistillationTrainer(transformers.Trainer):
                     "optimizers: they lack the projections between the widths of student and teacher, which are made "
                     "here; say optimizer_cls_and_kwargs, or optim in args"
                 )
-        self._image_tokens = tokens_of_image(model, [each.student_wants for each in self.teachers])
-        self._collates_otherwise = trainer_arguments.get("data_collator") is not None
+        image_tokens = tokens_of_image(model, [each.student_wants for each in self.teachers])  # draws, in train mode
+        collates_otherwise = trainer_arguments.get("data_collator") is not None
         tokenizer = trainer_arguments.get("processing_class")
-        if self.problem_type in OF_TOKENS and tokenizer is not None and not self._collates_otherwise:
+        if self.problem_type in OF_TOKENS and tokenizer is not None and not collates_otherwise:
             trainer_arguments["data_collator"] = DataCollatorForTokenClassification(tokenizer)
-        self._fillers = fillers_of(self.teachers)
         self._use_cache = getattr(model.config, "use_cache", None)
         with modes_kept([model]), verbosity_of(args), determinism(args.full_determinism):
             forget_other_precision(args.mixed_precision)
@@ -199,19 +180,17 @@ class DistillationTrainer(transformers.Trainer):
         # (What it finds out by itself is wrong for BERT: a forward with **kwargs that returns a plain mean.)
         self.model_accepts_loss_kwargs = True
         self.label_names = label_columns(self.problem_type)
-        if self._fillers:
-            self.data_collator = with_columns(self.data_collator, self._fillers)  # type: ignore[has-type]
-        self._masking = None
-        columns = getattr(self.train_dataset, "column_names", None)
-        if self.problem_type == "masked_lm" and columns is not None and "labels" not in columns:
-            drawn = self._draws_batches and row_lengths(self.train_dataset, args.length_column_name) is not None
-            self._masking = masking_of(self.processing_class, args, drawn_by_us=drawn)
-        check_columns(
-            self.train_dataset,
-            self.label_names,
-            needs_stored=any(each.model is None for each in self.teachers),
-            needs_labels=is_on(self.weights["hard"]) and self._masking is None and self.problem_type != "causal_lm",
+        self.rows = TrainingRows(
+            self.teachers,
+            args,
+            self.problem_type,
+            image_tokens=image_tokens,
+            collates_otherwise=collates_otherwise,
+            accelerator=self.accelerator,
         )
+        if self.rows.fillers:
+            self.data_collator = with_columns(self.data_collator, self.rows.fillers)  # type: ignore[has-type]
+        self.rows.check(self.train_dataset, self.processing_class, hard=is_on(self.weights["hard"]))
         for each in self.teachers:
             each.autocast = self.accelerator.autocast
         self.objective = Objective(model, self.teachers, args, self.weights, self.accelerator)
@@ -219,7 +198,10 @@ class DistillationTrainer(transformers.Trainer):
         for each in self.teachers:
             if each.student_wants.pooled:
                 with self._conditions.running():
-                    each.negatives = self._read_negatives(each)
+                    rows: Any = self.train_dataset if self.train_dataset is not None else self.eval_dataset
+                    each.negatives = pooled_negatives(
+                        each, len(rows), self._teacher_reader(rows, "negatives"), self.args
+                    )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *arguments: Any, **options: Any) -> TrainOutput:
         """Trainer's, also after an evaluation; with teachers cached, and on a CPU with its attention and memory.
@@ -310,30 +292,24 @@ class DistillationTrainer(transformers.Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches of like length (see `LengthBatches`), with what is cached of the teachers."""
-        lengths = row_lengths(self.train_dataset, self.args.length_column_name)
-        if lengths is None or not self._draws_batches:
+        lengths = self.rows.lengths(self.train_dataset)
+        if lengths is None:
             return super().get_train_dataloader()
         return length_loader(self.batch_reader(), lengths, self.args, self._train_batch_size)
 
     def batch_reader(self) -> Callable[[list[int], int], dict[str, Any]]:
         """Makes the training batch of the rows with these numbers in an epoch, with what is cached of the teachers."""
-        return with_cached(self.reader(self.train_dataset, "training"), self.teachers, self._masking)
+        return self.rows.with_cached(self._reader(self.train_dataset, "training"))
 
-    @property
-    def _draws_batches(self) -> bool:
-        ours = self.args.train_sampling_strategy in ("group_by_length", "random")
-        return ours and not self.args.dataloader_drop_last
+    def _reader(self, dataset: Any, what_for: str) -> Reader:
+        if isinstance(dataset, datasets.Dataset):
+            dataset = self._remove_unused_columns(dataset, what_for)
+        return self.rows.reader(dataset, self.data_collator, self.processing_class)
 
-    def reader(self, rows: Any, what_for: str) -> Reader:
-        """Reads batches of rows that hold only what models and losses take."""
-        if isinstance(rows, datasets.Dataset):
-            rows = self._remove_unused_columns(rows, what_for)
-        tokenizer = None if self._collates_otherwise else self.processing_class
-        multiple = 8 if self.args.device.type == "cuda" else 1  # tensor cores
-        labels = IGNORED if self.problem_type in OF_TOKENS else None
-        return Reader(
-            rows, self.data_collator, tokenizer, pad_to_multiple_of=multiple, label_filler=labels, fillers=self._fillers
-        )
+    def _teacher_reader(self, dataset: Any, what_for: str) -> Callable[[list[int]], dict[str, Tensor]]:
+        """Makes the batch, on the device, that teachers see of the rows with these numbers."""
+        read = self._reader(dataset, what_for)
+        return lambda numbers: self._completed(self._prepare_inputs(read(numbers)))
 
     def planned_caches(self) -> list[tuple[Teacher, CachePlan]]:
         """Each teacher that is a model, with what `train` will cache of it, or why it will not.
@@ -341,49 +317,12 @@ class DistillationTrainer(transformers.Trainer):
         Raises:
             InputError: `cache_teacher` asks for what can't be.
         """
-        if not isinstance(self.args, DistillationConfig):
-            return []
-        lengths = row_lengths(self.train_dataset, self.args.length_column_name)
-        passes = passes_over_rows(self.args, self._train_batch_size, None if lengths is None else len(lengths))
-        unfit = None
-        if lengths is None or not self._draws_batches:
-            unfit = "the rows are not drawn by their lengths"
-        elif self._collates_otherwise and self.args.cache_teacher == "auto":
-            unfit = "a data_collator may change the rows"
-        return [
-            (each, plan_cache(self.args, each.layout, lengths, passes=passes, unfit=unfit))
-            for each in self.teachers
-            if each.model is not None
-        ]
+        return self.rows.planned_caches(self.train_dataset, self._train_batch_size)
 
     def cache_teachers(self) -> None:
         """Compute what is planned, or find it; `train` does so by itself."""
-        for teacher, plan in self.planned_caches():
-            teacher.cache = None
-            if self.is_world_process_zero():
-                log.print(f"      {plan}")
-            if plan.layout is None or teacher.model is None:
-                continue
-            read = self.reader(self.train_dataset, "teacher")
-
-            def outputs(
-                numbers: list[int], teacher: Teacher = teacher, read: Reader = read
-            ) -> tuple[TeacherOutputs, Tensor]:
-                batch = self._completed(self._prepare_inputs(read(numbers)))
-                found = teacher.outputs(batch)
-                teacher.refuse_not_finite()  # before it lies on disk, where a GPU is waited for anyway
-                return found, batch["attention_mask"]
-
-            teacher.cache = build_cache(
-                teacher.model, plan, self.train_dataset, outputs,
-                prefix=teacher.prefix,
-                more=teacher.more,
-                batch_size=self.args.per_device_eval_batch_size,
-                precision="bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "fp32",
-                process_index=self.args.process_index,
-                num_processes=self.args.world_size,
-                wait=wait_for_everyone,
-            )  # fmt: skip
+        rows = self.train_dataset
+        self.rows.cache_teachers(rows, self.planned_caches(), lambda: self._teacher_reader(rows, "teacher"))
 
     # --- the loss ---------------------------------------------------------------------------------------------------
 
@@ -455,40 +394,16 @@ class DistillationTrainer(transformers.Trainer):
         return batches, counts
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
-        batches = map(self._completed, batch_samples)
-        counts = [count(self.args, self.problem_type, batch, batch[COUNTED_ROWS]).to(device) for batch in batches]
-        return torch.stack(counts).sum(0) if counts else torch.zeros(COUNTS, device=device)
+        return self.rows.counts(batch_samples, device)
 
     def _completed(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A batch with an attention mask, and with the rows that count.
-
-        With several processes the last batches are filled up with rows from the start of the epoch.
-        """
-        return completed(batch, self.problem_type, self._image_tokens, self.accelerator)
+        return self.rows.completed(batch)
 
     _signature_columns: list[str] | None
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            models = [self.student, *(each.model for each in self.teachers if each.model is not None)]
-            inputs = {name for model in models for name in input_names(model)}
-            kept = (
-                "label",
-                "label_ids",
-                *self.label_names,
-                *self._fillers,
-                self.args.length_column_name,
-                *STORED_COLUMNS,
-            )
-            self._signature_columns = [*inputs, *kept]
-
-    def _read_negatives(self, teacher: Teacher) -> Tensor:
-        """For the contrastive loss: the teacher's pooled states (N×D) of rows spread over the whole training set."""
-        dataset = self.train_dataset if self.train_dataset is not None else self.eval_dataset
-        read = self.reader(dataset, "negatives")
-        return pooled_negatives(
-            teacher, len(dataset), lambda rows: self._completed(self._prepare_inputs(read(rows))), self.args
-        )
+            self._signature_columns = self.rows.columns(self.student)
 
     # --- the log ----------------------------------------------------------------------------------------------------
 
