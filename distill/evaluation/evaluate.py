@@ -26,16 +26,10 @@ from distill.data.tokenized import Processor
 from distill.evaluation.intervals import score_interval
 from distill.models.structure import accepted_inputs
 from distill.tasks.base import OF_LANGUAGE, Task
-from distill.tasks.metrics import (
-    compute_metrics,
-    language_scores,
-    predict,
-    span_scores,
-    tag_scores,
-    token_losses,
-    words_of,
-)
-from distill.tasks.questions import answers_of
+from distill.tasks.kinds import KINDS
+from distill.tasks.language import language_scores, token_losses
+from distill.tasks.metrics import compute_metrics
+from distill.tasks.questions import answers_of, span_scores
 from distill.tasks.targets import (
     CHUNK,
     IGNORED,
@@ -46,6 +40,7 @@ from distill.tasks.targets import (
     problem_type,
     refuse_not_finite_outputs,
 )
+from distill.tasks.words import tag_scores, tags_of_words, words_of
 
 
 @dataclass(frozen=True)
@@ -99,7 +94,7 @@ def predict_rows(
     """
     batches = _inputs(model.eval(), rows, tokenizer, batch_size=batch_size, text=f"Predicting {name}")
     logits = _together(_forwards(batches, model, type(model).__name__), len(rows))
-    return predict(task, logits).tolist()
+    return KINDS[task.kind].predict(logits).tolist()
 
 
 _Inputs: TypeAlias = Iterator[tuple[NDArray[np.int64], dict[str, Tensor]]]
@@ -136,7 +131,7 @@ def _score(
         return of_words, tag_scores(task, of_words, data.labels(split)), None
     labels = np.asarray(data.labels(split))
     logits = _together(batches, len(labels))
-    return predict(task, logits).tolist(), compute_metrics(task, logits, labels), logits.tolist()
+    return KINDS[task.kind].predict(logits).tolist(), compute_metrics(task, logits, labels), logits.tolist()
 
 
 def metrics_while_training(data: Data, rows: datasets.Dataset) -> dict[str, Callable]:
@@ -166,23 +161,6 @@ def metrics_while_training(data: Data, rows: datasets.Dataset) -> dict[str, Call
 
         return {"preprocess_logits_for_metrics": lambda logits, _: logits.argmax(-1), "compute_metrics": of_words}
     return {"compute_metrics": lambda output: compute_metrics(task, output.predictions, output.label_ids)}
-
-
-def tags_of_words(
-    found: Sequence[Sequence[int]], words: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]
-) -> list[list[int]]:
-    """The label ids predicted for all words of each row, −100 for those that the model did not read.
-
-    Args:
-        found: of the words that it read.
-        words: their numbers; the others are beyond its length, or became no token.
-        labels: of all words of each row.
-    """
-    predicted = []
-    for tags, numbers, of_row in zip(found, words, labels, strict=True):
-        read = dict(zip(numbers, tags, strict=True))
-        predicted.append([read.get(number, IGNORED) for number in range(len(of_row))])
-    return predicted
 
 
 def answers_to(

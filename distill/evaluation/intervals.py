@@ -9,12 +9,11 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from distill.tasks import scorers
-from distill.tasks.base import OF_LANGUAGE, Task
+from distill.tasks.base import Task
 from distill.tasks.kinds import KINDS
-from distill.tasks.metrics import compute_metrics, divergences, scorer
-from distill.tasks.questions import normalised
+from distill.tasks.metrics import divergences
 from distill.tasks.scorers import Scorer
-from distill.tasks.targets import IGNORED, ProblemType
+from distill.tasks.targets import ProblemType
 
 RESAMPLES = 9999
 """Of the bootstrap; from seed to seed a bound moves by about a hundredth of the interval's width."""
@@ -33,7 +32,7 @@ def score_interval(task: Task, predictions: Sequence, labels: Sequence) -> tuple
         predictions: as in `Evaluation`, one a row; labels alike.
     """
     num_rows = len(predictions)
-    score = scorer(task, predictions, labels)
+    score = KINDS[task.kind].scorer(task, predictions, labels)
     if interval_method(task) != "Wilson":
         return _bootstrap(score, num_rows)[1]
     share = scorers.whole(score, num_rows)
@@ -57,7 +56,7 @@ def paired_difference(
     Args:
         first: predictions as in `Evaluation`, one a row; second and labels alike.
     """
-    one, other = (scorer(task, predictions, labels) for predictions in (first, second))
+    one, other = (KINDS[task.kind].scorer(task, predictions, labels) for predictions in (first, second))
     return _bootstrap(lambda weights: one(weights) - other(weights), len(first))
 
 
@@ -66,17 +65,7 @@ def agreement(task: Task, predictions: list, baseline: list) -> float:
 
     Words that neither model read (−100) are left out.
     """
-    if task.kind == "regression":
-        return compute_metrics(task, np.asarray(predictions), np.asarray(baseline))["pearson"]
-    if task.kind in OF_LANGUAGE:
-        predictions, baseline = ([each["tokens"] for each in found] for found in (predictions, baseline))
-    if task.kind in ("token-classification", *OF_LANGUAGE):
-        pairs = [pair for rows in zip(predictions, baseline, strict=True) for pair in zip(*rows, strict=False)]
-        return float(np.mean([first == second for first, second in pairs if (first, second) != (IGNORED, IGNORED)]))
-    if task.kind == "question-answering":
-        predictions, baseline = ([normalised(answer) for answer in found] for found in (predictions, baseline))
-    same = np.asarray(predictions) == np.asarray(baseline)
-    return float(np.mean(same.all(-1) if same.ndim > 1 else same))
+    return KINDS[task.kind].agreement(predictions, baseline)
 
 
 def divergence_from(task: Task, reference: Sequence, logits: Sequence) -> dict[str, float]:

@@ -34,7 +34,7 @@ class Task:
     label_names: tuple[str, ...] | None = None
     """In the order of the label ids; None for regression, and for own data until its rows have been read."""
     metrics: tuple[str, ...] = ("accuracy",)
-    """Names of `distill.tasks.metrics`; a metric may give several keys."""
+    """Names of `distill.tasks.rows.METRICS` or of its kind; a metric may give several keys."""
     primary_metric: str = "accuracy"
     validation_splits: tuple[tuple[str, str], ...] = (("validation", ""),)
     """Pairs of a validation split and the suffix of its metric keys."""

@@ -1,9 +1,17 @@
 """The kinds of task: of each what its rows and models are called, and what it is scored by."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from string import Template
 
+import numpy as np
+
 from distill.tasks.base import Task, TaskKind
+from distill.tasks.language import language_scorer, token_agreement
+from distill.tasks.questions import answer_agreement, span_scorer
+from distill.tasks.rows import correlation, label_sets, most_likely, row_agreement, row_scorer, scores_of
+from distill.tasks.scorers import Scorer
+from distill.tasks.words import tag_agreement, tag_scorer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,8 +23,16 @@ class Kind:
     label: str
     """The label's column; empty where there is none."""
     metrics: tuple[str, ...]
-    """Names of `distill.tasks.metrics`, for a user's own data."""
+    """Names of `distill.tasks.rows.METRICS` or of its kind, for a user's own data."""
     primary_metric: str
+    further_metrics: tuple[str, ...]
+    """Keys that are computed beside the metrics'."""
+    predict: Callable[[np.ndarray], np.ndarray]
+    """Logits …×C of rows, tokens or ends of a span → what they predict."""
+    scorer: Callable[..., Scorer]
+    """(task, predictions, labels), one of each a row → the primary metric, for the score and for its bootstrap."""
+    agreement: Callable[..., float]
+    """The predictions of two models → how far they are the same."""
     names_labels: bool
     """Whether a model's config says what its outputs are (classes, tags, or the score)."""
     problem_type: str | None
@@ -57,6 +73,10 @@ KINDS: dict[TaskKind, Kind] = {
         label="label",
         metrics=("accuracy", "f1_macro", "roc_auc"),
         primary_metric="accuracy",
+        further_metrics=(),
+        predict=most_likely,
+        scorer=row_scorer,
+        agreement=row_agreement,
         names_labels=True,
         problem_type="single_label_classification",
         auto_class="AutoModelForSequenceClassification",
@@ -70,6 +90,10 @@ KINDS: dict[TaskKind, Kind] = {
         label="label",
         metrics=("f1_micro", "f1_macro", "accuracy"),
         primary_metric="f1_micro",
+        further_metrics=(),
+        predict=label_sets,
+        scorer=row_scorer,
+        agreement=row_agreement,
         names_labels=True,
         problem_type="multi_label_classification",
         auto_class="AutoModelForSequenceClassification",
@@ -83,6 +107,10 @@ KINDS: dict[TaskKind, Kind] = {
         label="label",
         metrics=("pearson", "spearmanr"),
         primary_metric="pearson",
+        further_metrics=(),
+        predict=scores_of,
+        scorer=row_scorer,
+        agreement=correlation,
         names_labels=True,
         problem_type="regression",
         auto_class="AutoModelForSequenceClassification",
@@ -96,6 +124,10 @@ KINDS: dict[TaskKind, Kind] = {
         label="label",
         metrics=("entity_f1", "accuracy"),
         primary_metric="entity_f1",
+        further_metrics=("entity_precision", "entity_recall"),
+        predict=most_likely,
+        scorer=tag_scorer,
+        agreement=tag_agreement,
         names_labels=True,
         problem_type=None,
         auto_class="AutoModelForTokenClassification",
@@ -109,6 +141,10 @@ KINDS: dict[TaskKind, Kind] = {
         label="answers",
         metrics=("f1", "exact_match"),
         primary_metric="f1",
+        further_metrics=(),
+        predict=most_likely,
+        scorer=span_scorer,
+        agreement=answer_agreement,
         names_labels=False,
         problem_type=None,
         auto_class="AutoModelForQuestionAnswering",
@@ -122,6 +158,10 @@ KINDS: dict[TaskKind, Kind] = {
         label="",
         metrics=("perplexity", "accuracy"),
         primary_metric="perplexity",
+        further_metrics=(),
+        predict=most_likely,
+        scorer=language_scorer,
+        agreement=token_agreement,
         names_labels=False,
         problem_type=None,
         auto_class="AutoModelForMaskedLM",
@@ -135,6 +175,10 @@ KINDS: dict[TaskKind, Kind] = {
         label="",
         metrics=("perplexity", "accuracy"),
         primary_metric="perplexity",
+        further_metrics=(),
+        predict=most_likely,
+        scorer=language_scorer,
+        agreement=token_agreement,
         names_labels=False,
         problem_type=None,
         auto_class="AutoModelForCausalLM",
@@ -148,6 +192,10 @@ KINDS: dict[TaskKind, Kind] = {
         label="label",
         metrics=("accuracy", "f1_macro"),
         primary_metric="accuracy",
+        further_metrics=(),
+        predict=most_likely,
+        scorer=row_scorer,
+        agreement=row_agreement,
         names_labels=True,
         problem_type="single_label_classification",
         auto_class="AutoModelForImageClassification",

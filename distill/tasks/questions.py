@@ -8,6 +8,10 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from distill.tasks import scorers
+from distill.tasks.base import Task
+from distill.tasks.scorers import Scorer
+
 LONGEST_ANSWER = 30
 """Tokens; SQuAD's answers are shorter (as in BERT's script for it)."""
 
@@ -55,6 +59,23 @@ def answer_scores(answers: Sequence[str], accepted: Sequence[Sequence[str]]) -> 
         for answer, known in zip(answers, accepted, strict=True)
     ]
     return np.array(scores, dtype=np.float64).reshape(-1, 2)
+
+
+def span_scores(answers: Sequence[str], labels: Sequence[dict]) -> dict[str, float]:
+    """F1 and exact match of answers, from 0 to 1."""
+    of_rows = answer_scores(answers, [label["text"] for label in labels])
+    f1, exact = (scorers.whole(scorers.mean(values), len(values)) for values in of_rows.T)
+    return {"f1": f1, "exact_match": exact}
+
+
+def span_scorer(task: Task, answers: Sequence[str], labels: Sequence[dict]) -> Scorer:
+    """F1 of answers of which each counts so often."""
+    return scorers.mean(answer_scores(answers, [label["text"] for label in labels])[:, 0])
+
+
+def answer_agreement(answers: Sequence[str], baseline: Sequence[str]) -> float:
+    """The share of questions that two models answer alike, after `normalised`."""
+    return float(np.mean([normalised(one) == normalised(other) for one, other in zip(answers, baseline, strict=True)]))
 
 
 def _that_say_something(known: Sequence[str]) -> list[str]:

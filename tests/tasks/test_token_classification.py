@@ -29,7 +29,7 @@ from distill.recipes.recipe import load_recipe
 from distill.reports.report import write_report
 from distill.runs.run import run_plan
 from distill.tasks.entities import entity_counts, scores
-from distill.tasks.metrics import compute_metrics
+from distill.tasks.words import tag_scores, words_of
 from tests.conftest import BAD, GOOD, OTHER, make_tokenizer
 
 NAMES = ["O", "B-praise", "I-praise", "B-blame", "I-blame"]
@@ -240,7 +240,7 @@ def test_metrics_ignore_tokens_without_a_label(folder):
     labels = np.array([[-100, 1, 2, -100], [-100, 0, 3, -100]])
     logits = np.zeros((2, 4, 5))
     logits[0, 1, 1] = logits[0, 2, 2] = logits[1, 1, 0] = logits[1, 2, 0] = 1.0
-    found = compute_metrics(task, logits, labels)
+    found = tag_scores(task, words_of(logits.argmax(-1), labels), words_of(labels, labels))
     assert found == pytest.approx({"entity_f1": 2 / 3, "entity_precision": 1.0, "entity_recall": 0.5, "accuracy": 0.75})
 
 

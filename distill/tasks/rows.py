@@ -1,0 +1,175 @@
+"""Kinds with one prediction a row: its metrics as `evaluate.Metric` classes, which need no network.
+
+`evaluate.load` fetches a script from the Hub.
+"""
+
+from collections.abc import Callable, Sequence
+
+import datasets
+import evaluate
+import numpy as np
+from sklearn import metrics as sk
+
+from distill.tasks import scorers
+from distill.tasks.base import Task
+from distill.tasks.scorers import Scorer
+
+
+def most_likely(logits: np.ndarray) -> np.ndarray:
+    """The class ids of logits …×C."""
+    return logits.argmax(-1)
+
+
+def label_sets(logits: np.ndarray) -> np.ndarray:
+    """Zeros and ones B×C of logits B×C: a label is there where its probability is above a half."""
+    return (logits > 0).astype(int)
+
+
+def scores_of(logits: np.ndarray) -> np.ndarray:
+    """The scores B of a regression's outputs B×1 or B."""
+    return logits.reshape(-1)
+
+
+def row_scores(task: Task, predictions: np.ndarray, labels: np.ndarray, logits: np.ndarray) -> dict[str, float]:
+    """The task's metrics of one split.
+
+    Args:
+        predictions: B class ids, B scores, or B×C zeros and ones of label sets; labels alike.
+        logits: B×C, or B of a regression.
+    """
+    results: dict[str, float] = {}
+    for name in task.metrics:
+        if name == "average":  # GLUE's own: the mean of the task's other metrics
+            results[name] = float(np.mean(list(results.values())))
+        elif name == "roc_auc":
+            if task.num_labels == 2 and len(np.unique(labels)) == 2:  # undefined otherwise
+                results |= RocAuc().compute(predictions=logits[:, 1] - logits[:, 0], references=labels)
+        else:
+            results |= METRICS[name](predictions.ndim).compute(predictions=predictions, references=labels)
+    return {key: float(value) for key, value in results.items()}
+
+
+def row_scorer(task: Task, predictions: Sequence, labels: Sequence) -> Scorer:
+    """The task's primary metric of rows of which each counts so often; predictions and labels as in `row_scores`."""
+    found, truth = np.asarray(predictions), np.asarray(labels)
+    names = [name for name in task.metrics if name in _SCORERS] if task.primary_metric == "average" else []
+    return scorers.mean_of([_SCORERS[name](truth, found) for name in names or [task.primary_metric]])
+
+
+def row_agreement(predictions: Sequence, baseline: Sequence) -> float:
+    """The share of rows on which two models predict the same class, or the same set of labels."""
+    found, other = np.asarray(predictions), np.asarray(baseline)
+    return scorers.whole(scorers.accuracy(other, found), len(found))
+
+
+def correlation(predictions: Sequence, baseline: Sequence) -> float:
+    """Pearson's correlation of two models' scores of the same rows; 0 where either are all the same."""
+    found, other = np.asarray(predictions), np.asarray(baseline)
+    return scorers.whole(scorers.pearson(other, found), len(found))
+
+
+class _OfflineMetric(evaluate.Metric):
+    """A metric of one function of (references, predictions); what it computes is written in its subclass."""
+
+    dtype = "int64"
+    score: Callable[..., float]
+
+    def __init__(self, dimensions: int = 1) -> None:
+        self._dimensions = dimensions  # 2 for sets of labels
+        super().__init__(keep_in_memory=True)
+
+    def _info(self) -> evaluate.MetricInfo:
+        value = datasets.Value(self.dtype)
+        of_a_row = value if self._dimensions == 1 else datasets.List(value)
+        features = {"predictions": of_a_row, "references": of_a_row}
+        return evaluate.MetricInfo(
+            description=type(self).__doc__ or "",
+            citation="",
+            inputs_description="predictions and references, one of each a row",
+            features=datasets.Features(features),
+        )
+
+    def _compute(self, predictions: Sequence, references: Sequence) -> dict[str, float]:
+        return {self.key: type(self).score(np.asarray(references), np.asarray(predictions))}
+
+    key: str
+
+
+def _whole(make: Callable[[np.ndarray, np.ndarray], Scorer]) -> Callable[[np.ndarray, np.ndarray], float]:
+    return lambda references, predictions: scorers.whole(make(references, predictions), len(references))
+
+
+class Accuracy(_OfflineMetric):
+    """Share of rows predicted right."""
+
+    key = "accuracy"
+    score = staticmethod(_whole(scorers.accuracy))
+
+
+class F1(_OfflineMetric):
+    """F1 of class 1, as GLUE scores mrpc and qqp."""
+
+    key = "f1"
+    score = staticmethod(_whole(scorers.f1_of_ones))
+
+
+class MicroF1(_OfflineMetric):
+    """F1 of all decisions of all labels together."""
+
+    key = "f1_micro"
+    score = staticmethod(_whole(scorers.f1_of_ones))
+
+
+class MacroF1(_OfflineMetric):
+    """Unweighted mean of the F1 of every class."""
+
+    key = "f1_macro"
+    score = staticmethod(
+        lambda references, predictions: sk.f1_score(references, predictions, average="macro", zero_division=0)
+    )
+
+
+class MatthewsCorrelation(_OfflineMetric):
+    """Matthews correlation coefficient, as GLUE scores cola; 0 where the predictions are all one class."""
+
+    key = "matthews_correlation"
+    score = staticmethod(_whole(scorers.matthews))
+
+
+class RocAuc(_OfflineMetric):
+    """Area under the ROC curve of a two-class task; the predictions are the margin of class 1 over class 0."""
+
+    key = "roc_auc"
+    dtype = "float64"
+    score = staticmethod(sk.roc_auc_score)
+
+
+class Pearson(_OfflineMetric):
+    """Pearson correlation; 0 where either side is constant (it is undefined there)."""
+
+    key = "pearson"
+    dtype = "float64"
+    score = staticmethod(_whole(scorers.pearson))
+
+
+class Spearman(_OfflineMetric):
+    """Spearman rank correlation; 0 where either side is constant (it is undefined there)."""
+
+    key = "spearmanr"
+    dtype = "float64"
+    score = staticmethod(_whole(scorers.spearman))
+
+
+METRICS: dict[str, type[_OfflineMetric]] = {
+    metric.key: metric for metric in (Accuracy, F1, MicroF1, MacroF1, MatthewsCorrelation, RocAuc, Pearson, Spearman)
+}
+
+_SCORERS: dict[str, Callable[[np.ndarray, np.ndarray], Scorer]] = {
+    "accuracy": scorers.accuracy,
+    "f1": scorers.f1_of_ones,
+    "f1_micro": scorers.f1_of_ones,
+    "matthews_correlation": scorers.matthews,
+    "pearson": scorers.pearson,
+    "spearmanr": scorers.spearman,
+}
+"""Of the metrics that may be a task's primary one."""
