@@ -7,12 +7,15 @@ from typing import Any
 
 from distill.errors import InputError
 
+SCHEMA = 1
+"""Of step.json and report.json: what their keys mean."""
+
 
 def read_record(folder: Path, name: str = "step.json") -> dict[str, Any]:
     """A run folder's step.json, or another record in it; empty where there is none, or what is left of one.
 
     Raises:
-        InputError: it may not be read.
+        InputError: it may not be read, or another version of distill wrote it with a schema of its own.
     """
     file = folder / name
     try:
@@ -21,7 +24,20 @@ def read_record(folder: Path, name: str = "step.json") -> dict[str, Any]:
         return {}
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror})") from None
-    return content if isinstance(content, dict) else {}
+    if not isinstance(content, dict):
+        return {}
+    refuse_unknown_schema(file, content)
+    return content
+
+
+def refuse_unknown_schema(file: Path, content: dict[str, Any]) -> None:
+    """Refuse a record whose keys may mean something else; one that names no schema has none to mistake.
+
+    Raises:
+        InputError: its schema is not the one that is read here.
+    """
+    if content.get("schema", SCHEMA) != SCHEMA:
+        raise InputError(f"{file}: has schema {content['schema']}, and this version of distill reads schema {SCHEMA}")
 
 
 def json_text(content: Any, *, indent: int | None = 1) -> str:

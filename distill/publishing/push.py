@@ -27,7 +27,7 @@ from huggingface_hub.utils import disable_progress_bars
 from distill.common.console import log
 from distill.common.credentials import known_secrets, refuse_secrets, require_token
 from distill.common.local_names import LocalNames
-from distill.common.records import json_text, read_record
+from distill.common.records import json_text, read_record, refuse_unknown_schema
 from distill.common.sources import (
     causes,
     reason_of,
@@ -207,6 +207,8 @@ def _read_report(file: Path, remedy: str) -> dict[str, Any]:
         report = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{file}: cannot be read ({reason_of(error)}); {remedy}") from None
+    if isinstance(report, dict):
+        refuse_unknown_schema(file, report)
     if not isinstance(report, dict) or not report.keys() >= _READ_OF_A_REPORT:
         raise InputError(f"{file}: no report of this version of distill; {remedy}")
     return report

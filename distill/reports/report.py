@@ -8,7 +8,7 @@ from typing import Any
 
 from distill.common.console import log, remark
 from distill.common.folders import write_atomically
-from distill.common.records import finite, json_text, read_record
+from distill.common.records import SCHEMA, finite, json_text, read_record
 from distill.data.load import Truncated, tokenizer_fingerprint
 from distill.errors import InputError
 from distill.evaluation.benchmark import as_row, benchmark_models, environment
@@ -64,7 +64,7 @@ def write_report(plan: Plan) -> dict[str, Any]:
     benchmarks = _benchmarks(plan, locations, fingerprints, cache)
     models = [_entry(plan, name, evaluations, benchmarks[name]) for name in names]
     report: dict[str, Any] = {
-        "schema": 1,
+        "schema": SCHEMA,
         "task": plan.recipe.task or plan.data.task.kind,
         "metric": plan.data.task.primary_metric,
         "environment": environment() | {"benchmark": asdict(plan.recipe.benchmark)},

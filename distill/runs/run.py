@@ -26,7 +26,7 @@ from distill.common.folders import (
     written_whole,
 )
 from distill.common.hardware import allocator
-from distill.common.records import json_text, read_record
+from distill.common.records import SCHEMA, json_text, read_record
 from distill.errors import InputError, nearest_name
 from distill.evaluation.benchmark import environment
 from distill.models.load import fetch_weights
@@ -275,7 +275,7 @@ def _write_record(file: Path, record: dict[str, Any]) -> None:
 
 def _record(plan: Plan, planned: PlannedStep) -> dict[str, Any]:
     return {
-        "schema": 1,
+        "schema": SCHEMA,
         "name": planned.step.name,
         "run": planned.step.run,
         "fingerprint": planned.fingerprint,

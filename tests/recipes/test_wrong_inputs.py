@@ -218,6 +218,8 @@ BREAKS = {
                                 "its step.json lacks run, kind, "),
     "push of half a report": (PUSH, {"report.json": "{"}, "report.json: cannot be read"),
     "push of another report": (PUSH, {"report.json": "[1]"}, "report.json: no report of this version of distill"),
+    "push of a later record": (PUSH, {"int8/step.json": '{"schema": 2}'}, "int8/step.json: has schema 2, and this"),
+    "push of a later report": (PUSH, {"report.json": '{"schema": 2}'}, "report.json: has schema 2, and this"),
     "push without report.md": (PUSH, {"report.md": None}, "report.md: cannot be read"),
     "push without a recipe": (PUSH, {"recipe.yaml": None}, "recipe.yaml: no such recipe"),
     "push of another recipe": (PUSH, {"recipe.yaml": "steps: [a]"}, "is not the recipe that `distill run` wrote there"),
