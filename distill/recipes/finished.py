@@ -15,7 +15,7 @@ from distill.models.load import size_on_disk
 from distill.models.structure import width_of
 from distill.recipes.plan import FINGERPRINT_VERSION, NOT_IN_FINGERPRINT, PlannedStep
 from distill.training.config import default_learning_rate
-from distill.verbs.options import QuantizeOptions
+from distill.verbs.all import VERBS
 
 _OF_THE_MACHINE = {"bf16", "fp16", "use_cpu", "dataloader_pin_memory"}
 """Options that are resolved by the hardware where the user does not say them."""
@@ -88,11 +88,11 @@ def _same_options(planned: PlannedStep, recorded: dict[str, Any]) -> bool:
 
 
 def _same_rows(planned: PlannedStep, record: dict[str, Any]) -> bool:
-    now, options = planned.described, planned.step.options
+    now, step = planned.described, planned.step
     recorded = {**json.loads(json.dumps(DataOptions().__dict__)), **record.get("data", {})}
-    if isinstance(options, QuantizeOptions) and not options.reads_rows:
+    splits = VERBS[step.run].splits(step.options, now["rows"])
+    if not splits:
         return recorded["max_length"] == now["data"]["max_length"]
-    splits = now["rows"].keys() if getattr(options, "load_best_model_at_end", False) else {"train", "unlabelled"}
     passed_over = {"max_eval_rows"} if "validation" not in splits else set()
     counts = record.get("rows", {})
     return (

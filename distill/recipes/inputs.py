@@ -1,8 +1,10 @@
 """The models from outside a recipe that it names: what its steps start from, and what the report compares with."""
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -13,7 +15,8 @@ from distill.models.weights import fit_problems, no_head_message
 from distill.recipes.recipe import Recipe
 from distill.recipes.stored_models import has_head, stored_fit, weights_to_train
 from distill.training.teachers import FROM_DATA
-from distill.verbs.options import DistillOptions, QuantizeOptions, is_teacher, teachers_of
+from distill.verbs.all import VERBS
+from distill.verbs.options import is_teacher, referenced_models, teachers_of
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,8 @@ def resolve_outside(
     others = [name for name in recipe.given if name != step_name]
     source = _find_outside(reference, others, sources, weights=weights, adapters=is_teacher(option))
     trained, notes = True, []
-    if is_teacher(option) or given["run"] == "quantize":
-        problems = _classifier_problems(source, data, given.get("teacher_label_map", given.get("label_map")))
+    if is_teacher(option) or VERBS[given["run"]].needs_head:
+        problems = _classifier_problems(source, data, _label_map(given))
         if problems:
             raise InputError(*problems)
         if data is not None:
@@ -141,8 +144,12 @@ def default_baseline(recipe: Recipe, data: Data | None, sources: dict[str, Model
 def label_map_of(recipe: Recipe, reference: str) -> dict[str, str] | None:
     """The label map of the first step that takes this model with its head: as a teacher, or to quantize it."""
     for step in recipe.steps.values():
-        if isinstance(step.options, DistillOptions) and reference in teachers_of(step.given):
-            return step.options.teacher_label_map
-        if isinstance(step.options, QuantizeOptions) and step.options.model == reference:
-            return step.options.label_map
+        for option, named in referenced_models(step.given).items():
+            if named == reference and (is_teacher(option) or VERBS[step.run].needs_head):
+                return _label_map(step.given)
     return None
+
+
+def _label_map(given: Mapping[str, Any]) -> dict[str, str] | None:
+    """The label map that a step's options give to the model that it takes with its head."""
+    return given.get("teacher_label_map", given.get("label_map"))

@@ -8,13 +8,12 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PretrainedConfig
 
 from distill.compression.student import is_fresh, student_config
 from distill.data.load import Data, load_data, token_fingerprint
 from distill.errors import InputError
-from distill.models.load import ModelSource, from_config, load_processor, longest_input, set_labels
+from distill.models.load import ModelSource, load_processor, longest_input, set_labels
 from distill.models.structure import depth_of
 from distill.models.weights import fit_problems
 from distill.recipes.fingerprint import code_fingerprint
@@ -29,8 +28,6 @@ from distill.verbs.all import VERBS
 from distill.verbs.options import (
     DistillOptions,
     FinetuneOptions,
-    Options,
-    QuantizeOptions,
     chosen_layers,
     cuts_student,
     is_adapter,
@@ -229,11 +226,10 @@ def _plan_step(
         raise _Unplannable(problems)
     if data is not None:
         set_labels(config, data.task)
-    if isinstance(options, QuantizeOptions):
-        if data is not None:
-            _check_quantization(options, config, data)
-        if options.format != "bf16":
-            config.quantization_config = {"format": options.format}
+    try:
+        VERBS[step.run].complete(options, config, kind)
+    except InputError as error:
+        raise _Unplannable(error.problems) from None
     return PlannedStep(
         step=step,
         folder=recipe.output_dir / step.name,
@@ -291,16 +287,6 @@ def _best_metric_problems(options: FinetuneOptions | DistillOptions, data: Data)
     return [f"metric_for_best_model: {wanted!r} is not computed for {data.task.kind}; there are {', '.join(known)}"]
 
 
-def _check_quantization(options: QuantizeOptions, config: PretrainedConfig, data: Data) -> None:
-    """Whether its patterns match modules and its budget can be kept."""
-    with torch.device("meta"):
-        skeleton = from_config(config, data.task.kind)
-    try:
-        options.planned_size(skeleton)
-    except InputError as error:
-        raise _Unplannable(error.problems) from None
-
-
 def _made_by(made: PlannedStep, option: str) -> ModelInput:
     """The model of an earlier step, as an option of a later one names it.
 
@@ -326,7 +312,7 @@ def check_fetched(plan: Plan, planned: PlannedStep) -> None:
         source = plan.sources.get(reference)
         if source is None or (option == "model" and planned.step.given.get("from_scratch")):
             continue
-        new_head = not is_teacher(option) and planned.step.run != "quantize"
+        new_head = not is_teacher(option) and not VERBS[planned.step.run].needs_head
         fit, _ = stored_fit(source, plan.data.task, new_head=new_head)
         found = [] if fit is None else fit_problems(fit, plan.data.task.kind, new_head=new_head)
         problems += [f"steps.{planned.step.name}.{option}: {reference}: {problem}" for problem in found]
@@ -347,12 +333,7 @@ def _fingerprint(step: Step, inputs: dict[str, str], data: Data | None) -> str:
         changed.pop(name, None)  # their fingerprints stand for them
     if FROM_DATA in teachers_of(step.given):
         inputs = {**inputs, FROM_DATA: FROM_DATA}
-    if data is None:
-        rows: Any = None
-    elif isinstance(step.options, QuantizeOptions):
-        rows = [data.task.label_names, data.max_length, *([data.train_fingerprint] if step.options.reads_rows else [])]
-    else:
-        rows = data.fingerprint if step.options.load_best_model_at_end else data.train_fingerprint
+    rows = None if data is None else VERBS[step.run].rows(step.options, data)
     identity = json.dumps([FINGERPRINT_VERSION, step.run, changed, inputs, rows], sort_keys=True, default=str)
     return hashlib.sha256(identity.encode()).hexdigest()
 
@@ -366,7 +347,7 @@ def _described(
         "run": step.run,
         "parents": parents,
         "sources": {name: sources[name].revision for name in parents if name in sources},
-        "options": resolved_options(step.options),
+        "options": resolved_options(step),
     }
     if data is not None:
         found |= {"task": data.task.name, "kind": data.task.kind, "text": data.task.text}
@@ -375,7 +356,7 @@ def _described(
     return json.loads(json.dumps(found, default=str))
 
 
-def resolved_options(options: Options) -> dict[str, Any]:
+def resolved_options(step: Step) -> dict[str, Any]:
     """The options of a step, defaults too, without tokens and without its folder."""
-    resolved = asdict(options) if isinstance(options, QuantizeOptions) else options.to_dict()
+    resolved = VERBS[step.run].resolved(step.options)
     return {key: value for key, value in resolved.items() if not key.endswith("_token") and key != "output_dir"}

@@ -296,7 +296,7 @@ def _record(plan: Plan, planned: PlannedStep) -> dict[str, Any]:
         "data": asdict(plan.recipe.data),
         "data_revision": plan.data.revision,
         "rows": {split: len(rows) for split, rows in plan.data.splits.items()},
-        "options": resolved_options(planned.step.options),
+        "options": resolved_options(planned.step),
         "environment": {**environment(), "allocator": allocator()},
     }
 

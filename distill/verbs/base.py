@@ -1,10 +1,13 @@
 """What a verb of a recipe is, and what each leaves to be told of its run."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from distill.data.load import Truncated
+from transformers import PretrainedConfig
+
+from distill.data.load import Data, Truncated
+from distill.tasks.base import TaskKind
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,21 @@ class Verb:
     `profile` asks for a `StepProfile` of the training in the folder.
     """
 
+    needs_head: bool
+    """Whether its `model` must have a head trained for the task; where it needn't, a missing one is drawn."""
+    complete: Callable[[Any, PretrainedConfig, TaskKind | None], None]
+    """Write into the config of a step's model what its options alone decide, once labels are in it.
+
+    Takes `(options, config, kind)`, with None as the kind where the data can't be read; raises `InputError` where no
+    such model can be made.
+    """
+    rows: Callable[[Any, Data], Any]
+    """What the fingerprint of a step says of the data, as JSON, from `(options, data)`."""
+    splits: Callable[[Any, Iterable[str]], set[str]]
+    """Those of the splits whose rows change the model, from `(options, splits)`; none where only their labels and
+    `max_length` do."""
+    resolved: Callable[[Any], dict[str, Any]]
+    """The options with their defaults."""
     relation: Literal["finetune", "quantized"]
     """What a card's `base_model_relation` says of its models, unless they are adapters."""
     tags: Callable[[Mapping[str, Any]], list[str]]

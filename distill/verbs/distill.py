@@ -12,7 +12,7 @@ from distill.models.load import load_classifier, load_for_finetuning
 from distill.training.teachers import FROM_DATA, AnyTeacher
 from distill.verbs.base import StepResult, Verb
 from distill.verbs.options import DistillOptions, holds_adapter, is_teacher, teachers_of
-from distill.verbs.training import cut_student, train
+from distill.verbs.training import cut_student, rows_of_training, splits_of_training, train
 
 
 def distill(
@@ -67,6 +67,11 @@ DISTILL = Verb(
     name="distill",
     options=DistillOptions,
     run=distill,
+    needs_head=False,
+    complete=lambda options, config, kind: None,
+    rows=rows_of_training,
+    splits=splits_of_training,
+    resolved=DistillOptions.to_dict,
     relation="finetune",
     tags=lambda _: [],
     lineage_tags=("distillation",),

@@ -10,7 +10,7 @@ from distill.data.load import Data
 from distill.models.load import load_for_finetuning
 from distill.verbs.base import StepResult, Verb
 from distill.verbs.options import FinetuneOptions, holds_adapter
-from distill.verbs.training import cut_student, train
+from distill.verbs.training import cut_student, rows_of_training, splits_of_training, train
 
 
 def finetune(
@@ -32,6 +32,11 @@ FINETUNE = Verb(
     name="finetune",
     options=FinetuneOptions,
     run=finetune,
+    needs_head=False,
+    complete=lambda options, config, kind: None,
+    rows=rows_of_training,
+    splits=splits_of_training,
+    resolved=FinetuneOptions.to_dict,
     relation="finetune",
     tags=lambda _: [],
     lineage_tags=(),

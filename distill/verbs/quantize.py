@@ -1,13 +1,14 @@
 """The verb `quantize`: store a model's weights in fewer bits."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from distill.common.console import log
 from distill.common.distributed import on_main_process
@@ -24,7 +25,8 @@ from distill.compression.quantization.quantize import apply_formats
 from distill.data.load import Data
 from distill.data.tokenized import Processor
 from distill.evaluation.evaluate import input_batches
-from distill.models.load import load_classifier, load_processor
+from distill.models.load import from_config, load_classifier, load_processor
+from distill.tasks.base import TaskKind
 from distill.tasks.targets import problem_type
 from distill.verbs.base import StepResult, Verb
 from distill.verbs.options import QuantizeOptions
@@ -87,6 +89,19 @@ def _pick_formats(
     return {name: format for name, format in mixes[0].formats.items() if format != "none"}  # type: ignore[misc]
 
 
+def _complete(options: QuantizeOptions, config: PretrainedConfig, kind: TaskKind | None) -> None:
+    if kind is not None:
+        with torch.device("meta"):
+            skeleton = from_config(config, kind)
+        options.planned_size(skeleton)  # its patterns match modules, and its budget can be kept
+    if options.format != "bf16":
+        config.quantization_config = {"format": options.format}
+
+
+def _rows(options: QuantizeOptions, data: Data) -> list[Any]:
+    return [data.task.label_names, data.max_length, *([data.train_fingerprint] if options.reads_rows else [])]
+
+
 def _summary(options: Mapping[str, Any], parents: Sequence[str]) -> str:
     return f"{' and '.join(parents)} {_formats(options)}"
 
@@ -115,6 +130,11 @@ QUANTIZE = Verb(
     name="quantize",
     options=QuantizeOptions,
     run=quantize,
+    needs_head=True,
+    complete=_complete,
+    rows=_rows,
+    splits=lambda options, _: {"train", "unlabelled"} if options.reads_rows else set(),
+    resolved=asdict,
     relation="quantized",
     tags=lambda options: [options["format"] or "mixed-precision"],
     lineage_tags=(),

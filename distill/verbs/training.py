@@ -1,9 +1,10 @@
 """How a verb that trains makes its model: the student, the rows that it and its teachers read, and the training."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 from transformers import PreTrainedModel, PrinterCallback
@@ -139,6 +140,16 @@ def _checkpoint_to_go_on_from(options: FinetuneOptions | DistillOptions) -> Path
 
     on_main_process(start_anew)
     return None
+
+
+def rows_of_training(options: FinetuneOptions | DistillOptions, data: Data) -> Any:
+    """What the fingerprint of a training says of the data: all rows where the best checkpoint is chosen by some."""
+    return data.fingerprint if options.load_best_model_at_end else data.train_fingerprint
+
+
+def splits_of_training(options: FinetuneOptions | DistillOptions, splits: Iterable[str]) -> set[str]:
+    """The splits whose rows change what a training makes."""
+    return set(splits) if options.load_best_model_at_end else {"train", "unlabelled"}
 
 
 def rows_cut(data: Data, processor: Processor, options: FinetuneOptions | DistillOptions) -> Truncated | None:
