@@ -6,7 +6,6 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from distill.common.folders import write_atomically
 from distill.errors import InputError
 from distill.models.weights import load_weights
+from distill.training.features import ProjectedStudent
 
 Options = TypeVar("Options", bound=TrainingArguments)
 
@@ -63,8 +63,9 @@ def batches_of(args: TrainingArguments) -> dict[str, int | None]:
     }
 
 
-def note_batches(checkpoint: Path, args: TrainingArguments) -> None:
-    """Leave `batches_of` with a checkpoint."""
+def note_batches(folder: Path, step: int, args: TrainingArguments) -> None:
+    """Leave `batches_of` with the checkpoint of a step, in a Trainer's output folder."""
+    checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
     checkpoint.mkdir(parents=True, exist_ok=True)
     write_atomically(checkpoint / _BATCHES_FILE, json.dumps(batches_of(args)))
 
@@ -98,25 +99,41 @@ def refuse_other_batches(checkpoint: Path, args: TrainingArguments) -> None:
         raise InputError(f"{checkpoint}: can't be gone on from ({different}); say the same, or start anew")
 
 
-def of_student(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The student's weights, under its own names, of a state of a `ProjectedStudent`."""
-    return {name.removeprefix("student."): value for name, value in state.items() if name.startswith("student.")}
+def save_student(
+    folder: Path,
+    model: nn.Module,
+    student: PreTrainedModel,
+    state: dict[str, Tensor] | None,
+    *,
+    ranges: Tensor | None,
+    is_main_process: bool,
+) -> None:
+    """Write the student alone, in plain form; beside it, in a checkpoint, what its training goes on with.
 
-
-def save_projections(checkpoint: Path, state: Mapping[str, Tensor]) -> None:
-    """Write the projections, of a state of a `ProjectedStudent`, to a checkpoint."""
-    projections = {name: value for name, value in state.items() if name.startswith("projections.")}
-    safetensors.torch.save_file(projections, checkpoint / _PROJECTIONS_FILE)
+    Args:
+        model: what is trained: the student, or a `ProjectedStudent`, whose projections a checkpoint has.
+        state: of that; None reads it here.
+        ranges: of the activations of a quantization-aware training, for a checkpoint.
+        is_main_process: the one that writes.
+    """
+    projections = {}
+    if isinstance(model, ProjectedStudent):
+        whole = model.state_dict() if state is None else state
+        state = {name.removeprefix("student."): each for name, each in whole.items() if name.startswith("student.")}
+        projections = {name: each for name, each in whole.items() if name.startswith("projections.")}
+    student.save_pretrained(folder, state_dict=state, is_main_process=is_main_process)
+    if not is_main_process or not folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+        return
+    if ranges is not None:
+        safetensors.torch.save_file({"ranges": ranges}, folder / _RANGES_FILE)
+    if isinstance(model, ProjectedStudent) and model.projections:
+        safetensors.torch.save_file(projections, folder / _PROJECTIONS_FILE)
 
 
 def load_projections(checkpoint: Path, model: nn.Module) -> None:
-    """Put a checkpoint's projections into a `ProjectedStudent`."""
-    model.load_state_dict(safetensors.torch.load_file(checkpoint / _PROJECTIONS_FILE), strict=False)
-
-
-def save_ranges(checkpoint: Path, ranges: Tensor) -> None:
-    """Write the activations' ranges of a quantization-aware training to a checkpoint."""
-    safetensors.torch.save_file({"ranges": ranges}, checkpoint / _RANGES_FILE)
+    """Put a checkpoint's projections into what is trained, where it has some."""
+    if isinstance(model, ProjectedStudent) and model.projections:
+        model.load_state_dict(safetensors.torch.load_file(checkpoint / _PROJECTIONS_FILE), strict=False)
 
 
 def load_ranges(checkpoint: Path) -> Tensor:

@@ -1,23 +1,27 @@
 """What training and evaluation change around them for their time: models' modes and devices, the process's settings."""
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel, TrainingArguments
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel, TrainerState, TrainingArguments
 
 from distill.common.distributed import AcceleratorSnapshot
 from distill.common.hardware import available_cores, freed_memory_kept
 from distill.common.private_names import put_forward, take_prepared_forward
+from distill.compression.quantization.qat import FakeQuantization, check_quantizable, fake_quantized
 from distill.compression.student import dropout
 from distill.models.modes import fast_attention, modes_kept
 from distill.models.packing import packed
+from distill.training.checkpoints import load_ranges
 from distill.training.config import DistillationConfig, TrainingConfig
-from distill.training.features import FeatureExtractor
+from distill.training.features import ProjectedStudent
+from distill.training.teachers import Teacher
 
 # What `transformers.enable_full_determinism` writes into the environment.
 _OF_DETERMINISM = (
@@ -33,24 +37,28 @@ class RunConditions:
     It is made when the trainer's Accelerate state is set up, which it remembers.
 
     Args:
-        student: the model that is trained, without what is wrapped around it.
-        teachers: the teachers' models.
+        trained: the model that is trained.
+        student: the same without what is wrapped around it.
+        teachers: what it is compared with.
         args: the trainer's arguments.
         device: where teachers compute.
-        extractors: those that read what the losses compare.
     """
 
     def __init__(
         self,
+        trained: nn.Module,
         student: PreTrainedModel,
-        teachers: Sequence[PreTrainedModel],
+        teachers: Sequence[Teacher],
         *,
         args: TrainingConfig,
         device: torch.device,
-        extractors: Sequence[FeatureExtractor],
     ):
         self.accelerate = AcceleratorSnapshot()
-        self._student, self._teachers, self._extractors = student, teachers, extractors
+        self._student = student
+        self._teachers = [each.model for each in teachers if each.model is not None]
+        self._extractors = [each.extractor for each in teachers if each.extractor is not None]
+        if isinstance(trained, ProjectedStudent):
+            self._extractors.append(trained.extractor)
         self._args, self._device = args, device
         self._prepared_forward: dict[str, Any] = {}
         self._is_running = False
@@ -114,6 +122,61 @@ class RunConditions:
             yield
         finally:
             self._prepared_forward = take_prepared_forward(self._student)
+
+
+class QuantizationAwareness:
+    """The student with the weights that a later `quantize` will leave, where `qat` asks for it; else as it is.
+
+    Args:
+        student: a float model.
+        args: the trainer's arguments.
+
+    Raises:
+        InputError: a student that can't be quantized.
+    """
+
+    def __init__(self, student: PreTrainedModel, args: TrainingConfig):
+        if args.quantization is not None:
+            check_quantizable(student, args.quantization)
+        self._student, self._args = student, args
+        self._fake: FakeQuantization | None = None
+
+    def applied(self) -> AbstractContextManager[FakeQuantization | None]:
+        """Fake weights of what the student's own are now."""
+        if self._args.quantization is None:
+            return nullcontext()
+        return fake_quantized(self._student, self._args.quantization, activations=self._args.qat_activations)
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Fake weights that a training makes anew at each step."""
+        with self.applied() as self._fake:
+            yield
+
+    def begin_step(self, state: TrainerState, gather: Callable[[Tensor], Tensor]) -> None:
+        """Quantize weights anew from here on; with `qat_delay` only once it is over.
+
+        Args:
+            gather: collects a tensor N×… from all processes.
+        """
+        if self._fake is not None:
+            delay = self._args.qat_delay * (state.max_steps if self._args.qat_delay < 1 else 1)
+            self._fake.begin_step(on=state.global_step >= delay, gather=gather)
+
+    def average_ranges(self, gather: Callable[[Tensor], Tensor]) -> None:
+        """Bring what the activations' ranges were since the last step into their average."""
+        if self._fake is not None:
+            self._fake.average_ranges(gather)
+
+    @property
+    def ranges(self) -> Tensor | None:
+        """Of the activations, while a training quantizes them."""
+        return self._fake.ranges if self._fake is not None and self._args.qat_activations else None
+
+    def load_ranges(self, checkpoint: Path) -> None:
+        """Go on from the activations' ranges in a checkpoint, while a training quantizes them."""
+        if self._fake is not None and self._args.qat_activations:
+            self._fake.ranges = load_ranges(checkpoint).to(self._args.device)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """What a training minimizes: the weighted losses of its batches, added up exactly over steps and evaluations."""
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.profiler import record_function
 from transformers import PreTrainedModel, TrainerState
+from transformers.trainer_pt_utils import nested_concat
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from distill.data.batches import COUNTED_ROWS
@@ -52,6 +54,8 @@ class Objective:
         self._weights, self._accelerator = weights, accelerator
         self._logged, self._evaluated = Sums(), Sums()
         self._finite = FiniteLosses(args)
+        for teacher in teachers:
+            teacher.autocast = accelerator.autocast
 
     def loss_of(
         self, model: nn.Module, inputs: dict[str, Tensor], counts: Tensor, state: TrainerState, *, all_logits: bool
@@ -111,7 +115,10 @@ class Objective:
         self._logged.steps += 1
 
     def means_for_log(self, state: TrainerState) -> dict[str, float]:
-        """The parts of the loss (`loss/soft`, …) as means over the steps since the last call, and `weight/…`.
+        """The parts of the loss (`loss/soft`, …) as means over the steps since the last call.
+
+        Where a weight follows a schedule, `weight/…` is its mean, weighted by the part; parts times weights are then
+        always the loss.
 
         Raises:
             InputError: a teacher has predicted NaN or infinite values.
@@ -172,6 +179,29 @@ def named_logits(problem: ProblemType, logits: Tensor) -> dict[str, Tensor]:
     if problem == "question_answering":
         return dict(zip(("start_logits", "end_logits"), logits.unbind(1), strict=True))
     return {"logits": logits}
+
+
+def evaluated_in_parts(
+    evaluate: Callable[[dict[str, Tensor]], tuple[Any, Any, Any]],
+    batch: Mapping[str, Tensor],
+    size: int,
+    reduce: Callable[[Tensor, Tensor], Tensor] | None,
+) -> tuple[Tensor, Any, Any]:
+    """The mean loss of a batch's parts, their reduced logits, and its labels; of both None without `reduce`.
+
+    Args:
+        evaluate: gives loss, logits and labels of some rows.
+        size: rows of a part.
+        reduce: makes of logits and labels what is kept.
+    """
+    losses, reduced = [], []
+    for start in range(0, len(batch["input_ids"]), size):
+        loss, logits, labels = evaluate({name: values[start : start + size] for name, values in batch.items()})
+        losses.append(loss)
+        if reduce is not None:
+            reduced.append(reduce(logits, labels))
+    mean = torch.stack(losses).mean()  # the exact one is known at the end, see `Objective.correct_metrics`
+    return (mean, None, None) if reduce is None else (mean, functools.reduce(nested_concat, reduced), batch["labels"])
 
 
 class Sums:

@@ -204,6 +204,12 @@ class TrainingRows:
                 wait=wait_for_everyone,
             )  # fmt: skip
 
+    def release_caches(self) -> None:
+        """Let other jobs delete what is cached, where they need the room."""
+        for teacher in self._teachers:
+            if teacher.cache is not None:
+                teacher.cache.release()
+
 
 def _checked_outputs(
     teacher: Teacher, read: Callable[[list[int]], dict[str, Tensor]], numbers: list[int]

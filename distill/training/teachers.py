@@ -35,6 +35,7 @@ from distill.training.config import PARTS, DistillationConfig, is_on
 from distill.training.features import (
     FeatureExtractor,
     FeatureSpec,
+    ProjectedStudent,
     Representations,
     resolve_layer_map,
 )
@@ -207,6 +208,28 @@ def match_teachers(
     if problems:
         raise InputError(*problems)
     return matched
+
+
+def projected_student(
+    student: PreTrainedModel, teachers: Sequence[Teacher], *, uses_logits: bool, has_optimizer: bool
+) -> ProjectedStudent:
+    """The student with projections to the widths of its teachers; they are drawn here.
+
+    Args:
+        uses_logits: whether a loss reads them.
+        has_optimizer: whether an optimizer is made already, of the student's weights alone.
+
+    Raises:
+        InputError: that optimizer would leave projections as they are drawn.
+    """
+    widths = [width_of((each.model or student).config) for each in teachers]
+    projected = ProjectedStudent(student, [each.student_wants for each in teachers], widths, uses_logits=uses_logits)
+    if projected.projections and has_optimizer:
+        raise InputError(
+            "optimizers: they lack the projections between the widths of student and teacher, which are made "
+            "here; say optimizer_cls_and_kwargs, or optim in args"
+        )
+    return projected
 
 
 def stored_logits(batch: Mapping[str, Tensor], problem: ProblemType) -> Tensor:

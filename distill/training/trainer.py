@@ -1,10 +1,9 @@
 """`DistillationTrainer`: transformers' Trainer with teachers, and with losses that add up exactly."""
 
-import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,56 +15,26 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 from torch.utils.data import DataLoader, RandomSampler, Sampler, SequentialSampler
 from transformers import DataCollatorForTokenClassification, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
-from transformers.trainer_pt_utils import nested_concat
-from transformers.trainer_utils import (
-    PREFIX_CHECKPOINT_DIR,
-    EvalLoopOutput,
-    PredictionOutput,
-    TrainOutput,
-    get_last_checkpoint,
-)
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOutput, get_last_checkpoint
 
 from distill.common.credentials import UnsavedToken
 from distill.common.distributed import forget_other_precision
 from distill.common.private_names import forget_prepared
-from distill.compression.quantization.qat import FakeQuantization, check_quantizable, fake_quantized
-from distill.data.batches import (
-    Reader,
-    row_lengths,
-    with_columns,
-)
+from distill.data.batches import Reader, row_lengths, with_columns
 from distill.errors import InputError
 from distill.models.adapters import with_adapters
 from distill.models.modes import modes_kept
-from distill.models.structure import width_of
-from distill.tasks.targets import (
-    OF_TOKENS,
-    label_columns,
-    problem_type,
-)
+from distill.tasks.targets import OF_TOKENS, label_columns, problem_type
+from distill.training import checkpoints
 from distill.training.arguments import check_class_weights, check_given, own_arguments
 from distill.training.cache_plan import CachePlan
 from distill.training.callbacks import Announcement
-from distill.training.checkpoints import (
-    load_projections,
-    load_ranges,
-    load_student,
-    note_batches,
-    of_student,
-    refuse_other_batches,
-    save_projections,
-    save_ranges,
-)
-from distill.training.conditions import RunConditions, determinism, using_cache, verbosity_of
+from distill.training.conditions import QuantizationAwareness, RunConditions, determinism, using_cache, verbosity_of
 from distill.training.config import DistillationConfig, is_on
 from distill.training.features import ProjectedStudent, tokens_of_image
-from distill.training.objective import Objective, named_logits
+from distill.training.objective import Objective, evaluated_in_parts, named_logits
 from distill.training.rows import TrainingRows, length_loader, made_as_read, pooled_negatives
-from distill.training.teachers import (
-    AnyTeacher,
-    Teacher,
-    match_teachers,
-)
+from distill.training.teachers import AnyTeacher, Teacher, match_teachers, projected_student
 
 _LOGITS_AT_ONCE = 2**24
 """Of a language model that is evaluated: 64 MB in float32."""
@@ -126,33 +95,20 @@ class DistillationTrainer(transformers.Trainer):
         check_class_weights(args, model)
         self.weights = args.loss_weights if isinstance(args, DistillationConfig) else {"hard": 1.0}
         self.teachers: list[Teacher] = []
+        tokenizer = trainer_arguments.get("processing_class")
         if isinstance(args, DistillationConfig):
-            tokenizer = trainer_arguments.get("processing_class")
-            self.teachers = match_teachers(
-                model,
-                teachers,
-                args,
-                columns=getattr(trainer_arguments.get("train_dataset"), "column_names", None) or [],
-                vocabulary=len(tokenizer) if isinstance(tokenizer, PreTrainedTokenizerBase) else None,
-            )
+            columns = getattr(trainer_arguments.get("train_dataset"), "column_names", None) or []
+            vocabulary = len(tokenizer) if isinstance(tokenizer, PreTrainedTokenizerBase) else None
+            self.teachers = match_teachers(model, teachers, args, columns=columns, vocabulary=vocabulary)
             transformers.set_seed(args.seed)  # projections are drawn here
-        if args.quantization is not None:
-            check_quantizable(model, args.quantization)
-        self._quantized: FakeQuantization | None = None
+        self.quantization = QuantizationAwareness(model, args)
         uses_logits = is_on(self.weights["hard"]) or is_on(self.weights.get("soft", 0))
         trained: nn.Module = model
         if self.teachers:
-            wanted = [each.student_wants for each in self.teachers]
-            widths = [width_of((each.model or model).config) for each in self.teachers]
-            trained = ProjectedStudent(model, wanted, widths, uses_logits=uses_logits)
-            if trained.projections and (trainer_arguments.get("optimizers") or (None,))[0] is not None:
-                raise InputError(
-                    "optimizers: they lack the projections between the widths of student and teacher, which are made "
-                    "here; say optimizer_cls_and_kwargs, or optim in args"
-                )
+            has_optimizer = (trainer_arguments.get("optimizers") or (None,))[0] is not None
+            trained = projected_student(model, self.teachers, uses_logits=uses_logits, has_optimizer=has_optimizer)
         image_tokens = tokens_of_image(model, [each.student_wants for each in self.teachers])  # draws, in train mode
         collates_otherwise = trainer_arguments.get("data_collator") is not None
-        tokenizer = trainer_arguments.get("processing_class")
         if self.problem_type in OF_TOKENS and tokenizer is not None and not collates_otherwise:
             trainer_arguments["data_collator"] = DataCollatorForTokenClassification(tokenizer)
         self._use_cache = getattr(model.config, "use_cache", None)
@@ -164,16 +120,7 @@ class DistillationTrainer(transformers.Trainer):
                 callbacks=[Announcement(self.teachers), *(trainer_arguments.pop("callbacks", None) or [])],
                 **trainer_arguments,
             )
-        extractors = [each.extractor for each in self.teachers if each.extractor is not None]
-        if isinstance(trained, ProjectedStudent):
-            extractors.append(trained.extractor)
-        self._conditions = RunConditions(
-            model,
-            [each.model for each in self.teachers if each.model is not None],
-            args=args,
-            device=self.accelerator.device,
-            extractors=extractors,
-        )
+        self._conditions = RunConditions(trained, model, self.teachers, args=args, device=self.accelerator.device)
         if self._use_cache is not None:  # Trainer has switched it off for good, in what is saved too
             model.config.use_cache = self._use_cache
         # Our losses are divided by the whole step's counts, so Trainer must not divide by the accumulation steps too.
@@ -191,8 +138,6 @@ class DistillationTrainer(transformers.Trainer):
         if self.rows.fillers:
             self.data_collator = with_columns(self.data_collator, self.rows.fillers)  # type: ignore[has-type]
         self.rows.check(self.train_dataset, self.processing_class, hard=is_on(self.weights["hard"]))
-        for each in self.teachers:
-            each.autocast = self.accelerator.autocast
         self.objective = Objective(model, self.teachers, args, self.weights, self.accelerator)
         self._reduce_logits: Callable[[Tensor, Tensor], Tensor] | None = None
         for each in self.teachers:
@@ -212,7 +157,7 @@ class DistillationTrainer(transformers.Trainer):
         last = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
         checkpoint = os.path.expanduser(last) if last else None
         if checkpoint is not None:
-            refuse_other_batches(Path(checkpoint), self.args)
+            checkpoints.refuse_other_batches(Path(checkpoint), self.args)
         if self.model_wrapped is self.model:
             # An evaluation has marked the model as prepared, and Accelerate would leave out DDP: processes that share
             # no gradients, each training alone (seen with transformers 5.23, accelerate 1.15).
@@ -221,20 +166,19 @@ class DistillationTrainer(transformers.Trainer):
         try:
             with self.training_conditions():
                 self.cache_teachers()
-                if self._uses_ddp and self.args.ddp_find_unused_parameters is None:
+                shards = self.is_fsdp_enabled or self.is_deepspeed_enabled
+                if self.args.world_size > 1 and not shards and self.args.ddp_find_unused_parameters is None:
                     self.accelerator.ddp_handler.find_unused_parameters = self._has_idle_weights()
                 return super().train(checkpoint or resume_from_checkpoint, *arguments, **options)
         finally:
-            for each in self.teachers:
-                if each.cache is not None:
-                    each.cache.release()
+            self.rows.release_caches()
 
     @contextmanager
     def training_conditions(self) -> Iterator[None]:
         """Attention, dropout, packing, fake weights and memory as they are in `train`."""
         lengths = row_lengths(self.train_dataset, self.args.length_column_name)
         longest = sys.maxsize if lengths is None else int(lengths.max())
-        with self._conditions.training(longest), self.as_quantized() as self._quantized:
+        with self._conditions.training(longest), self.quantization.training():
             yield
 
     def hyperparameter_search(self, *arguments: Any, **options: Any) -> Any:
@@ -263,10 +207,6 @@ class DistillationTrainer(transformers.Trainer):
         """Trainer's, but what rows are made of as they are read stays."""
         return dataset if made_as_read(dataset) else super()._remove_unused_columns(dataset, description)
 
-    @property
-    def _uses_ddp(self) -> bool:
-        return self.args.world_size > 1 and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
-
     def _has_idle_weights(self) -> bool:
         """Whether the loss leaves some weight out (a pooler, upper layers), so that DDP must look for it each step."""
         batch = self._prepare_inputs(self.batch_reader()([0], 0))
@@ -276,19 +216,9 @@ class DistillationTrainer(transformers.Trainer):
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         return any(gradient is None for gradient in torch.autograd.grad(loss, trained, allow_unused=True))
 
-    def as_quantized(self) -> AbstractContextManager[FakeQuantization | None]:
-        """The student with the weights that a later `quantize` will leave, where `qat` asks for it."""
-        if self.args.quantization is None:
-            return nullcontext()
-        return fake_quantized(self.student, self.args.quantization, activations=self.args.qat_activations)
-
     def begin_quantized_step(self) -> None:
         """Quantize weights anew from here on; with `qat_delay` only once it is over."""
-        if self._quantized is not None:
-            delay = self.args.qat_delay * (self.state.max_steps if self.args.qat_delay < 1 else 1)
-            self._quantized.begin_step(on=self.state.global_step >= delay, gather=self.accelerator.gather)
-
-    # --- rows and cached teachers -----------------------------------------------------------------------------------
+        self.quantization.begin_step(self.state, self.accelerator.gather)
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches of like length (see `LengthBatches`), with what is cached of the teachers."""
@@ -324,14 +254,8 @@ class DistillationTrainer(transformers.Trainer):
         rows = self.train_dataset
         self.rows.cache_teachers(rows, self.planned_caches(), lambda: self._teacher_reader(rows, "teacher"))
 
-    # --- the loss ---------------------------------------------------------------------------------------------------
-
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | None = None,
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Tensor | None = None
     ) -> Any:
         """The weighted loss of one micro-batch: its share of the whole step's loss.
 
@@ -345,11 +269,7 @@ class DistillationTrainer(transformers.Trainer):
         return (loss, named_logits(self.problem_type, logits)) if return_outputs else loss
 
     def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Any, Any, Any]:
         """Trainer's, but a language model's batch a few rows at a time, of whose logits only what
         `preprocess_logits_for_metrics` makes of them is kept: B×T×V of them may be gigabytes."""
@@ -358,26 +278,17 @@ class DistillationTrainer(transformers.Trainer):
         if not in_parts or not (prediction_loss_only or reduce):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         batch = self._completed(self._prepare_inputs(inputs))
-        num_rows, num_tokens = batch["input_ids"].shape
-        size = max(1, _LOGITS_AT_ONCE // (num_tokens * self.student.config.vocab_size))
-        losses, reduced = [], []
-        for start in range(0, num_rows, size):
-            part = {name: values[start : start + size] for name, values in batch.items()}
-            loss, logits, labels = super().prediction_step(model, part, prediction_loss_only, ignore_keys)
-            losses.append(loss)
-            if reduce is not None and not prediction_loss_only:
-                reduced.append(reduce(logits, labels))
-        loss = torch.stack(losses).mean()  # `evaluation_loop` knows the exact one
-        if prediction_loss_only:
-            return loss, None, None
-        return loss, functools.reduce(nested_concat, reduced), batch["labels"]
+        size = max(1, _LOGITS_AT_ONCE // (batch["input_ids"].shape[1] * self.student.config.vocab_size))
+        evaluate = super().prediction_step
+        return evaluated_in_parts(
+            lambda part: evaluate(model, part, prediction_loss_only, ignore_keys), batch, size,
+            None if prediction_loss_only else reduce,
+        )  # fmt: skip
 
     def training_step(self, *arguments: Any, **options: Any) -> Tensor:
         """Trainer's, named in a profile."""
         with record_function("training step"):
             return super().training_step(*arguments, **options)
-
-    # --- batches and what they count --------------------------------------------------------------------------------
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -399,20 +310,12 @@ class DistillationTrainer(transformers.Trainer):
     def _completed(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return self.rows.completed(batch)
 
-    _signature_columns: list[str] | None
-
     def _set_signature_columns_if_needed(self) -> None:
-        if self._signature_columns is None:
+        if self._signature_columns is None:  # type: ignore[has-type]
             self._signature_columns = self.rows.columns(self.student)
 
-    # --- the log ----------------------------------------------------------------------------------------------------
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the parts of the loss (`loss/soft`, …) as means over steps, like the loss itself.
-
-        Where a weight follows a schedule, `weight/…` is its mean, weighted by the part; parts times weights are then
-        always the loss.
-        """
+        """Add the parts of the loss (`loss/soft`, …) as means over steps, like the loss itself."""
         if "loss" in logs:
             logs.update(self.objective.means_for_log(self.state))
         super().log(logs, start_time)
@@ -445,7 +348,7 @@ class DistillationTrainer(transformers.Trainer):
             # Where weights are gathered in each forward, all processes must run as many.
             self._reduce_logits, self.preprocess_logits_for_metrics = reduce, None
         try:
-            with self.as_quantized():  # of its own: the weights have moved since the last step began
+            with self.quantization.applied():  # of its own: the weights have moved since the last step began
                 output = super().evaluation_loop(
                     dataloader, description, *arguments, metric_key_prefix=metric_key_prefix, **options
                 )
@@ -457,14 +360,10 @@ class DistillationTrainer(transformers.Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Trainer's, but weights that are not finite never replace a good checkpoint."""
         self.objective.refuse_not_finite(self.model, self.state)
-        if self._quantized is not None:
-            self._quantized.average_ranges(self.accelerator.gather)
+        self.quantization.average_ranges(self.accelerator.gather)
         if self.args.should_save:
-            folder = self._get_output_dir(trial=trial)
-            note_batches(Path(folder) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}", self.args)
+            checkpoints.note_batches(Path(self._get_output_dir(trial=trial)), self.state.global_step, self.args)
         super()._save_checkpoint(model, trial)
-
-    # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write the student alone, in plain form, no pickled arguments.
@@ -473,30 +372,19 @@ class DistillationTrainer(transformers.Trainer):
         """
         folder = Path(output_dir or self.args.output_dir)
         model = self.accelerator.unwrap_model(self.model)
-        if isinstance(model, ProjectedStudent):
-            state = model.state_dict() if state_dict is None else state_dict
-            state_dict = of_student(state)
+        writes, ranges = self.args.should_save, self.quantization.ranges
         with using_cache(self.student.config, self._use_cache):
-            self.student.save_pretrained(folder, state_dict=state_dict, is_main_process=self.args.should_save)
-        if not self.args.should_save:
-            return
-        is_checkpoint = folder.name.startswith(PREFIX_CHECKPOINT_DIR)
-        if is_checkpoint and self._quantized is not None and self.args.qat_activations:
-            save_ranges(folder, self._quantized.ranges)
-        if isinstance(model, ProjectedStudent) and model.projections and is_checkpoint:
-            save_projections(folder, state)
-        if self.processing_class is not None:
+            checkpoints.save_student(folder, model, self.student, state_dict, ranges=ranges, is_main_process=writes)
+        if writes and self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self._trainer_loads:
             super()._load_from_checkpoint(resume_from_checkpoint, self.student if model is None else model)
         else:
-            load_student(resume_from_checkpoint, self.student)
-        if self._quantized is not None and self.args.qat_activations:
-            self._quantized.ranges = load_ranges(Path(resume_from_checkpoint)).to(self.args.device)
-        if isinstance(self.model, ProjectedStudent) and self.model.projections:
-            load_projections(Path(resume_from_checkpoint), self.model)
+            checkpoints.load_student(resume_from_checkpoint, self.student)
+        self.quantization.load_ranges(Path(resume_from_checkpoint))
+        checkpoints.load_projections(Path(resume_from_checkpoint), self.model)
 
     def _load_best_model(self) -> None:
         # Of a wrapped student Trainer would look for the wrapper's names, and find none.

@@ -298,8 +298,8 @@ def test_ranges_and_losses_do_not_depend_on_how_a_step_is_split(tmp_path):
     assert losses(whole)[0] != losses(whole)[1]  # of the same rows; the first step only watches
     for other in others:
         assert losses(other) == pytest.approx(losses(whole), rel=1e-3)
-        torch.testing.assert_close(other._quantized.ranges, whole._quantized.ranges, rtol=1e-5, atol=1e-6)
-    assert (whole._quantized.ranges > 0).all()
+        torch.testing.assert_close(other.quantization.ranges, whole.quantization.ranges, rtol=1e-5, atol=1e-6)
+    assert (whole.quantization.ranges > 0).all()
 
 
 def test_it_wins_back_most_of_what_quantizing_costs(tmp_path):
