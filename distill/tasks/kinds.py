@@ -7,11 +7,43 @@ from string import Template
 import numpy as np
 
 from distill.tasks.base import Task, TaskKind
-from distill.tasks.language import language_scorer, token_agreement
-from distill.tasks.questions import answer_agreement, span_scorer
-from distill.tasks.rows import correlation, label_sets, most_likely, row_agreement, row_scorer, scores_of
+from distill.tasks.language import (
+    language_predictions,
+    language_scorer,
+    language_scores,
+    language_while_training,
+    read_language,
+    token_agreement,
+)
+from distill.tasks.questions import (
+    answer_agreement,
+    answers_to,
+    read_spans,
+    span_scorer,
+    span_scores,
+    spans_while_training,
+)
+from distill.tasks.rows import (
+    correlation,
+    label_sets,
+    most_likely,
+    read_rows,
+    row_agreement,
+    row_predictions,
+    row_scorer,
+    row_scores,
+    rows_while_training,
+    scores_of,
+)
 from distill.tasks.scorers import Scorer
-from distill.tasks.words import tag_agreement, tag_scorer
+from distill.tasks.words import (
+    read_tags,
+    tag_agreement,
+    tag_predictions,
+    tag_scorer,
+    tag_scores,
+    tags_while_training,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +61,14 @@ class Kind:
     """Keys that are computed beside the metrics'."""
     predict: Callable[[np.ndarray], np.ndarray]
     """Logits …×C of rows, tokens or ends of a span → what they predict."""
+    read: Callable[..., list]
+    """(model, batch, labels of its rows, the model's name) → of each row what `predictions` is made of."""
+    predictions: Callable[..., list]
+    """(task, tokenized rows, what `read` gave of each, the split) → predictions as in `Evaluation`."""
+    scores: Callable[..., dict[str, float]]
+    """(task, predictions, labels, logits B×C or None) → the metrics."""
+    while_training: Callable[..., dict[str, Callable]]
+    """(task, tokenized rows, the split) → what a Trainer takes: `compute_metrics`, and what goes before it."""
     scorer: Callable[..., Scorer]
     """(task, predictions, labels), one of each a row → the primary metric, for the score and for its bootstrap."""
     agreement: Callable[..., float]
@@ -75,6 +115,10 @@ KINDS: dict[TaskKind, Kind] = {
         primary_metric="accuracy",
         further_metrics=(),
         predict=most_likely,
+        read=read_rows,
+        predictions=row_predictions(most_likely),
+        scores=row_scores,
+        while_training=rows_while_training(most_likely),
         scorer=row_scorer,
         agreement=row_agreement,
         names_labels=True,
@@ -92,6 +136,10 @@ KINDS: dict[TaskKind, Kind] = {
         primary_metric="f1_micro",
         further_metrics=(),
         predict=label_sets,
+        read=read_rows,
+        predictions=row_predictions(label_sets),
+        scores=row_scores,
+        while_training=rows_while_training(label_sets),
         scorer=row_scorer,
         agreement=row_agreement,
         names_labels=True,
@@ -109,6 +157,10 @@ KINDS: dict[TaskKind, Kind] = {
         primary_metric="pearson",
         further_metrics=(),
         predict=scores_of,
+        read=read_rows,
+        predictions=row_predictions(scores_of),
+        scores=row_scores,
+        while_training=rows_while_training(scores_of),
         scorer=row_scorer,
         agreement=correlation,
         names_labels=True,
@@ -126,6 +178,10 @@ KINDS: dict[TaskKind, Kind] = {
         primary_metric="entity_f1",
         further_metrics=("entity_precision", "entity_recall"),
         predict=most_likely,
+        read=read_tags,
+        predictions=tag_predictions,
+        scores=tag_scores,
+        while_training=tags_while_training,
         scorer=tag_scorer,
         agreement=tag_agreement,
         names_labels=True,
@@ -143,6 +199,10 @@ KINDS: dict[TaskKind, Kind] = {
         primary_metric="f1",
         further_metrics=(),
         predict=most_likely,
+        read=read_spans,
+        predictions=answers_to,
+        scores=span_scores,
+        while_training=spans_while_training,
         scorer=span_scorer,
         agreement=answer_agreement,
         names_labels=False,
@@ -160,6 +220,10 @@ KINDS: dict[TaskKind, Kind] = {
         primary_metric="perplexity",
         further_metrics=(),
         predict=most_likely,
+        read=read_language,
+        predictions=language_predictions,
+        scores=language_scores,
+        while_training=language_while_training("masked_lm"),
         scorer=language_scorer,
         agreement=token_agreement,
         names_labels=False,
@@ -177,6 +241,10 @@ KINDS: dict[TaskKind, Kind] = {
         primary_metric="perplexity",
         further_metrics=(),
         predict=most_likely,
+        read=read_language,
+        predictions=language_predictions,
+        scores=language_scores,
+        while_training=language_while_training("causal_lm"),
         scorer=language_scorer,
         agreement=token_agreement,
         names_labels=False,
@@ -194,6 +262,10 @@ KINDS: dict[TaskKind, Kind] = {
         primary_metric="accuracy",
         further_metrics=(),
         predict=most_likely,
+        read=read_rows,
+        predictions=row_predictions(most_likely),
+        scores=row_scores,
+        while_training=rows_while_training(most_likely),
         scorer=row_scorer,
         agreement=row_agreement,
         names_labels=True,

@@ -5,7 +5,6 @@ from scipy.special import logsumexp
 
 from distill.tasks.base import Task
 from distill.tasks.kinds import KINDS
-from distill.tasks.rows import row_scores
 from distill.tasks.targets import ProblemType
 
 
@@ -16,7 +15,8 @@ def compute_metrics(task: Task, logits: np.ndarray, labels: np.ndarray) -> dict[
         logits: B×C; regression B×1 or B.
         labels: B class ids, B scores, or B×C zeros and ones of label sets.
     """
-    return row_scores(task, KINDS[task.kind].predict(logits), labels, logits)
+    its = KINDS[task.kind]
+    return its.scores(task, its.predict(logits), labels, logits)
 
 
 def computed(task: Task) -> list[str]:

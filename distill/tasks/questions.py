@@ -3,19 +3,50 @@
 import re
 import string
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
+import datasets
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
+from transformers import EvalPrediction, PreTrainedModel
 
 from distill.tasks import scorers
 from distill.tasks.base import Task
 from distill.tasks.scorers import Scorer
+from distill.tasks.targets import finite_logits
 
 LONGEST_ANSWER = 30
 """Tokens; SQuAD's answers are shorter (as in BERT's script for it)."""
 
 _BEST = 20
+
+
+def read_spans(model: PreTrainedModel, batch: Mapping[str, Tensor], labels: Sequence, name: str) -> list[NDArray]:
+    """The logits 2×T of each window of a batch: of starts and of ends."""
+    return list(finite_logits(model, batch, name).numpy())
+
+
+def answers_to(task: Task, windows: datasets.Dataset, logits: Sequence[NDArray], split: datasets.Dataset) -> list[str]:
+    """A model's answer to each question.
+
+    Args:
+        windows: as `distill.data.tokenized.tokenize` makes them of the split.
+        logits: 2×T of each window.
+    """
+    may_be_none = any(not answers["text"] for answers in split["label"])
+    of_windows = zip(windows["row"], windows["starts"], windows["ends"], logits, strict=True)
+    return answers_of(split[task.text[1]], of_windows, may_be_none=may_be_none)
+
+
+def spans_while_training(task: Task, windows: datasets.Dataset, split: datasets.Dataset) -> dict[str, Callable]:
+    """What a Trainer takes to score answers."""
+
+    def of_spans(output: EvalPrediction) -> dict[str, float]:
+        answers = answers_to(task, windows, list(np.stack(output.predictions, axis=1)), split)
+        return span_scores(task, answers, split["label"])
+
+    return {"compute_metrics": of_spans}
 
 
 def answers_of(
@@ -61,8 +92,8 @@ def answer_scores(answers: Sequence[str], accepted: Sequence[Sequence[str]]) -> 
     return np.array(scores, dtype=np.float64).reshape(-1, 2)
 
 
-def span_scores(answers: Sequence[str], labels: Sequence[dict]) -> dict[str, float]:
-    """F1 and exact match of answers, from 0 to 1."""
+def span_scores(task: Task, answers: Sequence[str], labels: Sequence[dict], logits: None = None) -> dict[str, float]:
+    """F1 and exact match of answers, from 0 to 1; no logits are kept."""
     of_rows = answer_scores(answers, [label["text"] for label in labels])
     f1, exact = (scorers.whole(scorers.mean(values), len(values)) for values in of_rows.T)
     return {"f1": f1, "exact_match": exact}

@@ -3,16 +3,20 @@
 `evaluate.load` fetches a script from the Hub.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import datasets
 import evaluate
 import numpy as np
+from numpy.typing import ArrayLike
 from sklearn import metrics as sk
+from torch import Tensor
+from transformers import EvalPrediction, PreTrainedModel
 
 from distill.tasks import scorers
 from distill.tasks.base import Task
 from distill.tasks.scorers import Scorer
+from distill.tasks.targets import finite_logits
 
 
 def most_likely(logits: np.ndarray) -> np.ndarray:
@@ -30,22 +34,45 @@ def scores_of(logits: np.ndarray) -> np.ndarray:
     return logits.reshape(-1)
 
 
-def row_scores(task: Task, predictions: np.ndarray, labels: np.ndarray, logits: np.ndarray) -> dict[str, float]:
+def read_rows(model: PreTrainedModel, batch: Mapping[str, Tensor], labels: Sequence, name: str) -> list[np.ndarray]:
+    """The logits C of each row of a batch."""
+    return list(finite_logits(model, batch, name).numpy())
+
+
+def row_predictions(predict: Callable[[np.ndarray], np.ndarray]) -> Callable[..., list]:
+    """A kind's `predictions`: what `predict` makes of all rows' logits B×C."""
+    return lambda task, rows, found, split: predict(np.stack(found)).tolist()
+
+
+def rows_while_training(predict: Callable[[np.ndarray], np.ndarray]) -> Callable[..., dict[str, Callable]]:
+    """A kind's `while_training`, of what `predict` makes of all rows' logits B×C."""
+
+    def scoring(task: Task, rows: datasets.Dataset, split: datasets.Dataset) -> dict[str, Callable]:
+        def of_rows(output: EvalPrediction) -> dict[str, float]:
+            return row_scores(task, predict(output.predictions), output.label_ids, output.predictions)
+
+        return {"compute_metrics": of_rows}
+
+    return scoring
+
+
+def row_scores(task: Task, predictions: ArrayLike, labels: ArrayLike, logits: np.ndarray) -> dict[str, float]:
     """The task's metrics of one split.
 
     Args:
         predictions: B class ids, B scores, or B×C zeros and ones of label sets; labels alike.
         logits: B×C, or B of a regression.
     """
+    found, truth = np.asarray(predictions), np.asarray(labels)
     results: dict[str, float] = {}
     for name in task.metrics:
         if name == "average":  # GLUE's own: the mean of the task's other metrics
             results[name] = float(np.mean(list(results.values())))
         elif name == "roc_auc":
-            if task.num_labels == 2 and len(np.unique(labels)) == 2:  # undefined otherwise
-                results |= RocAuc().compute(predictions=logits[:, 1] - logits[:, 0], references=labels)
+            if task.num_labels == 2 and len(np.unique(truth)) == 2:  # undefined otherwise
+                results |= RocAuc().compute(predictions=logits[:, 1] - logits[:, 0], references=truth)
         else:
-            results |= METRICS[name](predictions.ndim).compute(predictions=predictions, references=labels)
+            results |= METRICS[name](found.ndim).compute(predictions=found, references=truth)
     return {key: float(value) for key, value in results.items()}
 
 

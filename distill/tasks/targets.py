@@ -112,6 +112,20 @@ def refuse_not_finite_outputs(logits: Tensor, attention_mask: Tensor | None, nam
         )
 
 
+def finite_logits(model: PreTrainedModel, batch: Mapping[str, Tensor], name: str) -> Tensor:
+    """A model's logits of a batch, in float32 in main memory, as `logits_of` gives them.
+
+    Args:
+        name: of the model.
+
+    Raises:
+        InputError: they are NaN or infinite.
+    """
+    logits = logits_of(model(**batch)).float().cpu()
+    refuse_not_finite_outputs(logits, batch.get("attention_mask"), name)
+    return logits
+
+
 @dataclass(frozen=True)
 class Labels:
     """Of a batch: the labels of its predictions, and which predictions count where a teacher is compared."""

@@ -1,13 +1,46 @@
 """Tagged words: the tags of a row's words, how they are scored, and how far two models agree on them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+import datasets
 import numpy as np
+from torch import Tensor
+from transformers import EvalPrediction, PreTrainedModel
 
 from distill.tasks import entities, scorers
 from distill.tasks.base import Task
 from distill.tasks.scorers import Scorer
-from distill.tasks.targets import IGNORED
+from distill.tasks.targets import IGNORED, finite_logits
+
+
+def read_tags(
+    model: PreTrainedModel, batch: Mapping[str, Tensor], labels: Sequence[Sequence[int]], name: str
+) -> list[list[int]]:
+    """The label ids predicted for the words of each row of a batch that the model read.
+
+    Args:
+        labels: of each row's tokens, −100 for those that stand for no word; padding is on the right.
+    """
+    found = finite_logits(model, batch, name).argmax(-1).numpy()
+    known = [np.array(of_row) != IGNORED for of_row in labels]
+    return [tags[: len(of_row)][of_row].tolist() for tags, of_row in zip(found, known, strict=True)]
+
+
+def tag_predictions(
+    task: Task, rows: datasets.Dataset, found: Sequence[Sequence[int]], split: datasets.Dataset
+) -> list[list[int]]:
+    """The label ids of all words of each row, of what `read_tags` found."""
+    return tags_of_words(found, rows["words"], split["label"])
+
+
+def tags_while_training(task: Task, rows: datasets.Dataset, split: datasets.Dataset) -> dict[str, Callable]:
+    """What a Trainer takes to score tagged words."""
+
+    def of_words(output: EvalPrediction) -> dict[str, float]:
+        found = words_of(output.predictions, output.label_ids)
+        return tag_scores(task, tags_of_words(found, rows["words"], split["label"]), split["label"])
+
+    return {"preprocess_logits_for_metrics": lambda logits, _: logits.argmax(-1), "compute_metrics": of_words}
 
 
 def words_of(values: np.ndarray, labels: np.ndarray) -> list[list[int]]:
@@ -32,12 +65,15 @@ def tags_of_words(
     return predicted
 
 
-def tag_scores(task: Task, predictions: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]) -> dict[str, float]:
+def tag_scores(
+    task: Task, predictions: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], logits: None = None
+) -> dict[str, float]:
     """Precision, recall and F1 of entities, and the share of words whose tag is right.
 
     Args:
         predictions: label ids of each row's words; −100 for words that the model did not read, which are not right.
         labels: of every word.
+        logits: none are kept.
     """
     results = entities.scores(entities.entity_counts(predictions, labels, task.label_names or ()))
     pairs = [pair for rows in zip(predictions, labels, strict=True) for pair in zip(*rows, strict=True)]

@@ -138,7 +138,7 @@ def test_an_evaluation_never_holds_the_logits_of_a_batch(tmp_path, kind, monkeyp
     rows = data.tokenized("validation", tokenizer)
     model, whole = language_model(kind, vocabulary), sum(rows["length"]) * vocabulary
     monkeypatch.setattr("distill.tasks.targets.CHUNK", 16)
-    monkeypatch.setattr("distill.evaluation.evaluate.CHUNK", 16)
+    monkeypatch.setattr("distill.tasks.language.CHUNK", 16)
     monkeypatch.setattr("distill.training.trainer._LOGITS_AT_ONCE", 16 * vocabulary)
     with LargestTensor() as seen:
         found = evaluate_model(model, tokenizer, data, batch_size=24)

@@ -119,7 +119,7 @@ def test_every_form_of_no_answer_is_one(tmp_path, answers):
     data = load(tmp_path, rows)
     assert data.labels("train") == [plausible] + [{"text": [], "answer_start": []}] * 2
     assert data.tokenized("train", make_tokenizer())["start_positions"] == [4, 0, 0]
-    assert span_scores(["good", "", ""], data.labels("train")) == {"f1": 1, "exact_match": 1}
+    assert span_scores(data.task, ["good", "", ""], data.labels("train")) == {"f1": 1, "exact_match": 1}
     assert score_interval(data.task, ["good", "", ""], data.labels("train")) == (1, 1)
 
 
