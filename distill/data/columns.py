@@ -8,13 +8,11 @@ import datasets
 
 from distill.data.labels import is_missing
 from distill.errors import nearest_name
-from distill.tasks.base import Task, TaskKind
+from distill.tasks.base import STORED_COLUMNS, Task, TaskKind
+from distill.tasks.kinds import KINDS
 
 LABEL = "label"
 """Column of checked rows that holds class ids, float scores, zeros and ones, ids of words, or answers."""
-
-_IMPOSSIBLE = "is_impossible"
-"""SQuAD 2's column of whether a question has no answer."""
 
 MERGED_LABELS = "labels of a row"
 """Column of lists that stands for several columns of zeros and ones."""
@@ -81,12 +79,7 @@ def checked_rows(
     chosen = rows.select_columns(list(task.text))
     apart = zip(task.text, named_apart(task).text, strict=True)
     chosen = chosen.rename_columns({column: name for column, name in apart if column != name})
-    problem = None
-    if task.kind == "question-answering":
-        impossible = rows[_IMPOSSIBLE] if _IMPOSSIBLE in rows.column_names else [None] * len(rows)
-        labels, problem = _encode_answers(rows[task.text[1]], rows[task.label], impossible)
-    elif task.kind == "token-classification" and labels is not None:
-        problem = _counts_differ(rows[task.text[0]], labels)
+    labels, problem = KINDS[task.kind].labels.complete(rows, task, labels)
     if problem:
         problems.append(f"data.label: column {task.label!r} of {split} {problem}")
     return chosen if labels is None or problem else chosen.add_column(LABEL, list(labels))  # type: ignore[call-arg]
@@ -94,12 +87,14 @@ def checked_rows(
 
 def column_problem(rows: datasets.Dataset, column: str, kind: TaskKind) -> str | None:
     """What keeps a column from being what a kind of task reads, or None."""
-    if kind == "token-classification":
-        return words_problem(rows, column)
-    if kind == "image-classification":
-        of_images = isinstance(rows.features[column], datasets.Image)
-        return None if of_images else "holds no images, nor names of image files beside the data file"
-    return text_problem(rows, column)
+    problem_of = {"text": text_problem, "words": words_problem, "images": images_problem}[KINDS[kind].reads]
+    return problem_of(rows, column)
+
+
+def images_problem(rows: datasets.Dataset, column: str) -> str | None:
+    """What keeps a column from being images, or None."""
+    of_images = isinstance(rows.features[column], datasets.Image)
+    return None if of_images else "holds no images, nor names of image files beside the data file"
 
 
 def text_problem(rows: datasets.Dataset, column: str) -> str | None:
@@ -136,52 +131,6 @@ def _is_text(feature: Any) -> bool:
     return getattr(feature, "dtype", None) in ("string", "large_string", "string_view")
 
 
-def _counts_differ(texts: Sequence[list[str]], labels: Sequence[list[int]]) -> str | None:
-    """What is wrong where a row has not as many labels as words, or None."""
-    for row, (words, of_words) in enumerate(zip(texts, labels, strict=True)):
-        if len(of_words) != len(words or []):
-            return f"has {len(of_words)} labels in row {row}, which has {len(words or [])} words"
-    return None
-
-
-def _encode_answers(contexts: list[str], values: list[Any], impossible: list[bool | None]) -> tuple[list, str | None]:
-    """The accepted answers of each question: `text`, and `answer_start` in characters of the context.
-
-    A question has no answer where the lists are empty, hold the empty text alone, or are missing, and where SQuAD 2's
-    `is_impossible` says so: `text` is then empty.
-    """
-    if values and all(given is None for given in values) and not any(impossible):
-        return [], "has no answer in any row; SQuAD's form is text and answer_start, empty lists for no answer"
-    encoded: list[dict[str, list]] = []
-    for row, (context, given) in enumerate(zip(contexts, values, strict=True)):
-        if isinstance(given, list):  # one answer each, as in SQuAD's own file
-            given = {key: [each[key] for each in given if key in each] for key in ("text", "answer_start")}
-        if given is None or impossible[row] in (True, 1):
-            encoded.append({"text": [], "answer_start": []})
-            continue
-        if not isinstance(given, dict) or not {"text", "answer_start"} <= given.keys():
-            return [], f"has no text and answer_start in row {row} (SQuAD's form)"
-        texts, starts = (_as_list(given[key]) for key in ("text", "answer_start"))
-        if not any(texts):  # [""], with a place or without
-            texts, starts = [], []
-        if len(texts) != len(starts):
-            return [], f"has {len(texts)} answers but {len(starts)} places in row {row}"
-        pairs = [(text, start) for text, start in zip(texts, starts, strict=True) if text]
-        texts, starts = [text for text, _ in pairs], [start for _, start in pairs]
-        wrong = [text for text, start in zip(texts, starts, strict=True) if context[start : start + len(text)] != text]
-        if wrong:
-            return [], f"says where {wrong[0]!r} stands in the context of row {row}, but it does not stand there"
-        encoded.append({"text": texts, "answer_start": starts})
-    return encoded, None
-
-
 def all_hidden(rows: datasets.Dataset, task: Task) -> bool:
     """GLUE's test labels are withheld: −1 in every row."""
     return all(is_missing(value) or value in (-1, "-1") for value in rows[task.label])
-
-
-def _as_list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list) else [] if value is None else [value]
-
-
-STORED_COLUMNS = STORED_LOGITS, STORED_PROBABILITIES = "teacher_logits", "teacher_probabilities"

@@ -8,13 +8,11 @@ from functools import cached_property
 from itertools import chain
 from typing import Literal, TypeAlias
 
-from distill.tasks.base import OF_CLASSES, Task
+from distill.tasks.base import Task
+from distill.tasks.kinds import KINDS
 
 Element: TypeAlias = str | int
 """A label as it was found: a name, or a whole number."""
-
-OF_LISTS = ("multi-label", "token-classification")
-"""Kinds with several labels a row."""
 
 WHOLE_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.0*)?")
 NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
@@ -72,8 +70,8 @@ def encode_labels(
         model_labels: the names of a model that is scored.
     """
     declared = _declared(columns, task, label_names, model_labels)
-    own = task.name == "own"
-    if task.kind == "multi-label" and _are_zeros_and_ones(columns, declared.names if declared else (), task, problems):
+    own, sets = task.name == "own", KINDS[task.kind].labels.sets
+    if sets and _are_zeros_and_ones(columns, declared.names if declared else (), task, problems):
         places = tuple(map(str, range(len(columns[0].rows[0]))))
         task = task.with_label_names(declared.names if declared else places)
         encoded = {column.split: [[float(element) for element in row] for row in column.rows] for column in columns}
@@ -124,12 +122,13 @@ def _names_of_rows(columns: list[LabelColumn], task: Task, notes: list[str], pro
     all_numbers = bool(everywhere) and all(isinstance(each, int) or _is_number(each) for each in everywhere)
     scores = sorted(each for each in everywhere if isinstance(each, str) and not each.isdigit())  # "007" is a name
     where = f"data.label: column {task.label!r}"
-    if task.kind == "token-classification" and (all_numbers or everywhere <= {"False", "True"}):
+    rule = KINDS[task.kind].labels
+    if rule.tags and (all_numbers or everywhere <= {"False", "True"}):
         problems.append(
             f"{where} holds numbers, which do not say what is an entity; name them in the order of their ids, like "
             "data.label_names: [O, B-person, I-person]"
         )
-    elif all_numbers and scores and task.kind == "multi-label":
+    elif all_numbers and scores and rule.sets:
         problems.append(f"{where} holds numbers like {scores[0]}; names, ids, or zeros and ones are right")
     elif all_numbers and scores:
         problems.append(
@@ -218,9 +217,9 @@ def _form(name: str) -> str:
 
 def _rows_of_ids(column: LabelColumn, ids: Mapping[Element, int | None], task: Task) -> list:
     rows = [[ids[element] for element in row] for row in column.rows]
-    if task.kind == "token-classification":
+    if KINDS[task.kind].labels.tags:
         return rows
-    if task.kind == "multi-label":  # a float each, as binary cross-entropy takes them
+    if KINDS[task.kind].labels.sets:  # a float each, as binary cross-entropy takes them
         return [[float(index in row) for index in range(task.num_labels)] for row in rows]
     return [row[0] for row in rows]
 
@@ -289,7 +288,7 @@ def _unknown(unknown: Counter, column: LabelColumn, task: Task, known: _Names) -
         return outside_ids(numbers, known.names)
     value = min(unknown, key=str)
     row = next(row for row, labels in enumerate(column.rows) if value in labels)
-    what = "classes" if task.kind in OF_CLASSES else "labels"
+    what = "classes" if KINDS[task.kind].labels.one_class else "labels"
     told = f"holds {str(value)!r}, which is none of the {what} ({_shown(known.names)}); the first is row {row}"
     if known.source == "rows":
         return f"{told}. No training row has it: add some, remove these, or name all in data.label_names"
@@ -310,7 +309,7 @@ def _labels_alike(task: Task) -> list[str]:
 
 def _no_outside_tag(task: Task) -> list[str]:
     """A note where every word of token classification would count as one of an entity."""
-    if task.kind != "token-classification" or "O" in (task.label_names or ()):
+    if not KINDS[task.kind].labels.tags or "O" in (task.label_names or ()):
         return []
     return ["none of the labels is O, so entity F1 takes every word for a part of an entity; accuracy counts words"]
 
@@ -331,6 +330,7 @@ def _absent(task: Task, encoded: Mapping[str, list]) -> list[str]:
 
 def _counts(rows: list, task: Task) -> Counter[int]:
     """How many labels of each id there are."""
-    if task.kind == "multi-label":
+    rule = KINDS[task.kind].labels
+    if rule.sets:
         return Counter(index for row in rows for index, value in enumerate(row) if value)
-    return Counter(chain.from_iterable(rows) if task.kind in OF_LISTS else rows)
+    return Counter(chain.from_iterable(rows) if rule.tags else rows)

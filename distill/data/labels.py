@@ -13,7 +13,6 @@ import datasets
 from distill.data.label_ids import (
     DECIMAL_COMMA,
     NUMBER,
-    OF_LISTS,
     WHOLE_NUMBER,
     Element,
     LabelColumn,
@@ -22,7 +21,8 @@ from distill.data.label_ids import (
     where_of,
     whole_number,
 )
-from distill.tasks.base import OF_CLASSES, Task
+from distill.tasks.base import Task
+from distill.tasks.kinds import KINDS
 
 
 def read_labels(
@@ -49,10 +49,10 @@ def read_labels(
     wrong = _wrong_names(label_names or (), task)
     encoded: dict[str, list] = {}
     if all(task.label in rows.column_names for rows in found.values()):  # which is told of each split
-        if task.kind == "regression":
+        if KINDS[task.kind].labels.scores:
             scores = {split: _scores(rows, task, split, wrong) for split, rows in found.items()}
             encoded = {split: of_split for split, of_split in scores.items() if of_split is not None}
-        elif task.kind in (*OF_CLASSES, *OF_LISTS):
+        elif KINDS[task.kind].labels.named:
             read = [_column(rows, task, split, wrong) for split, rows in found.items()]
             columns = _numbers_in_text([column for column in read if column is not None])
             if columns and not wrong:
@@ -62,7 +62,8 @@ def read_labels(
 
 
 def _wrong_names(names: Sequence[str], task: Task) -> list[str]:
-    if names and (task.label_names or task.kind not in (*OF_CLASSES, *OF_LISTS)):
+    rule = KINDS[task.kind].labels
+    if names and (task.label_names or not rule.named):
         told = "the columns name the labels" if task.label_names else f"not for {task.kind}"
         return [f"data.label_names: {told}; leave it out"]
     twice = [name for name, count in Counter(names).items() if count > 1]
@@ -70,7 +71,7 @@ def _wrong_names(names: Sequence[str], task: Task) -> list[str]:
         return [f"data.label_names: {twice[0]!r} stands there twice; each label has a name of its own"]
     if any(not name.strip() for name in names):
         return ["data.label_names: one of them is empty; each label needs a name"]
-    if len(names) == 1 and task.kind != "multi-label":
+    if len(names) == 1 and not rule.sets:
         return [f"data.label_names: {names[0]!r} is one class; {task.kind} needs two or more"]
     return []
 
@@ -80,23 +81,23 @@ def _wrong_names(names: Sequence[str], task: Task) -> list[str]:
 
 def _column(rows: datasets.Dataset, task: Task, split: str, problems: list[str]) -> LabelColumn | None:
     """The labels of a split, or None with what is wrong in `problems`."""
-    values, where = rows[task.label][:], where_of(task, split)
+    values, where, rule = rows[task.label][:], where_of(task, split), KINDS[task.kind].labels
     missing = [row for row, value in enumerate(values) if is_missing(value)]
     if missing:
         problems.append(f"{where} has no label in {_rows(missing, values)}; remove or fill them")
         return None
-    wrong = [row for row, value in enumerate(values) if isinstance(value, list) != (task.kind in OF_LISTS)]
-    if wrong and task.kind in OF_LISTS:
-        needed = "multi-label rows need" if task.kind == "multi-label" else "token classification needs, a label a word"
+    wrong = [row for row, value in enumerate(values) if isinstance(value, list) != rule.lists]
+    if wrong and rule.lists:
+        needed = "multi-label rows need" if rule.sets else "token classification needs, a label a word"
         in_text = " (csv has none: give json lines, or a column a label)" if isinstance(values[wrong[0]], str) else ""
         problems.append(f"{where} holds no lists, which {needed}{in_text}; the first row without one is row {wrong[0]}")
         return None
     if wrong:
         problems.append(f"{where} holds lists; say kind: multi-label")
         return None
-    lists = values if task.kind in OF_LISTS else [[value] for value in values]
+    lists = values if rule.lists else [[value] for value in values]
     types = frozenset(map(type, chain.from_iterable(lists)))
-    holes = [row for row, labels in enumerate(lists) if any(map(is_missing, labels))] if task.kind in OF_LISTS else []
+    holes = [row for row, labels in enumerate(lists) if any(map(is_missing, labels))] if rule.lists else []
     if holes:
         problems.append(f"{where} holds an empty label in {_rows(holes, values)}; remove or fill them")
         return None
@@ -123,7 +124,7 @@ def is_missing(value: Any) -> bool:
 def _element(value: Any, task: Task) -> Element:
     """A value as a name or a whole number: 1.0 is 1; a boolean is a name, but a number in lists of labels."""
     if isinstance(value, bool):
-        return int(value) if task.kind == "multi-label" else str(value)
+        return int(value) if KINDS[task.kind].labels.sets else str(value)
     if isinstance(value, int):
         return value
     if isinstance(value, float | Decimal) and math.isfinite(value) and value == int(value):

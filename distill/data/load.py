@@ -12,7 +12,6 @@ from transformers import BaseImageProcessor
 
 from distill.data.columns import (
     MERGED_LABELS,
-    STORED_COLUMNS,
     all_hidden,
     checked_rows,
     merge_labels,
@@ -24,11 +23,7 @@ from distill.data.split import classes_without_rows, cut_validation, random_part
 from distill.data.tokenized import Processor, cut_rows, tokenize
 from distill.data.unlabelled import read_unlabelled, sample_pairs, with_stored
 from distill.errors import InputError
-from distill.tasks.base import (
-    Task,
-    TaskKind,
-    glue_task,
-)
+from distill.tasks.base import STORED_COLUMNS, Task, TaskKind, glue_task
 from distill.tasks.kinds import KINDS, own_task
 
 Truncated: TypeAlias = dict[str, dict[str, int]]
@@ -216,11 +211,12 @@ def load_data(
         splits |= {} if unlabelled is None else {"unlabelled": unlabelled}
         source_fingerprint += f" unlabelled {more}"
     task = named_apart(task)
-    if task.kind not in ("classification", "multi-label", "regression", "token-classification"):
+    its = KINDS[task.kind]
+    if not its.unlabelled:
         for name in ("unlabelled", "sampled_pairs", *STORED_COLUMNS):
             if getattr(options, name) is not None:
                 problems.append(f"data.{name}: not for {task.kind}; leave it out")
-    if options.stride is not None and task.kind != "question-answering":
+    if options.stride is not None and not its.strides:
         problems.append(f"data.stride: for question answering, not for {task.kind}; leave it out")
     widest = max(options.max_length // 2 - 3, 0)  # three tokens are special, and a question has some too
     if options.stride is not None and options.stride > widest:
@@ -327,9 +323,13 @@ def _task(task_name: str | None, options: DataOptions) -> Task:
     if options.kind is None:
         problems.append(f"data.kind: missing; say {', '.join(KINDS)} (or name a GLUE task under `task:`)")
         raise InputError(*problems)
-    columns, label = list(KINDS[options.kind].columns), KINDS[options.kind].label
+    if options.kind not in KINDS:
+        *names, last = map(repr, KINDS)
+        raise InputError(f"data.kind: should be {', '.join(names)} or {last}; got {options.kind!r}", *problems)
+    its = KINDS[options.kind]
+    columns, label = list(its.columns), its.label
     text = [options.text] if isinstance(options.text, str) else options.text or columns
-    allowed = [1, 2] if options.kind in ("classification", "multi-label", "regression") else [len(columns)]
+    allowed = [1, 2] if its.pairs else [len(columns)]
     if len(text) not in allowed:
         problems.append(f"data.text: {' or '.join(map(str, allowed))} for {options.kind}, not {len(text)} columns")
     if len(set(text)) < len(text):
@@ -344,7 +344,7 @@ def _task(task_name: str | None, options: DataOptions) -> Task:
     if problems:
         raise InputError(*problems)
     if isinstance(options.label, list):
-        if options.kind != "multi-label":
+        if not its.labels.sets:
             raise InputError(f"data.label: several columns are for kind: multi-label, not {options.kind}")
         return own_task(options.kind, tuple(text), MERGED_LABELS).with_label_names(tuple(options.label))
     return own_task(options.kind, tuple(text), options.label or label)

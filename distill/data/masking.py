@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from distill.errors import InputError
+from distill.tasks.language_modeling import mask_row
 from distill.tasks.targets import IGNORED
 
 
@@ -39,20 +39,3 @@ class Masking:
             masked, of_row = mask_row(ids[place, mask].numpy(), self.tokenizer, self.share, generator)
             ids[place, mask], labels[place, mask] = torch.from_numpy(masked), torch.from_numpy(of_row)
         return {**batch, "input_ids": ids, "labels": labels}
-
-
-def mask_row(
-    ids: NDArray[np.int64], tokenizer: PreTrainedTokenizerBase, share: float, generator: np.random.Generator
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(masked ids, labels) of a row of T tokens; labels are −100 where nothing is predicted.
-
-    Of the chosen tokens 80 % become the mask token, 10 % a random one, 10 % stay (Devlin et al. 2019, section 3.1).
-    Special tokens are never chosen, and of the others always one or more.
-    """
-    draws, kinds = generator.random((2, len(ids)))
-    draws[np.isin(ids, tokenizer.all_special_ids)] = 2.0
-    chosen = (draws <= max(share, draws.min())) & (draws < 2.0)
-    labels = np.where(chosen, ids, IGNORED)
-    random_ids = generator.integers(len(tokenizer), size=len(ids))
-    masked = np.where(chosen & (kinds < 0.8), tokenizer.mask_token_id, ids)
-    return np.where(chosen & (kinds >= 0.9), random_ids, masked), labels

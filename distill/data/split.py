@@ -7,7 +7,8 @@ import datasets
 import numpy as np
 
 from distill.errors import InputError
-from distill.tasks.base import OF_CLASSES, Task
+from distill.tasks.base import Task
+from distill.tasks.kinds import KINDS
 
 
 def cut_validation(
@@ -27,7 +28,8 @@ def cut_validation(
     Raises:
         InputError: every label is another, or one of the two would be empty.
     """
-    labels = rows["label"] if task.kind in OF_CLASSES else [0] * len(rows)
+    of_classes = KINDS[task.kind].labels.one_class
+    labels = rows["label"] if of_classes else [0] * len(rows)
     texts = _texts_of_rows(rows, task)
     groups: dict[str, list[int]] = defaultdict(list)
     for index, text in enumerate(texts):
@@ -44,7 +46,7 @@ def cut_validation(
         for position in order[:count]:
             chosen.update(by_class[label][position])
     train = [index for index in range(len(rows)) if index not in chosen]
-    if not chosen and task.kind in OF_CLASSES and len(by_class) == len(rows):
+    if not chosen and of_classes and len(by_class) == len(rows):
         raise InputError(
             f"data.label: column {task.label!r} has another label in each of {len(rows)} rows; name the column of the "
             "classes, or say kind: regression for scores"
@@ -64,7 +66,7 @@ def random_part(rows: datasets.Dataset, limit: int, seed: int) -> datasets.Datas
 
 def classes_without_rows(rows: datasets.Dataset, task: Task) -> int:
     """How many of a task's classes no row is of; 0 for tasks without classes."""
-    return task.num_labels - len(set(rows["label"])) if task.kind in OF_CLASSES else 0
+    return task.num_labels - len(set(rows["label"])) if KINDS[task.kind].labels.one_class else 0
 
 
 def _counts_to_cut(sizes: list[int], fraction: float, generator: np.random.Generator) -> list[int]:
@@ -91,8 +93,9 @@ def _counts_to_cut(sizes: list[int], fraction: float, generator: np.random.Gener
 
 def _texts_of_rows(rows: datasets.Dataset, task: Task) -> list[str]:
     """What tells a row from others: its texts, or for questions the context alone, or an image's bytes."""
-    if task.kind == "image-classification":
+    its = KINDS[task.kind]
+    if its.reads == "images":
         raw = rows.cast_column(task.text[0], datasets.Image(decode=False))[task.text[0]]
         return [str(image["bytes"] or image["path"]) for image in raw]
-    columns = task.text[1:] if task.kind == "question-answering" else task.text
-    return [str(texts) for texts in zip(*(rows[column] for column in columns), strict=True)]  # words are in a list
+    columns = [rows[column] for column in task.text[its.grouped_by]]
+    return [str(texts) for texts in zip(*columns, strict=True)]  # words are in a list

@@ -2,21 +2,19 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import datasets
 import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from distill.data.columns import (
-    STORED_COLUMNS,
-    STORED_PROBABILITIES,
     column_problem,
     named_apart,
 )
 from distill.data.files.readers import read_splits
 from distill.errors import InputError, nearest_name
-from distill.tasks.base import Task
+from distill.tasks.base import STORED_COLUMNS, STORED_PROBABILITIES, Task
+from distill.tasks.kinds import KINDS
 
 _NEIGHBOURS = 8
 
@@ -69,9 +67,10 @@ def _stored_problem(rows: list[list], task: Task, *, probabilities: bool) -> str
         return "holds something that is no number"
     if not np.isfinite(values).all():
         return "holds values that are not finite"
-    if probabilities and task.kind == "regression":
+    rule = KINDS[task.kind].labels
+    if probabilities and rule.scores:
         return "holds probabilities, but a regression has none; give teacher_logits (the scores)"
-    sums_are_wrong = task.kind == "classification" and np.abs(values.sum(1) - 1).max() > 1e-2
+    sums_are_wrong = rule.one_class and np.abs(values.sum(1) - 1).max() > 1e-2
     if probabilities and (values.min() < 0 or values.max() > 1 + 1e-6 or sums_are_wrong):
         return "holds rows that are no probabilities: below 0, above 1, or a sum that is not 1"
     return None
@@ -107,12 +106,9 @@ def read_unlabelled(
 
 def unlabelled_rows(task: Task, texts: Sequence[Sequence[str]]) -> datasets.Dataset:
     """Rows without a label, from one list of texts per text column."""
-    if task.kind == "token-classification":
-        words = list(texts[0])
-        return datasets.Dataset.from_dict({task.text[0]: words, "label": [[-100] * len(row) for row in words]})
-    none: Any = {"classification": -100, "regression": float("nan")}.get(task.kind, [float("nan")] * task.num_labels)
+    unknown = KINDS[task.kind].labels.unknown
     columns = {column: list(values) for column, values in zip(task.text, texts, strict=True)}
-    return datasets.Dataset.from_dict({**columns, "label": [none] * len(texts[0])})
+    return datasets.Dataset.from_dict({**columns, "label": [unknown(task, text) for text in texts[0]]})
 
 
 def sample_pairs(rows: datasets.Dataset, task: Task, count: int, seed: int) -> datasets.Dataset:

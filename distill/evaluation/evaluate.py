@@ -1,7 +1,7 @@
 """Score one model on a task's validation and test rows."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
@@ -24,9 +24,8 @@ from distill.data.load import Data, Truncated
 from distill.data.tokenized import Processor
 from distill.evaluation.intervals import score_interval
 from distill.models.structure import accepted_inputs
-from distill.tasks.base import Task
-from distill.tasks.kinds import KINDS
-from distill.tasks.targets import OF_ROWS, problem_type
+from distill.tasks.base import ScoringArguments, Task
+from distill.tasks.kinds import KINDS, targets_of
 
 
 @dataclass(frozen=True)
@@ -93,13 +92,13 @@ def _score(
     """(predictions, metrics, logits) of a split; logits where a row has one prediction."""
     task, its = data.task, KINDS[data.task.kind]
     found = _read(model, task, rows, inputs, name)
-    logits = None if its.problem_type is None else np.stack(found)
+    logits = np.stack(found) if its.targets.per_row else None
     predictions = its.predictions(task, rows, found, data.splits[split])
     scores = its.scores(task, predictions, data.labels(split), logits)
     return predictions, scores, None if logits is None else logits.tolist()
 
 
-def metrics_while_training(data: Data, rows: datasets.Dataset) -> dict[str, Callable]:
+def metrics_while_training(data: Data, rows: datasets.Dataset) -> ScoringArguments:
     """What a Trainer takes to score the first validation split: `compute_metrics` and what goes before it.
 
     Args:
@@ -111,7 +110,7 @@ def metrics_while_training(data: Data, rows: datasets.Dataset) -> dict[str, Call
 def _read(model: PreTrainedModel, task: Task, rows: datasets.Dataset, inputs: _Inputs, name: str) -> list:
     """What the kind's `read` keeps of each tokenized row, in their order."""
     found: list = [None] * len(rows)
-    of_rows = KINDS[task.kind].problem_type is not None or "labels" not in rows.column_names
+    of_rows = KINDS[task.kind].targets.per_row or "labels" not in rows.column_names
     labels = [None] * len(rows) if of_rows else rows["labels"]  # an image's would be decoded with it
     with torch.inference_mode():
         for numbers, batch in inputs:
@@ -129,8 +128,9 @@ def _inputs(
     Args:
         text: beside the progress bar.
     """
-    of_tokens = problem_type(model) not in OF_ROWS
-    batches = input_batches(rows, tokenizer, batch_size=batch_size, padding_side="right" if of_tokens else None)
+    batches = input_batches(
+        rows, tokenizer, batch_size=batch_size, padding_side=None if targets_of(model).per_row else "right"
+    )
     for chosen, batch in progress(batches, text, total=math.ceil(len(rows) / batch_size)):
         batch = {
             name: values.to(model.device, model.dtype if values.is_floating_point() else None)  # pixels

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Sequence
-from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,9 +10,7 @@ from scipy import stats
 from distill.tasks import scorers
 from distill.tasks.base import Task
 from distill.tasks.kinds import KINDS
-from distill.tasks.metrics import divergences
 from distill.tasks.scorers import Scorer
-from distill.tasks.targets import ProblemType
 
 RESAMPLES = 9999
 """Of the bootstrap; from seed to seed a bound moves by about a hundredth of the interval's width."""
@@ -131,5 +128,4 @@ def _weights(rows: NDArray[np.int64], num_rows: int) -> NDArray[np.float64]:
 
 
 def _divergences(task: Task, reference: Sequence, logits: Sequence) -> NDArray[np.float64]:
-    problem = cast(ProblemType, KINDS[task.kind].problem_type)
-    return divergences(problem, np.asarray(reference), np.asarray(logits))
+    return KINDS[task.kind].targets.divergences(np.asarray(reference), np.asarray(logits))

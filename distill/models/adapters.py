@@ -47,9 +47,6 @@ class LoraOptions(TypedDict, total=False):
 
 LoraOptions.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
 
-_KNOWN_HEADS = {name for kind in KINDS.values() for name in kind.heads or ()}
-"""Some of which any model lacks."""
-
 
 def lora_config(options: LoraOptions, kind: TaskKind) -> LoraConfig:
     """PEFT's config: rank 8, twice the rank as alpha, and all linear layers but the head, unless options say otherwise.
@@ -104,7 +101,8 @@ def _unmatched(model: PreTrainedModel, config: PeftConfig) -> list[str]:
         ]
 
     targets = getattr(config, "target_modules", None)
-    problems = unknown("modules_to_save", set(getattr(config, "modules_to_save", None) or []) - _KNOWN_HEADS)
+    known_heads = {name for kind in KINDS.values() for name in kind.heads or ()}  # some of which any model lacks
+    problems = unknown("modules_to_save", set(getattr(config, "modules_to_save", None) or []) - known_heads)
     if isinstance(targets, str) and targets.lower() != "all-linear":
         try:
             if not any(re.fullmatch(targets, name) for name in modules):

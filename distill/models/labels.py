@@ -21,7 +21,7 @@ def set_labels(config: PretrainedConfig, task: Task) -> None:
     names = task.label_names or ("score",)
     config.id2label = dict(enumerate(names))
     config.label2id = {name: index for index, name in enumerate(names)}
-    config.problem_type = KINDS[task.kind].problem_type
+    config.problem_type = KINDS[task.kind].targets.problem_type
 
 
 def label_order(
@@ -38,9 +38,10 @@ def label_order(
     """
     if not KINDS[task.kind].names_labels:
         return None
-    if task.kind == "regression":
+    targets = KINDS[task.kind].targets
+    if targets.one_output:
         if config.num_labels != 1:
-            raise InputError(f"{where}: has {config.num_labels} outputs, but {task.name} is a regression with one")
+            raise InputError(f"{where}: has {config.num_labels} outputs, but {task.name} is a {targets.name} with one")
         return None
     wanted = list(task.label_names or ())
     names = [config.id2label[index] for index in range(config.num_labels)]

@@ -139,7 +139,7 @@ def load_for_finetuning(location: str, task: Task, *, from_scratch: bool = False
 
 def _read_tokenizer(config: PretrainedConfig, location: str, kind: TaskKind) -> None:
     """Fit a config to the tokenizer that lies beside it, if one does."""
-    if kind != "image-classification" and holds_tokenizer(location):
+    if KINDS[kind].reads != "images" and holds_tokenizer(location):
         fit_to_tokenizer(config, load_tokenizer(location), location)
 
 

@@ -15,6 +15,7 @@ from distill.common.sources import reason_of
 from distill.errors import InputError
 from distill.models.folders import TOKENIZER_FILES, base_folder, load_config
 from distill.tasks.base import TaskKind
+from distill.tasks.kinds import KINDS
 
 _PADDING_TOKENS = ("[PAD]", "<pad>", "<|pad|>")
 # RoBERTa and what came from it: the first token's position is the padding's id + 1.
@@ -100,9 +101,10 @@ def load_processor(
     Raises:
         InputError: there is none.
     """
-    if kind == "token-classification":
+    reads = "text" if kind is None else KINDS[kind].reads
+    if reads == "words":
         return _reading_words(load_tokenizer(location, max_length), location)
-    if kind != "image-classification":
+    if reads == "text":
         return load_tokenizer(location, max_length)
     try:
         return AutoImageProcessor.from_pretrained(location, trust_remote_code=False)

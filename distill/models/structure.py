@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from distill.errors import InputError
-from distill.tasks.targets import SPAN_LABELS, plain_model
+from distill.tasks.outputs import plain_model
+from distill.tasks.targets import SPAN_LABELS
 
 _WIDTH_UNKNOWN = 384  # MobileNetV2 tells none; it decides a default learning rate alone
 

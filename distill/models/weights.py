@@ -20,7 +20,8 @@ from transformers.integrations import deepspeed
 from distill.common.private_names import set_sharding_config, sharding_config
 from distill.errors import InputError
 from distill.models.adapters import stored_beside_adapters
-from distill.tasks.base import OF_LANGUAGE, TaskKind
+from distill.tasks.base import TaskKind
+from distill.tasks.kinds import KINDS
 
 logger = logging.getLogger(__name__)
 
@@ -205,8 +206,7 @@ def fit_problems(fit: Fit, kind: TaskKind, *, new_head: bool) -> list[str]:
     """
     if fit.problem is not None:
         return [fit.problem]
-    per_token = kind in ("token-classification", "question-answering", *OF_LANGUAGE)
-    untrained = fit.new_head if per_token else fit.untrained
+    untrained = fit.untrained if KINDS[kind].targets.per_row else fit.new_head
     if new_head or (not untrained and not fit.reshaped_head):
         return []
     if fit.reshaped_head:

@@ -21,6 +21,7 @@ from distill.recipes.inputs import ModelInput, baseline_problems, default_baseli
 from distill.recipes.recipe import Recipe, Step, located
 from distill.recipes.stored_models import check_student, reading_problems, stored_fit
 from distill.tasks.base import TaskKind
+from distill.tasks.kinds import KINDS
 from distill.tasks.metrics import computed
 from distill.training.config import is_on
 from distill.training.teachers import FROM_DATA, comparable, layer_pairs
@@ -200,8 +201,8 @@ def _plan_step(
         if isinstance(options, DistillOptions):
             for teacher in [model for option, model in inputs.items() if is_teacher(option)]:
                 same = _reads(teacher, kind) == _reads(source, kind)
-                if not same and kind not in ("classification", "multi-label", "regression", None):
-                    what = "image processor" if kind == "image-classification" else "tokenizer"
+                if not same and kind is not None and not KINDS[kind].pairs:
+                    what = "image processor" if KINDS[kind].reads == "images" else "tokenizer"
                     problems.append(
                         f"{source_option}: its {what} is not that of {teacher.reference}, and {kind} compares what "
                         "both read piece by piece; start from a model that reads the same"

@@ -10,7 +10,6 @@ from distill.compression.student import build_student
 from distill.errors import InputError
 from distill.models.load import (
     ModelSource,
-    auto_class,
     from_config,
     model_class,
     set_labels,
@@ -29,6 +28,7 @@ from distill.models.weights import (
     with_head_of_adapters,
 )
 from distill.tasks.base import Task, TaskKind
+from distill.tasks.kinds import KINDS
 from distill.training.features import FeatureExtractor, FeatureSpec
 from distill.verbs.options import (
     DistillOptions,
@@ -41,9 +41,7 @@ from distill.verbs.options import (
 def has_head(source: ModelSource, task: Task) -> bool:
     """Whether a model was saved with a head for a kind of task: by the name of its class, and by its weights."""
     architecture = (source.config.architectures or [""])[0]
-    endings = [auto_class(task.kind).__name__.removeprefix("AutoModel")]
-    endings += ["LMHeadModel"] if task.kind == "causal-lm" else []
-    named = any(architecture.endswith(ending) for ending in endings)
+    named = architecture.endswith(KINDS[task.kind].architectures)
     of_another_kind = not named and ("For" in architecture or architecture.endswith("LMHeadModel"))
     fit, _ = stored_fit(source, task, new_head=False)
     if fit is None:

@@ -1,31 +1,28 @@
-"""What a task is: its columns, label names and metrics; GLUE's nine."""
+"""What a task is, and a kind of task: its columns, labels, targets, metrics and words; GLUE's nine tasks."""
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, TypedDict
+
+import datasets
+import numpy as np
+from torch import Tensor
+from transformers import EvalPrediction, PreTrainedModel
 
 from distill.errors import InputError, nearest_name
+from distill.tasks.scorers import Scorer
+from distill.tasks.targets import Targets
 
-TaskKind = Literal[
-    "classification",
-    "multi-label",
-    "regression",
-    "token-classification",
-    "question-answering",
-    "masked-lm",
-    "causal-lm",
-    "image-classification",
-]
+TaskKind: TypeAlias = str
+"""A name in `distill.tasks.kinds.KINDS`."""
 
-OF_CLASSES = ("classification", "image-classification")
-"""Kinds with one class a row."""
-
-OF_LANGUAGE = ("masked-lm", "causal-lm")
-"""Kinds whose labels are the tokens themselves."""
+STORED_COLUMNS = STORED_LOGITS, STORED_PROBABILITIES = "teacher_logits", "teacher_probabilities"
+"""Of rows that carry a teacher's predictions."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One task on one or two text columns, a column of words, or a column of images."""
+    """One task on the columns that its kind reads: texts, words or images."""
 
     name: str
     kind: TaskKind
@@ -47,6 +44,139 @@ class Task:
     def with_label_names(self, label_names: tuple[str, ...]) -> "Task":
         """This task once its labels are known."""
         return replace(self, label_names=label_names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelRule:
+    """What stands in the label column of a kind, and what becomes of it. Nothing has a default."""
+
+    named: bool
+    """Whether labels are names, or ids of names."""
+    sets: bool
+    """Whether a row has a set of them, which becomes zeros and ones."""
+    tags: bool
+    """Whether a row has a list of them, one a word."""
+    scores: bool
+    """Whether labels are numbers."""
+    unknown: Callable[[Task, Any], Any]
+    """(task, the first text or the words of a row) → the label of a row that has none."""
+    complete: Callable[[datasets.Dataset, Task, Sequence | None], tuple[Sequence | None, str | None]]
+    """(rows of a split, task, their labels as read; None for columns that are neither names nor numbers) → the labels
+    to keep, None for none; and what is wrong with the column, or None."""
+
+    @property
+    def lists(self) -> bool:
+        """Whether a row has several labels."""
+        return self.sets or self.tags
+
+    @property
+    def one_class(self) -> bool:
+        """Whether a row has one of several classes."""
+        return self.named and not self.lists
+
+
+@dataclass(frozen=True)
+class EncodeOptions:
+    """How rows become inputs, beside their kind."""
+
+    max_length: int
+    """Tokens."""
+    stride: int | None
+    """Tokens that neighbouring windows of a long context share; None for the kind's own."""
+    scored: bool
+    """Whether the rows are scored, and not trained on."""
+
+
+class ScoringArguments(TypedDict, total=False):
+    """What a Trainer takes to score its evaluations."""
+
+    compute_metrics: Callable[[EvalPrediction], dict[str, float]]
+    preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor]
+
+
+Batch: TypeAlias = dict[str, list]
+"""Columns of some rows."""
+Encode: TypeAlias = Callable[[Batch, list[int], Task, Any, EncodeOptions], Batch]
+"""(rows, their numbers, task, tokenizer or image processor, options) → inputs and `labels` of as many rows or more,
+and of texts `cut`: whether `max_length` took something from a row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """What differs between kinds of task. Nothing has a default: a kind that leaves something out can't be made."""
+
+    columns: tuple[str, ...]
+    """Those that are read, unless the user names others."""
+    pairs: bool
+    """Whether there may also be two text columns; the teacher may then read other tokens than the student."""
+    reads: Literal["text", "words", "images"]
+    """What stands in these columns."""
+    grouped_by: slice
+    """Which of them tell a row from others when a validation split is cut off; rows alike in these stay together."""
+    label: str
+    """The label's column; empty where there is none."""
+    labels: LabelRule
+    unlabelled: bool
+    """Whether rows may lack a label, and may carry a teacher's predictions."""
+    encode: Encode
+    """Rows → inputs. Images become theirs whenever they are read."""
+    needs_offsets: bool
+    """Whether this needs a tokenizer that tells where a token stands in its text."""
+    strides: bool
+    """Whether long texts become windows whose overlap a user chooses."""
+    metrics: tuple[str, ...]
+    """Names of `distill.tasks.rows.METRICS` or of its kind, for a user's own data."""
+    primary_metric: str
+    further_metrics: tuple[str, ...]
+    """Keys that are computed beside the metrics'."""
+    targets: Targets
+    """What its models predict."""
+    predict: Callable[[np.ndarray], np.ndarray]
+    """Logits …×C of rows, tokens or ends of a span → what they predict."""
+    read: Callable[[PreTrainedModel, Mapping[str, Tensor], Sequence[Any], str], list[Any]]
+    """(model, batch, labels of its rows, the model's name) → of each row what `predictions` is made of."""
+    predictions: Callable[[Task, datasets.Dataset, Any, datasets.Dataset], list]
+    """(task, tokenized rows, what `read` gave of each, the split) → predictions as in `Evaluation`."""
+    scores: Callable[[Task, Any, Any, Any], dict[str, float]]
+    """(task, predictions, labels, logits B×C or None) → the metrics."""
+    while_training: Callable[[Task, datasets.Dataset, datasets.Dataset], ScoringArguments]
+    """(task, tokenized rows, the split) → what a Trainer takes."""
+    scorer: Callable[[Task, Any, Any], Scorer]
+    """(task, predictions, labels), one of each a row → the primary metric, for the score and for its bootstrap."""
+    agreement: Callable[[Any, Any], float]
+    """The predictions of two models → how far they are the same."""
+    names_labels: bool
+    """Whether a model's config says what its outputs are (classes, tags, or the score)."""
+    auto_class: str
+    """The Auto class of transformers that loads models."""
+    architectures: tuple[str, ...]
+    """How the names of these models' classes end."""
+    peft_task: str | None
+    """PEFT's name for what is predicted; None where it has none."""
+    heads: tuple[str, ...] | None
+    """Layers that PEFT puts adapters into where it should train them as a whole; None where it knows them."""
+    pipeline_tag: str
+    """The Hub's name of the kind."""
+    usage: str
+    """Python that prints a prediction of `$model` for `$example`, for `string.Template`."""
+
+
+def pipeline_usage(tag: str, example: str, more: str = "") -> str:
+    """`Kind.usage` where transformers has a pipeline for it.
+
+    Args:
+        tag: of the pipeline.
+        example: Python of what is predicted for.
+        more: further arguments of the pipeline, after a comma.
+    """
+    return (
+        f'from transformers import pipeline\n\npredict = pipeline("{tag}", "$model"{more})\nprint(predict({example}))'
+    )
+
+
+def labels_as_read(rows: datasets.Dataset, task: Task, labels: Sequence | None) -> tuple[Sequence | None, str | None]:
+    """`LabelRule.complete` where names or numbers are all there is to a label."""
+    return labels, None
 
 
 def _pair(name: str, first: str, second: str, labels: tuple[str, ...], **more: Any) -> Task:
@@ -104,6 +234,6 @@ def glue_task(name: str) -> Task:
 
 
 def is_better_lower(metric: str) -> bool:
-    """Whether less of a metric is better: of perplexity, and of losses (`loss`, `eval_loss`, `loss/soft`)."""
+    """Whether less of a metric is better: of perplexity, errors and losses (`loss`, `eval_loss`, `loss/soft`)."""
     name = metric.removeprefix("eval_")
-    return name.endswith(("perplexity", "loss")) or name.startswith("loss/")
+    return name.endswith(("perplexity", "error", "loss")) or name.startswith("loss/")

@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import EvalPrediction, PreTrainedModel
 
 from distill.tasks import scorers
-from distill.tasks.base import Task
+from distill.tasks.base import ScoringArguments, Task
+from distill.tasks.outputs import finite_logits
 from distill.tasks.scorers import Scorer
-from distill.tasks.targets import finite_logits
 
 
 def most_likely(logits: np.ndarray) -> np.ndarray:
@@ -39,15 +39,19 @@ def read_rows(model: PreTrainedModel, batch: Mapping[str, Tensor], labels: Seque
     return list(finite_logits(model, batch, name).numpy())
 
 
-def row_predictions(predict: Callable[[np.ndarray], np.ndarray]) -> Callable[..., list]:
+def row_predictions(
+    predict: Callable[[np.ndarray], np.ndarray],
+) -> Callable[[Task, datasets.Dataset, Sequence[np.ndarray], datasets.Dataset], list]:
     """A kind's `predictions`: what `predict` makes of all rows' logits B×C."""
     return lambda task, rows, found, split: predict(np.stack(found)).tolist()
 
 
-def rows_while_training(predict: Callable[[np.ndarray], np.ndarray]) -> Callable[..., dict[str, Callable]]:
+def rows_while_training(
+    predict: Callable[[np.ndarray], np.ndarray],
+) -> Callable[[Task, datasets.Dataset, datasets.Dataset], ScoringArguments]:
     """A kind's `while_training`, of what `predict` makes of all rows' logits B×C."""
 
-    def scoring(task: Task, rows: datasets.Dataset, split: datasets.Dataset) -> dict[str, Callable]:
+    def scoring(task: Task, rows: datasets.Dataset, split: datasets.Dataset) -> ScoringArguments:
         def of_rows(output: EvalPrediction) -> dict[str, float]:
             return row_scores(task, predict(output.predictions), output.label_ids, output.predictions)
 

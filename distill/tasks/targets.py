@@ -1,265 +1,203 @@
-"""What a model predicts, by its kind: for rows, tokens or spans; the labels, and which predictions count."""
+"""What of a batch a model's logits stand against: labels, mask, and how predictions are compared."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Protocol
 
+import numpy as np
 import torch
-from peft import PeftModel
+from numpy.typing import NDArray
+from scipy.special import logsumexp
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-
-from distill.errors import InputError
-
-ProblemType = Literal[
-    "regression",
-    "single_label_classification",
-    "multi_label_classification",
-    "token_classification",
-    "question_answering",
-    "masked_lm",
-    "causal_lm",
-]
-
-OF_ROWS = ("regression", "single_label_classification", "multi_label_classification")
-"""Kinds with one prediction a row."""
-
-OF_TOKENS = ("token_classification", "masked_lm", "causal_lm")
-"""Kinds with one a token, whose labels are padded as the tokens are."""
+from transformers import PretrainedConfig
 
 SPAN_LABELS = ("start_positions", "end_positions")
 IGNORED = -100
-CHUNK = 256
-"""Tokens whose logits are held at once: 155 MB for a vocabulary of 151,000."""
 
 _NO_LOGIT = -1e4
 
-_KINDS = {
-    "ForTokenClassification": "token_classification",
-    "ForQuestionAnswering": "question_answering",
-    "ForMaskedLM": "masked_lm",
-    "ForCausalLM": "causal_lm",
-    "LMHeadModel": "causal_lm",  # GPT-2
-}
-_OF_ROWS = ("ForSequenceClassification", "ForImageClassification")
-
-
-def problem_type(model: PreTrainedModel) -> ProblemType:
-    """What a model's outputs mean, by its class and config.
-
-    Raises:
-        InputError: another class, or a regression with several outputs.
-    """
-    name, config = type(plain_model(model)).__name__, model.config
-    for ending, kind in _KINDS.items():
-        if name.endswith(ending):
-            return kind  # type: ignore[return-value]
-    if not name.endswith(_OF_ROWS):
-        endings = ", ".join(f"…{ending}" for ending in (*_OF_ROWS, *_KINDS))
-        raise InputError(f"{name}: not a class that can be distilled; these can: {endings}")
-    if config.problem_type == "regression" and config.num_labels > 1:
-        raise InputError(f"{name}: a regression with {config.num_labels} outputs; one is supported")
-    if config.num_labels == 1 and config.problem_type != "multi_label_classification":
-        return "regression"
-    return config.problem_type or "single_label_classification"
-
-
-def plain_model(model: Any) -> PreTrainedModel:
-    """The transformers model inside of PEFT's wrapper; any other as it is."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def label_columns(problem: ProblemType) -> list[str]:
-    """The columns of a batch that hold its labels."""
-    return list(SPAN_LABELS) if problem == "question_answering" else ["labels"]
-
-
-def logits_of(outputs: Any) -> Tensor:
-    """B×C, B×T×C, or for spans B×2×T: the logits of their starts and of their ends."""
-    if "start_logits" in outputs:
-        return torch.stack([outputs["start_logits"], outputs["end_logits"]], dim=1)
-    return outputs["logits"]
-
-
-def all_finite(logits: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Whether every logit is a finite number, those of padding aside: one boolean, on their device.
-
-    Args:
-        logits: as `logits_of` gives them.
-        attention_mask: B×T, of models that read tokens.
-    """
-    sums = logits.float().sum(-1) if logits.ndim < 3 or logits.shape[1] != 2 else logits.float()
-    if attention_mask is not None and sums.ndim > 1:  # attention may give padding anything
-        valid = attention_mask.to(sums.device).bool()
-        if sums.ndim == 3 and sums.shape[::2] == valid.shape:
-            sums = sums.masked_fill(~valid.unsqueeze(1), 0)
-        elif sums.shape == valid.shape:
-            sums = sums.masked_fill(~valid, 0)
-    return sums.isfinite().all()
-
-
-def refuse_not_finite_outputs(logits: Tensor, attention_mask: Tensor | None, name: str) -> None:
-    """Raise an `InputError` where a model predicts NaN or infinite values.
-
-    Args:
-        name: of the model.
-    """
-    if not all_finite(logits, attention_mask):
-        raise InputError(
-            f"{name}: its predictions are NaN or infinite, so there is nothing to score; its weights are broken, or "
-            "its dtype overflows (load it in float32 or bfloat16)"
-        )
-
-
-def finite_logits(model: PreTrainedModel, batch: Mapping[str, Tensor], name: str) -> Tensor:
-    """A model's logits of a batch, in float32 in main memory, as `logits_of` gives them.
-
-    Args:
-        name: of the model.
-
-    Raises:
-        InputError: they are NaN or infinite.
-    """
-    logits = logits_of(model(**batch)).float().cpu()
-    refuse_not_finite_outputs(logits, batch.get("attention_mask"), name)
-    return logits
-
 
 @dataclass(frozen=True)
-class Labels:
-    """Of a batch: the labels of its predictions, and which predictions count where a teacher is compared."""
+class BatchTargets:
+    """Of a batch: the labels of its predictions, and which of these are compared with a teacher's."""
 
     labels: Tensor | None
-    """…, or …×C for sets of labels; unknown ones are −100 or NaN. None where the batch has no such column."""
-    counted: Tensor
-    """… booleans."""
+    """…, or …×C for multi-label; unknown ones are −100 or NaN. None where the batch has no such column."""
+    mask: Tensor
+    """… booleans; a loss against a teacher is normalised by how many are true."""
     classes: Tensor | None = None
     """For spans B×1×T: the tokens that can be an end, padding aside."""
 
-    def beside(self, logits: Tensor) -> "Labels":
-        """These, or in one row those that count, where the logits are of them alone (see `predicting_alone`)."""
-        if logits.shape[:-1] == self.counted.shape:
+    def at_mask(self, logits: Tensor) -> "BatchTargets":
+        """These, or in one row those under the mask where the logits are of them alone (see `head_at_mask`)."""
+        if logits.shape[:-1] == self.mask.shape:
             return self
-        labels = None if self.labels is None else self.labels[self.counted].unsqueeze(0)
-        return Labels(labels, self.counted.new_ones(1, int(self.counted.sum())))
+        labels = None if self.labels is None else self.labels[self.mask].unsqueeze(0)
+        return BatchTargets(labels, self.mask.new_ones(1, int(self.mask.sum())))
 
 
-def labels_of(problem: ProblemType, batch: Mapping[str, Tensor], counted_rows: Tensor) -> Labels:
-    """The labels that stand against `shifted(problem, logits)`.
+class HardLoss(Protocol):
+    """As `distill.losses.hard_loss`: the sum over labels of the loss against them, divided by `count`."""
 
-    A token counts where it has a label; in a row without any, where it is no padding. A causal LM's token is predicted
-    from the one before it.
+    def __call__(
+        self,
+        student_logits: Tensor,
+        labels: Tensor,
+        label_smoothing: float,
+        count: Tensor,
+        *,
+        class_weights: Tensor | None,
+    ) -> Tensor:
+        """The loss of aligned logits …×C; the other arguments as there."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Targets:
+    """What models of a kind predict, and how their logits stand against labels and against another model's logits.
+
+    Nothing has a default: targets that leave something out can't be made. "Logits" are as `logits_of` gives them.
+    """
+
+    name: str
+    """In messages, and in the names of caches on disk."""
+    problem_type: str | None
+    """As a model's config has it; None where its class says it all."""
+    fits: Callable[[PretrainedConfig], bool]
+    """Whether a model with this config, whose class is one of the kind's, predicts this."""
+    label_columns: tuple[str, ...]
+    """Of a batch."""
+    output_names: tuple[str, ...]
+    """Of a model's logits: one, or one for each end of a span."""
+    token_axis: int | None
+    """The axis of logits that goes over tokens; None for one prediction a row."""
+    one_output: bool
+    """Whether the head has a single output."""
+    over_vocabulary: bool
+    """Whether the classes are the tokens of the vocabulary, which must then be the teacher's."""
+    masks_inputs: bool
+    """Whether only masked tokens are predicted: rows without labels are masked anew whenever they are read, and a head
+    may be computed at masked positions alone."""
+    inputs_are_labels: bool
+    """Whether tokens are labels themselves, where a batch brings no others."""
+    float_labels: bool
+    """Whether labels are floats, also where the rows have whole numbers."""
+    batch_targets: Callable[[Mapping[str, Tensor], Tensor], BatchTargets]
+    """(batch, B booleans of the rows that are real) → the labels and mask that stand against `aligned` logits."""
+    aligned: Callable[[Tensor], Tensor]
+    """Logits → those that stand against labels."""
+    hard_loss: HardLoss
+    """Of aligned logits against labels."""
+    distributions: Callable[[Tensor], Tensor] | None
+    """Logits …×C → logits of the distributions they stand for, …×C or, one a label, …×C×2; None for values, which are
+    compared by their squared error."""
+    from_probabilities: Callable[[Tensor], Tensor]
+    """Probabilities …×C → logits …×C."""
+    divergences: Callable[[NDArray, NDArray], NDArray[np.float64]]
+    """(a model's logits N×C, another's) → how far the other's predictions are from the first's: N."""
+    drawn_likelihood: Callable[[Tensor, torch.Generator], Tensor]
+    """Logits N×C → the sum of log-likelihoods of labels drawn from them; its gradients give the Fisher information."""
+
+    @property
+    def per_row(self) -> bool:
+        """Whether each row has one prediction."""
+        return self.token_axis is None
+
+    @property
+    def per_token(self) -> bool:
+        """Whether each token has one, so that labels are padded as tokens are."""
+        return self.token_axis == 1
+
+    def num_outputs(self, config: PretrainedConfig) -> int:
+        """Logits of one row, or of one token."""
+        if self.over_vocabulary:
+            return config.vocab_size
+        return config.num_labels if len(self.output_names) == 1 else len(self.output_names)
+
+    def named(self, logits: Tensor) -> dict[str, Tensor]:
+        """Logits under the names that transformers' models give them: B×C, B×T×C, or for each end of spans B×T."""
+        several = len(self.output_names) > 1
+        return dict(zip(self.output_names, logits.unbind(1) if several else [logits], strict=True))
+
+    def tokens_first(self, logits: Tensor) -> Tensor:
+        """Logits B×T×C, of B×T×C or of spans' B×2×T; the inverse too."""
+        return logits if self.token_axis == 1 else logits.transpose(1, 2)
+
+
+def any_config(config: PretrainedConfig) -> bool:
+    """`Targets.fits` where a model's class says all."""
+    return True
+
+
+def as_they_are(logits: Tensor) -> Tensor:
+    """`Targets.aligned` and `Targets.distributions` where each logit stands where its label does."""
+    return logits
+
+
+def targets_of_rows(batch: Mapping[str, Tensor], counted_rows: Tensor) -> BatchTargets:
+    """`Targets.batch_targets` of one prediction a row.
 
     Args:
+        batch: its `labels` are B, or B×C.
         counted_rows: B booleans.
     """
-    if problem in OF_ROWS:
-        labels = batch.get("labels")
-        if labels is not None:
-            unknown = float("nan") if labels.is_floating_point() else IGNORED
-            labels = labels.masked_fill(~counted_rows.reshape(-1, *(1,) * (labels.ndim - 1)), unknown)
-        return Labels(labels, counted_rows)
-    tokens = batch["attention_mask"].bool() & counted_rows.unsqueeze(-1)
-    if problem == "question_answering":
-        both = counted_rows.unsqueeze(-1).expand(-1, 2)
-        if not set(SPAN_LABELS) <= batch.keys():
-            return Labels(None, both, batch["attention_mask"].bool().unsqueeze(1))
-        ends = torch.stack([batch[name] for name in SPAN_LABELS], dim=1)
-        known = both & (ends >= 0) & (ends < tokens.shape[1])
-        return Labels(ends.masked_fill(~known, IGNORED), both, batch["attention_mask"].bool().unsqueeze(1))
     labels = batch.get("labels")
     if labels is not None:
-        labels = labels.masked_fill(~tokens, IGNORED)
-    if problem == "causal_lm":
-        tokens = tokens[:, 1:] & tokens[:, :-1]
-        labels = labels[:, 1:].masked_fill(~tokens, IGNORED) if labels is not None else None
+        unknown = float("nan") if labels.is_floating_point() else IGNORED
+        labels = labels.masked_fill(~counted_rows.reshape(-1, *(1,) * (labels.ndim - 1)), unknown)
+    return BatchTargets(labels, counted_rows)
+
+
+def targets_of_tokens(batch: Mapping[str, Tensor], counted_rows: Tensor) -> BatchTargets:
+    """`Targets.batch_targets` of one prediction a token.
+
+    A token counts where it has a label; in a row without any, where it is no padding.
+
+    Args:
+        batch: its `labels` are B×T.
+        counted_rows: B booleans.
+    """
+    tokens, labels = real_tokens(batch, counted_rows), batch.get("labels")
+    return labelled_tokens(None if labels is None else labels.masked_fill(~tokens, IGNORED), tokens)
+
+
+def real_tokens(batch: Mapping[str, Tensor], counted_rows: Tensor) -> Tensor:
+    """B×T booleans of the tokens of rows that count (B booleans), padding aside."""
+    return batch["attention_mask"].bool() & counted_rows.unsqueeze(-1)
+
+
+def labelled_tokens(labels: Tensor | None, tokens: Tensor) -> BatchTargets:
+    """Targets at the tokens that have a label; in rows without any, at all tokens.
+
+    Args:
+        labels: B×T, −100 for none.
+        tokens: B×T booleans, padding aside.
+    """
     if labels is None:
-        return Labels(None, tokens)
+        return BatchTargets(None, tokens)
     known = labels != IGNORED
-    return Labels(labels, torch.where(known.any(-1, keepdim=True), known, tokens))
+    return BatchTargets(labels, torch.where(known.any(-1, keepdim=True), known, tokens))
 
 
-@contextmanager
-def predicting_alone(model: PreTrainedModel, counted: Tensor | None) -> Iterator[None]:
-    """Let a masked LM predict the tokens that count alone: its logits are then 1×N×V.
-
-    The head of a small model is most of its work: 30,000 outputs for each token, and of seven tokens one is masked.
-
-    Args:
-        counted: B×T booleans with N true; None for all tokens.
-    """
-    if counted is None:
-        yield
-        return
-
-    def select(encoder: nn.Module, arguments: tuple, output: Any) -> Any:
-        output.last_hidden_state = output.last_hidden_state[counted].unsqueeze(0)
-        return output
-
-    hook = plain_model(model).base_model.register_forward_hook(select)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-def logits_in_chunks(model: PreTrainedModel, inputs: Mapping[str, Tensor], counted: Tensor) -> Iterator[Tensor]:
-    """A language model's logits N×V of the tokens that count, `CHUNK` of them at a time.
-
-    What is before the head runs once, the head for each chunk: B×T×V logits of 64 rows of 128 tokens would be 5 GB for
-    a vocabulary of 151,000.
-
-    Args:
-        inputs: that the model takes.
-        counted: B×T booleans with N true.
-    """
-    encoder = plain_model(model).base_model
-    whole, own = encoder.forward, encoder.__dict__.get("forward")
-    known: list[Any] = []
-    states: list[Tensor] = []
-
-    def forward(*arguments: Any, **options: Any) -> Any:
-        if not known:
-            known.append(whole(*arguments, **options))
-            states.extend(known[0].last_hidden_state[counted].split(CHUNK))
-        known[0].last_hidden_state = states.pop(0).unsqueeze(0)
-        return known[0]
-
-    encoder.forward = forward
-    try:
-        while not known or states:
-            yield logits_of(model(**inputs))[0]
-    finally:
-        if own is None:
-            del encoder.forward
-        else:
-            encoder.forward = own
-
-
-def shifted(problem: ProblemType, logits: Tensor) -> Tensor:
-    """A causal LM's logits without those of the last token, which predict what is not there."""
-    return logits[:, :-1] if problem == "causal_lm" else logits
-
-
-def counted_logits(problem: ProblemType, batch: Mapping[str, Tensor], logits: Tensor) -> Tensor:
-    """The logits N×C of a batch's predictions that count: of its rows, of its tokens, of its spans' two ends.
+def logits_under_mask(targets: Targets, batch: Mapping[str, Tensor], logits: Tensor) -> Tensor:
+    """The logits N×C of a batch's predictions: of its rows, of its tokens, of its spans' two ends.
 
     Args:
         batch: a model's inputs, without labels.
         logits: as `logits_of` gives them.
     """
-    logits = shifted(problem, logits)
-    labels = labels_of(problem, batch, torch.ones(len(logits), dtype=torch.bool, device=logits.device))
-    return among(labels.classes, logits, as_values=False)[labels.counted]
+    logits = targets.aligned(logits)
+    of_batch = targets.batch_targets(batch, torch.ones(len(logits), dtype=torch.bool, device=logits.device))
+    return mask_classes(logits, of_batch.classes, as_values=False)[of_batch.mask]
 
 
-def among(classes: Tensor | None, logits: Tensor, *, as_values: bool) -> Tensor:
-    """Logits whose classes that don't exist (padding, for spans) take no part.
+def mask_classes(logits: Tensor, classes: Tensor | None, *, as_values: bool) -> Tensor:
+    """Mask padded positions out of span logits, so that they take no part in a loss.
 
     Args:
-        classes: booleans of the classes that do; None for all.
-        as_values: for a squared error, averaged over the classes that exist; else for a softmax.
+        logits: …×C.
+        classes: booleans of the classes that are no padding; None for all.
+        as_values: for a squared error, averaged over the classes that are none; else for a softmax.
     """
     if classes is None:
         return logits
@@ -267,3 +205,70 @@ def among(classes: Tensor | None, logits: Tensor, *, as_values: bool) -> Tensor:
         return logits.float().masked_fill(~classes, _NO_LOGIT)
     existing = classes.sum(-1, keepdim=True).clamp(min=1)
     return logits.float().masked_fill(~classes, 0.0) * (logits.shape[-1] / existing).sqrt()
+
+
+# --- two models' predictions ------------------------------------------------------------------------------------------
+
+
+def kl_of_classes(reference: NDArray, logits: NDArray) -> NDArray[np.float64]:
+    """KL(reference ‖ other) of each row's distribution over classes, in nats: N.
+
+    Args:
+        reference: logits N×C; logits alike.
+    """
+    return _kl(*(np.asarray(each, dtype=np.float64) for each in (reference, logits)))
+
+
+def kl_of_labels(reference: NDArray, logits: NDArray) -> NDArray[np.float64]:
+    """The mean over C labels of each row's KL(reference ‖ other), each of a distribution of two outcomes, in nats: N.
+
+    Args:
+        reference: logits N×C; logits alike.
+    """
+    first, second = (np.asarray(each, dtype=np.float64) for each in (reference, logits))
+    return _kl(*(np.stack([each, np.zeros_like(each)], axis=-1) for each in (first, second)))
+
+
+def squared_differences(reference: NDArray, logits: NDArray) -> NDArray[np.float64]:
+    """The squared difference of each row's values: N.
+
+    Args:
+        reference: values N×1; logits alike.
+    """
+    first, second = (np.asarray(each, dtype=np.float64) for each in (reference, logits))
+    return np.square(first - second).reshape(len(first), -1).mean(-1)
+
+
+def _kl(first: NDArray, second: NDArray) -> NDArray[np.float64]:
+    first, second = (each - logsumexp(each, axis=-1, keepdims=True) for each in (first, second))
+    terms = (np.exp(first) * (first - second)).sum(-1)
+    return np.maximum(terms.reshape(len(terms), -1).mean(-1), 0)
+
+
+def likelihood_of_drawn_classes(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """The sum of log-likelihoods of a class drawn from each distribution N×C."""
+    logits = logits.float()
+    drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
+    return logits.log_softmax(-1).gather(-1, drawn).sum()
+
+
+def likelihood_of_drawn_labels(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """The sum of log-likelihoods of labels N×C drawn each by itself."""
+    logits = logits.float()
+    drawn = torch.bernoulli(logits.detach().sigmoid(), generator=generator)
+    return -nn.functional.binary_cross_entropy_with_logits(logits, drawn, reduction="sum")
+
+
+def sum_of_values(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """The sum of values, whose gradients are those of a squared error but for a factor of mean 0 and variance 1."""
+    return logits.float().sum()
+
+
+def log_of_probabilities(probabilities: Tensor) -> Tensor:
+    """Logits of a softmax …×C."""
+    return probabilities.clamp(min=1e-12).log()
+
+
+def log_odds(probabilities: Tensor) -> Tensor:
+    """Logits of labels …×C that are there each by itself."""
+    return probabilities.logit(eps=1e-6)

@@ -16,7 +16,8 @@ from distill.data.batches import row_lengths
 from distill.errors import InputError
 from distill.models.structure import width_of
 from distill.tasks.base import is_better_lower
-from distill.tasks.targets import label_columns, plain_model, problem_type
+from distill.tasks.kinds import targets_of
+from distill.tasks.outputs import plain_model
 from distill.training.config import DistillationConfig, TrainingConfig, default_learning_rate
 
 
@@ -143,7 +144,7 @@ def _unreadable(model: PreTrainedModel | PeftModel, sets: Mapping[str, Any], opt
 
 def _label_problems(model: PreTrainedModel | PeftModel, args: TrainingArguments | None) -> list[str]:
     """Labels under names that are not read: rows would count as having none."""
-    read = label_columns(problem_type(model))
+    read = targets_of(model).label_columns
     others = set((args.label_names if args is not None else None) or ()) - {*read, "label", "label_ids"}
     if not others:
         return []
@@ -179,7 +180,7 @@ def check_class_weights(args: TrainingConfig, model: PreTrainedModel) -> None:
     Raises:
         InputError: they don't fit.
     """
-    of_scores = problem_type(model) == "regression"
+    of_scores = targets_of(model).distributions is None
     if args.class_weights is not None and (of_scores or len(args.class_weights) != model.config.num_labels):
         outputs = "a score" if of_scores else f"{model.config.num_labels} classes"
         raise InputError(f"class_weights: {len(args.class_weights)} weights, but the model predicts {outputs}")

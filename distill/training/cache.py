@@ -14,7 +14,6 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +103,7 @@ def restored(stored: dict[str, Tensor], layout: Layout, attention_mask: Tensor) 
         logits = with_tail(logits, stored["words"], stored["tail"], layout.num_outputs)
     if layout.predicts_tokens:
         logits = _padded(logits, attention_mask)
-        logits = logits.transpose(1, 2) if layout.problem == "question_answering" else logits
+        logits = layout.targets.tokens_first(logits)
     if "states" not in stored:
         return logits, Representations(pooled=stored.get("pooled"))
     layers = list(_padded(stored["states"].flatten(1), attention_mask).chunk(stored["states"].shape[1], dim=-1))
@@ -266,7 +265,7 @@ def _columns(found: TeacherOutputs, attention_mask: Tensor, layout: Layout) -> d
     one, valid = [1] * len(logits), attention_mask.bool()
     tokens = valid.sum(1).tolist()
     if layout.predicts_tokens:
-        logits = logits.transpose(1, 2) if layout.problem == "question_answering" else logits
+        logits = layout.targets.tokens_first(logits)
         if layout.top_k:
             likeliest, words, tail = top_words(logits[valid], layout.top_k)
             columns = {"logits": _items(likeliest.half(), tokens), "words": _items(words.int(), tokens)}
@@ -346,7 +345,7 @@ def _fingerprint(
         for key, value in model.config.to_dict().items()
         if key not in ("_name_or_path", "transformers_version")
     }
-    digest.update(json.dumps([_VERSION, asdict(layout), precision, config], sort_keys=True, default=str).encode())
+    digest.update(json.dumps([_VERSION, layout.described(), precision, config], sort_keys=True, default=str).encode())
     digest.update("".join(adapter_states(model)).encode())
     for name, weight in sorted(model.state_dict().items()):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())

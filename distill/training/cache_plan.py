@@ -2,15 +2,16 @@
 
 import os
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from huggingface_hub import constants
 from numpy.typing import NDArray
 
 from distill.errors import InputError
-from distill.tasks.targets import OF_ROWS, ProblemType
+from distill.tasks.targets import Targets
 from distill.training.config import DistillationConfig
 from distill.training.features import FeatureSpec
 
@@ -22,14 +23,19 @@ class Layout:
     wanted: FeatureSpec
     num_outputs: int
     width: int
-    problem: ProblemType = "single_label_classification"
+    targets: Targets
     top_k: int = 0
     """For a causal LM: likeliest words that are kept of each token, and the mass of the others in one; 0: all."""
 
     @property
     def predicts_tokens(self) -> bool:
         """Whether logits are stored for each token; a span's are two, for its start and its end."""
-        return self.problem not in OF_ROWS
+        return not self.targets.per_row
+
+    def described(self) -> dict[str, Any]:
+        """What two caches must share, as JSON takes it."""
+        described = {name: getattr(self, name) for name in ("num_outputs", "width", "top_k")}
+        return described | {"wanted": asdict(self.wanted), "problem": self.targets.name}
 
     @property
     def states_per_token(self) -> int:

@@ -21,7 +21,7 @@ from distill.models.structure import (
     input_names,
     width_of,
 )
-from distill.tasks.targets import logits_of, plain_model
+from distill.tasks.outputs import logits_of, plain_model
 
 LayerMap = Literal["uniform", "last", "first"] | list[tuple[int, int]]
 

@@ -17,14 +17,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from distill.data.batches import COUNTED_ROWS
 from distill.errors import TrainingDiverged
 from distill.models.structure import accepted_inputs
-from distill.tasks.targets import (
-    ProblemType,
-    labels_of,
-    logits_of,
-    plain_model,
-    predicting_alone,
-    problem_type,
-)
+from distill.tasks.outputs import head_at_mask, logits_of, plain_model
+from distill.tasks.targets import Targets
 from distill.training.config import Schedule, TrainingConfig, is_on, value_at
 from distill.training.parts import parts_of_batch
 from distill.training.teachers import Teacher
@@ -39,6 +33,7 @@ class Objective:
         args: the trainer's arguments.
         weights: of each loss, by its name; looked up for every batch.
         accelerator: adds up over all processes.
+        targets: of the student.
     """
 
     def __init__(
@@ -48,9 +43,10 @@ class Objective:
         args: TrainingConfig,
         weights: Mapping[str, float | Schedule],
         accelerator: Accelerator,
+        targets: Targets,
     ):
         self._student, self._teachers, self._args = student, teachers, args
-        self._problem = problem_type(student)
+        self._targets = targets
         self._weights, self._accelerator = weights, accelerator
         self._logged, self._evaluated = Sums(), Sums()
         self._finite = FiniteLosses(args)
@@ -72,10 +68,10 @@ class Objective:
         Raises:
             TrainingDiverged: a loss of a training on a CPU is NaN or infinite.
         """
-        counted = None
-        if self._problem == "masked_lm" and model.training and not all_logits:
-            counted = labels_of(self._problem, inputs, inputs[COUNTED_ROWS]).counted
-        predicting = predicting_alone(self._student, counted)
+        mask = None
+        if self._targets.masks_inputs and model.training and not all_logits:
+            mask = self._targets.batch_targets(inputs, inputs[COUNTED_ROWS]).mask
+        predicting = head_at_mask(self._student, mask)
         with record_function("student forward"), self._arithmetic_of_student(), predicting:
             if self._teachers:
                 outputs = model(**inputs)
@@ -86,7 +82,7 @@ class Objective:
             parts = parts_of_batch(
                 self._args,
                 self._teachers,
-                self._problem,
+                self._targets,
                 outputs,
                 inputs,
                 hard=is_on(self._weights["hard"]),
@@ -172,13 +168,6 @@ class Objective:
 def progress_of(state: TrainerState) -> float:
     """Optimizer steps done over all steps; known right after a resume."""
     return state.global_step / state.max_steps if state.max_steps > 0 else 0.0
-
-
-def named_logits(problem: ProblemType, logits: Tensor) -> dict[str, Tensor]:
-    """Logits under the names that transformers' models give them; of questions two, each B×T."""
-    if problem == "question_answering":
-        return dict(zip(("start_logits", "end_logits"), logits.unbind(1), strict=True))
-    return {"logits": logits}
 
 
 def evaluated_in_parts(

@@ -9,14 +9,7 @@ from torch import Tensor
 
 from distill import losses
 from distill.data.batches import COUNTED_ROWS
-from distill.tasks.targets import (
-    IGNORED,
-    Labels,
-    ProblemType,
-    among,
-    labels_of,
-    shifted,
-)
+from distill.tasks.targets import IGNORED, BatchTargets, Targets, mask_classes
 from distill.training.config import DistillationConfig, TrainingConfig, is_on, value_at
 from distill.training.features import Representations
 from distill.training.teachers import Teacher
@@ -47,20 +40,20 @@ class Part:
         return torch.where(counted > 0, counted, 1)
 
 
-def count(config: TrainingConfig, problem: ProblemType, batch: Mapping[str, Tensor], counted_rows: Tensor) -> Tensor:
+def count(config: TrainingConfig, targets: Targets, batch: Mapping[str, Tensor], counted_rows: Tensor) -> Tensor:
     """Rows, tokens, labels and predictions of the rows that count (B, of a batch): shape 4."""
     tokens = (batch["attention_mask"] * counted_rows.unsqueeze(-1)).sum()
-    expected = labels_of(problem, batch, counted_rows)
+    expected = targets.batch_targets(batch, counted_rows)
     labels = torch.zeros((), device=tokens.device)
     if expected.labels is not None:
         labels = losses.label_count(expected.labels, _class_weights(config, tokens.device))
-    return torch.stack([counted_rows.sum().float(), tokens.float(), labels.float(), expected.counted.sum().float()])
+    return torch.stack([counted_rows.sum().float(), tokens.float(), labels.float(), expected.mask.sum().float()])
 
 
 def parts_of_batch(
     config: TrainingConfig,
     teachers: Sequence[Teacher],
-    problem: ProblemType,
+    targets: Targets,
     outputs: Mapping[str, Any],
     inputs: dict[str, Tensor],
     *,
@@ -80,7 +73,7 @@ def parts_of_batch(
     counted = inputs[COUNTED_ROWS]
     parts: dict[str, Part] = {}
     if hard:
-        parts |= against_labels(config, problem, outputs["logits"], inputs, counted)
+        parts |= against_labels(config, targets, outputs["logits"], inputs, counted)
     if not isinstance(config, DistillationConfig):
         return parts
     for number, teacher in enumerate(teachers):
@@ -95,7 +88,7 @@ def parts_of_batch(
 
 
 def against_labels(
-    config: TrainingConfig, problem: ProblemType, logits: Tensor, batch: Mapping[str, Tensor], counted_rows: Tensor
+    config: TrainingConfig, targets: Targets, logits: Tensor, batch: Mapping[str, Tensor], counted_rows: Tensor
 ) -> dict[str, Part]:
     """The hard loss; nothing for a batch without a column of labels.
 
@@ -103,13 +96,13 @@ def against_labels(
         logits: as `logits_of` gives them.
         counted_rows: B booleans.
     """
-    logits = shifted(problem, logits)
-    expected = labels_of(problem, batch, counted_rows).beside(logits)
+    logits = targets.aligned(logits)
+    expected = targets.batch_targets(batch, counted_rows).at_mask(logits)
     if expected.labels is None:
         return {}
-    logits = among(expected.classes, logits, as_values=False)
+    logits = mask_classes(logits, expected.classes, as_values=False)
     weights = _class_weights(config, logits.device)
-    total = losses.hard_loss(logits, expected.labels, config.label_smoothing_factor, _ONE, class_weights=weights)
+    total = targets.hard_loss(logits, expected.labels, config.label_smoothing_factor, _ONE, class_weights=weights)
     return {"hard": Part(total, LABELS)}
 
 
@@ -129,14 +122,14 @@ def against_teacher(
         counted_rows: B booleans.
     """
     logits, shown = student
-    expected = labels_of(teacher.problem, batch, counted_rows)
-    alone = teacher.problem == "masked_lm" and logits.shape[:-1] != expected.counted.shape
-    targets, seen = teacher.outputs(batch, counted=expected.counted if alone else None)
+    expected = teacher.targets.batch_targets(batch, counted_rows)
+    at_mask = teacher.targets.masks_inputs and logits.shape[:-1] != expected.mask.shape
+    taught, seen = teacher.outputs(batch, mask=expected.mask if at_mask else None)
     tokens = batch["attention_mask"] * counted_rows.unsqueeze(-1)
     parts = {}
     if is_on(config.soft_weight):
-        logits, targets = logits[..., : teacher.vocabulary], targets[..., : teacher.vocabulary]
-        total = _soft(config, logits, targets, expected, temperature, teacher.problem)
+        logits, taught = logits[..., : teacher.vocabulary], taught[..., : teacher.vocabulary]
+        total = _soft(config, logits, taught, expected, temperature, teacher.targets)
         parts["soft"] = Part(total, PREDICTIONS)
     if shown.hidden and config.hidden_loss == "pkd":
         parts["hidden"] = Part(losses.pkd_loss(shown.hidden, seen.hidden, counted_rows, _ONE), ROWS)
@@ -162,29 +155,29 @@ def against_teacher(
 def _soft(
     config: DistillationConfig,
     logits: Tensor,
-    targets: Tensor,
-    expected: Labels,
+    taught: Tensor,
+    expected: BatchTargets,
     temperature: float | None,
-    problem: ProblemType,
+    targets: Targets,
 ) -> Tensor:
-    expected = expected.beside(shifted(problem, logits))
-    as_values = problem == "regression" or temperature is None or config.soft_loss == "mse"
-    logits, targets = (
-        among(expected.classes, shifted(problem, each), as_values=as_values) for each in (logits, targets)
+    expected = expected.at_mask(targets.aligned(logits))
+    as_values = targets.distributions is None or temperature is None or config.soft_loss == "mse"
+    logits, taught = (
+        mask_classes(targets.aligned(each), expected.classes, as_values=as_values) for each in (logits, taught)
     )
-    if as_values or temperature is None:
-        return losses.logit_loss(logits, targets, _ONE, mask=expected.counted)
-    outputs, labels = _ONE, expected.labels
-    if problem == "multi_label_classification":  # a mean over labels, each with a distribution of its own
-        outputs, labels = torch.tensor(float(logits.shape[-1])), None
-        logits, targets = losses.per_label(logits), losses.per_label(targets)
+    if as_values or temperature is None or targets.distributions is None:
+        return losses.logit_loss(logits, taught, _ONE, mask=expected.mask)
+    outputs, labels, shape = _ONE, expected.labels, logits.shape
+    logits, taught = targets.distributions(logits), targets.distributions(taught)
+    if logits.ndim > len(shape):  # a mean over labels, each with a distribution of its own
+        outputs, labels = torch.tensor(float(shape[-1])), None
     if config.soft_loss not in ("kl", "reverse_kl", "js"):
         classes = torch.full(logits.shape[:-1], IGNORED, device=logits.device) if labels is None else labels
         return losses.decoupled_loss(
-            logits, targets, classes, temperature, outputs, mask=expected.counted,
+            logits, taught, classes, temperature, outputs, mask=expected.mask,
             alpha=config.dkd_alpha, beta=config.dkd_beta,
         )  # fmt: skip
-    return losses.soft_loss(logits, targets, temperature, outputs, mask=expected.counted, divergence=config.soft_loss)
+    return losses.soft_loss(logits, taught, temperature, outputs, mask=expected.mask, divergence=config.soft_loss)
 
 
 def _class_weights(config: TrainingConfig, device: torch.device) -> Tensor | None:

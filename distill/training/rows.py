@@ -17,11 +17,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from distill.common.console import log
 from distill.common.distributed import wait_for_everyone
 from distill.data.batches import COUNTED_ROWS, WINDOW, LengthBatches, Reader, RowNumbers, row_lengths
-from distill.data.columns import STORED_COLUMNS
 from distill.data.masking import Masking
 from distill.errors import InputError
 from distill.models.structure import input_names
-from distill.tasks.targets import IGNORED, OF_TOKENS, ProblemType, label_columns
+from distill.tasks.base import STORED_COLUMNS
+from distill.tasks.targets import IGNORED, Targets
 from distill.training.cache import TEACHER_OUTPUTS, TeacherOutputs, build_cache
 from distill.training.cache_plan import CachePlan, passes_over_rows, plan_cache
 from distill.training.config import DistillationConfig, TrainingConfig
@@ -37,7 +37,7 @@ class TrainingRows:
     Args:
         teachers: what is cached is of these.
         args: the trainer's arguments.
-        problem: of the student.
+        targets: of the student.
         image_tokens: the states of an image, where rows are images.
         collates_otherwise: whether the collator is not the trainer's own, so that it may change the rows.
         accelerator: knows how far a loader has come.
@@ -47,13 +47,13 @@ class TrainingRows:
         self,
         teachers: Sequence[Teacher],
         args: TrainingConfig,
-        problem: ProblemType,
+        targets: Targets,
         *,
         image_tokens: int,
         collates_otherwise: bool,
         accelerator: Accelerator,
     ):
-        self._teachers, self._args, self._problem = teachers, args, problem
+        self._teachers, self._args, self._targets = teachers, args, targets
         self._image_tokens, self._collates_otherwise = image_tokens, collates_otherwise
         self._accelerator = accelerator
         self.fillers = fillers_of(teachers)
@@ -70,20 +70,20 @@ class TrainingRows:
             InputError: a column is missing, or something to mask rows with.
         """
         columns = getattr(dataset, "column_names", None)
-        if self._problem == "masked_lm" and columns is not None and "labels" not in columns:
+        if self._targets.masks_inputs and columns is not None and "labels" not in columns:
             self._masking = masking_of(tokenizer, self._args, drawn_by_us=self.lengths(dataset) is not None)
         check_columns(
             dataset,
-            label_columns(self._problem),
+            self._targets.label_columns,
             needs_stored=any(each.model is None for each in self._teachers),
-            needs_labels=hard and self._masking is None and self._problem != "causal_lm",
+            needs_labels=hard and self._masking is None and not self._targets.inputs_are_labels,
         )
 
     def columns(self, student: PreTrainedModel) -> list[str]:
         """All that is read of a row: inputs of the student and of teachers, labels, lengths, stored predictions."""
         models = [student, *(each.model for each in self._teachers if each.model is not None)]
         inputs = {name for model in models for name in input_names(model)}
-        labels = ("label", "label_ids", *label_columns(self._problem))
+        labels = ("label", "label_ids", *self._targets.label_columns)
         return [*inputs, *labels, *self.fillers, self._args.length_column_name, *STORED_COLUMNS]
 
     def lengths(self, dataset: Any) -> NDArray[np.int64] | None:
@@ -104,7 +104,7 @@ class TrainingRows:
             collator,
             None if self._collates_otherwise else tokenizer,
             pad_to_multiple_of=8 if self._args.device.type == "cuda" else 1,  # tensor cores
-            label_filler=IGNORED if self._problem in OF_TOKENS else None,
+            label_filler=IGNORED if self._targets.per_token else None,
             fillers=self.fillers,
         )
 
@@ -133,9 +133,9 @@ class TrainingRows:
         else:
             ids = batch["input_ids"]
         batch.setdefault("attention_mask", torch.ones_like(ids))
-        if self._problem == "causal_lm" and "labels" not in batch:
+        if self._targets.inputs_are_labels and "labels" not in batch:
             batch["labels"] = ids.masked_fill(batch["attention_mask"] == 0, IGNORED)
-        if "labels" in batch and self._problem in ("regression", "multi_label_classification"):
+        if "labels" in batch and self._targets.float_labels:
             batch["labels"] = batch["labels"].float()  # whole numbers are scores, or zeros and ones, here
         if COUNTED_ROWS not in batch:
             loader = self._accelerator.gradient_state
@@ -148,7 +148,7 @@ class TrainingRows:
     def counts(self, batches: Iterable[Mapping[str, Tensor]], device: torch.device) -> Tensor:
         """What some batches of this process count together (shape 4), see `count`."""
         completed = map(self.completed, batches)
-        counts = [count(self._args, self._problem, batch, batch[COUNTED_ROWS]).to(device) for batch in completed]
+        counts = [count(self._args, self._targets, batch, batch[COUNTED_ROWS]).to(device) for batch in completed]
         return torch.stack(counts).sum(0) if counts else torch.zeros(COUNTS, device=device)
 
     def planned_caches(self, dataset: Any, batch_size: int) -> list[tuple[Teacher, CachePlan]]:

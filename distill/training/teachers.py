@@ -12,19 +12,14 @@ from torch import Tensor
 from torch.profiler import record_function
 from transformers import PretrainedConfig, PreTrainedModel
 
-from distill.data.columns import STORED_COLUMNS, STORED_LOGITS, STORED_PROBABILITIES
 from distill.errors import InputError
 from distill.models.adapters import has_prompts
 from distill.models.modes import evaluating
 from distill.models.structure import depth_of, input_names, width_of
-from distill.tasks.targets import (
-    OF_ROWS,
-    ProblemType,
-    all_finite,
-    plain_model,
-    predicting_alone,
-    problem_type,
-)
+from distill.tasks.base import STORED_COLUMNS, STORED_LOGITS, STORED_PROBABILITIES
+from distill.tasks.kinds import targets_of
+from distill.tasks.outputs import all_finite, head_at_mask, plain_model
+from distill.tasks.targets import Targets
 from distill.training.cache import (
     TEACHER_OUTPUTS,
     TeacherCache,
@@ -51,7 +46,7 @@ AnyTeacher: TypeAlias = PreTrainedModel | PeftModel | Literal["data"]
 class Teacher:
     """One teacher, and what is compared with it."""
 
-    problem: ProblemType
+    targets: Targets
     share: float
     """Of the teachers' weight; the shares of all teachers sum to 1."""
     number: int = 0
@@ -81,18 +76,18 @@ class Teacher:
     all_finite: Tensor | None = None
     """Whether all it has predicted so far was a number, on its device: to ask for it waits for a GPU."""
 
-    def outputs(self, batch: Mapping[str, Any], *, counted: Tensor | None = None) -> tuple[Tensor, Representations]:
+    def outputs(self, batch: Mapping[str, Any], *, mask: Tensor | None = None) -> tuple[Tensor, Representations]:
         """Logits and representations of a batch, without gradients: those that it carries, or else computed.
 
         Args:
-            counted: for a masked LM the tokens (B×T) to predict; all by default.
+            mask: for a masked LM the tokens (B×T) to predict; all by default.
         """
         if self.model is None or self.extractor is None:
-            return stored_logits(batch, self.problem), Representations()
+            return stored_logits(batch, self.targets), Representations()
         stored, layout = batch.get(TEACHER_OUTPUTS, {}).get(str(self.number)), self.layout
         if stored is not None and layout is not None:
             return restored(stored, layout, batch["attention_mask"])
-        predicting = predicting_alone(self.model, counted)
+        predicting = head_at_mask(self.model, mask)
         with record_function("teacher"), torch.inference_mode(), evaluating(self.model), self.autocast(), predicting:
             logits, (shown,) = self.extractor(self.inputs(batch))
             finite = all_finite(logits, batch.get("attention_mask"))
@@ -127,13 +122,12 @@ class Teacher:
     @property
     def layout(self) -> Layout | None:
         """What a cache would hold of it; None where that is too much (attention maps, a vocabulary for every token)."""
-        of_words = self.problem == "masked_lm" or (self.problem == "causal_lm" and not self.top_k)
+        of_words = self.targets.over_vocabulary and not self.top_k
         if self.model is None or self.extractor is None or self.extractor.wanted[0].attention or of_words:
             return None
-        outputs = 2 if self.problem == "question_answering" else self.model.config.num_labels
-        if self.problem == "causal_lm":
-            outputs = self.model.config.vocab_size
-        return Layout(self.extractor.wanted[0], outputs, width_of(self.model.config), self.problem, self.top_k)
+        config = self.model.config
+        outputs = self.targets.num_outputs(config)
+        return Layout(self.extractor.wanted[0], outputs, width_of(config), self.targets, self.top_k)
 
 
 def own_columns(number: int) -> str:
@@ -179,7 +173,7 @@ def match_teachers(
     problems: list[str] = []
     if len(shares) != len(teachers):
         problems.append(f"teacher_weights: {len(shares)} for {len(teachers)} teachers; one each")
-    problem = problem_type(student)
+    targets = targets_of(student)
     matched: list[Teacher] = []
     for teacher, share in zip(teachers, shares, strict=False):
         if isinstance(teacher, str):
@@ -188,14 +182,14 @@ def match_teachers(
             if all(isinstance(each, str) for each in teachers) and set(on) - {"soft", "hard"}:
                 needing = [f"{part}_weight" for part in on if part not in ("soft", "hard")]
                 problems.append(f"{', '.join(needing)}: needs a teacher model, but there are only columns; set it to 0")
-            matched.append(Teacher(problem, share / sum(shares), len(matched)))
+            matched.append(Teacher(targets, share / sum(shares), len(matched)))
             continue
         try:
             prefix = own_columns(len(matched))
             own = {prefix + name for name in input_names(teacher)} & set(columns)
             matched.append(
                 _match(
-                    student, teacher, problem, config, on,
+                    student, teacher, targets, config, on,
                     share=share / sum(shares),
                     number=len(matched),
                     prefix=prefix if f"{prefix}input_ids" in own else "",
@@ -232,15 +226,12 @@ def projected_student(
     return projected
 
 
-def stored_logits(batch: Mapping[str, Tensor], problem: ProblemType) -> Tensor:
+def stored_logits(batch: Mapping[str, Tensor], targets: Targets) -> Tensor:
     """The logits B×C that a batch carries; probabilities become their logarithms, those of label sets log-odds."""
     if STORED_LOGITS in batch:
         logits = batch[STORED_LOGITS].float()
         return logits.unsqueeze(-1) if logits.ndim == 1 else logits
-    probabilities = batch[STORED_PROBABILITIES].float()
-    if problem == "multi_label_classification":
-        return probabilities.logit(eps=1e-6)
-    return probabilities.clamp(min=1e-12).log()
+    return targets.from_probabilities(batch[STORED_PROBABILITIES].float())
 
 
 def layer_pairs(
@@ -298,7 +289,7 @@ def comparable(config: DistillationConfig, models: Sequence[PretrainedConfig], *
 def _match(
     student: PreTrainedModel | PeftModel,
     teacher: PreTrainedModel | PeftModel,
-    problem: ProblemType,
+    targets: Targets,
     config: DistillationConfig,
     on: Sequence[str],
     *,
@@ -310,7 +301,7 @@ def _match(
 ) -> Teacher:
     problems = comparable(config, [model.config for model in (student, teacher)], same_tokens=not prefix)
     inside = [f"{part}_weight" for part in on if part not in ("soft", "hard")]
-    if isinstance(teacher, PeftModel) and has_prompts(teacher) and (inside or problem not in OF_ROWS):
+    if isinstance(teacher, PeftModel) and has_prompts(teacher) and (inside or not targets.per_row):
         problems.append(
             f"{', '.join(inside) or 'teacher'}: the teacher's prompts are tokens that the student lacks; "
             "its predictions of whole rows alone can be compared"
@@ -338,12 +329,12 @@ def _match(
                 f"these do: {', '.join(map(str, fitting))}"
             )
     shared_words = None
-    if problem_type(teacher) != problem:
+    if targets_of(teacher) is not targets:
         names = [type(plain_model(model)).__name__ for model in (teacher, student)]
         problems.append(f"teacher: {names[0]} does not predict what {names[1]} does")
     elif student.config.num_labels != teacher.config.num_labels:
         problems.append(f"teacher: has {teacher.config.num_labels} outputs and the student {student.config.num_labels}")
-    elif problem in ("masked_lm", "causal_lm") and student.config.vocab_size != teacher.config.vocab_size:
+    elif targets.over_vocabulary and student.config.vocab_size != teacher.config.vocab_size:
         sizes = teacher.config.vocab_size, student.config.vocab_size
         shared_words = vocabulary
         if vocabulary is None or vocabulary > min(sizes):
@@ -352,7 +343,7 @@ def _match(
                 f"teacher: has a vocabulary of {sizes[0]} and the student of {sizes[1]}; they may differ by padding "
                 f"alone, and the tokenizer's is {known}"
             )
-    keeps_words = problem == "causal_lm" and config.cache_teacher not in ("auto", "none")
+    keeps_words = targets.over_vocabulary and not targets.masks_inputs and config.cache_teacher not in ("auto", "none")
     if keeps_words and config.soft_loss == "mse" and "soft" in on:
         problems.append(
             "cache_teacher: of a causal LM the likeliest words are kept, which a squared error of all logits is no "
@@ -370,7 +361,7 @@ def _match(
         )
 
     return Teacher(
-        problem=problem,
+        targets=targets,
         share=share,
         number=number,
         model=teacher,

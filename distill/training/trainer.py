@@ -24,7 +24,7 @@ from distill.data.batches import Reader, row_lengths, with_columns
 from distill.errors import InputError
 from distill.models.adapters import with_adapters
 from distill.models.modes import modes_kept
-from distill.tasks.targets import OF_TOKENS, label_columns, problem_type
+from distill.tasks.kinds import targets_of
 from distill.training import checkpoints
 from distill.training.arguments import check_class_weights, check_given, own_arguments
 from distill.training.cache_plan import CachePlan
@@ -32,7 +32,7 @@ from distill.training.callbacks import Announcement
 from distill.training.conditions import QuantizationAwareness, RunConditions, determinism, using_cache, verbosity_of
 from distill.training.config import DistillationConfig, is_on
 from distill.training.features import ProjectedStudent, tokens_of_image
-from distill.training.objective import Objective, evaluated_in_parts, named_logits
+from distill.training.objective import Objective, evaluated_in_parts
 from distill.training.rows import TrainingRows, length_loader, made_as_read, pooled_negatives
 from distill.training.teachers import AnyTeacher, Teacher, match_teachers, projected_student
 
@@ -91,7 +91,7 @@ class DistillationTrainer(transformers.Trainer):
             transformers.set_seed(args.seed)  # adapters are drawn here
             model = with_adapters(model, peft_config)
         self.student = model
-        self.problem_type = problem_type(model)
+        self.targets = targets_of(model)
         check_class_weights(args, model)
         self.weights = args.loss_weights if isinstance(args, DistillationConfig) else {"hard": 1.0}
         self.teachers: list[Teacher] = []
@@ -109,7 +109,7 @@ class DistillationTrainer(transformers.Trainer):
             trained = projected_student(model, self.teachers, uses_logits=uses_logits, has_optimizer=has_optimizer)
         image_tokens = tokens_of_image(model, [each.student_wants for each in self.teachers])  # draws, in train mode
         collates_otherwise = trainer_arguments.get("data_collator") is not None
-        if self.problem_type in OF_TOKENS and tokenizer is not None and not collates_otherwise:
+        if self.targets.per_token and tokenizer is not None and not collates_otherwise:
             trainer_arguments["data_collator"] = DataCollatorForTokenClassification(tokenizer)
         self._use_cache = getattr(model.config, "use_cache", None)
         with modes_kept([model]), verbosity_of(args), determinism(args.full_determinism):
@@ -126,11 +126,11 @@ class DistillationTrainer(transformers.Trainer):
         # Our losses are divided by the whole step's counts, so Trainer must not divide by the accumulation steps too.
         # (What it finds out by itself is wrong for BERT: a forward with **kwargs that returns a plain mean.)
         self.model_accepts_loss_kwargs = True
-        self.label_names = label_columns(self.problem_type)
+        self.label_names = list(self.targets.label_columns)
         self.rows = TrainingRows(
             self.teachers,
             args,
-            self.problem_type,
+            self.targets,
             image_tokens=image_tokens,
             collates_otherwise=collates_otherwise,
             accelerator=self.accelerator,
@@ -138,7 +138,7 @@ class DistillationTrainer(transformers.Trainer):
         if self.rows.fillers:
             self.data_collator = with_columns(self.data_collator, self.rows.fillers)  # type: ignore[has-type]
         self.rows.check(self.train_dataset, self.processing_class, hard=is_on(self.weights["hard"]))
-        self.objective = Objective(model, self.teachers, args, self.weights, self.accelerator)
+        self.objective = Objective(model, self.teachers, args, self.weights, self.accelerator, self.targets)
         self._reduce_logits: Callable[[Tensor, Tensor], Tensor] | None = None
         for each in self.teachers:
             if each.student_wants.pooled:
@@ -266,14 +266,14 @@ class DistillationTrainer(transformers.Trainer):
         if num_items_in_batch is None:
             num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
         loss, logits = self.objective.loss_of(model, inputs, num_items_in_batch, self.state, all_logits=return_outputs)
-        return (loss, named_logits(self.problem_type, logits)) if return_outputs else loss
+        return (loss, self.targets.named(logits)) if return_outputs else loss
 
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Any, Any, Any]:
         """Trainer's, but a language model's batch a few rows at a time, of whose logits only what
         `preprocess_logits_for_metrics` makes of them is kept: B×T×V of them may be gigabytes."""
-        in_parts = self.problem_type in ("masked_lm", "causal_lm") and all(name in inputs for name in self.label_names)
+        in_parts = self.targets.over_vocabulary and all(name in inputs for name in self.label_names)
         reduce = self._reduce_logits
         if not in_parts or not (prediction_loss_only or reduce):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
@@ -344,7 +344,7 @@ class DistillationTrainer(transformers.Trainer):
         """
         self.objective.begin_evaluation()
         reduce: Any = self.preprocess_logits_for_metrics  # type: ignore[has-type]
-        if self.problem_type in ("masked_lm", "causal_lm") and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if self.targets.over_vocabulary and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             # Where weights are gathered in each forward, all processes must run as many.
             self._reduce_logits, self.preprocess_logits_for_metrics = reduce, None
         try:

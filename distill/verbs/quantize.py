@@ -27,7 +27,7 @@ from distill.data.tokenized import Processor
 from distill.evaluation.evaluate import input_batches
 from distill.models.load import from_config, load_classifier, load_processor
 from distill.tasks.base import TaskKind
-from distill.tasks.targets import problem_type
+from distill.tasks.kinds import targets_of
 from distill.verbs.base import StepResult, Verb
 from distill.verbs.options import QuantizeOptions
 
@@ -81,7 +81,7 @@ def _pick_formats(
         options,
         budget,
         predict=lambda model: calibration_logits(model, batches),
-        problem=problem_type(model),
+        targets=targets_of(model),
     )
     write_sensitivity(folder, budget, mixes, measured)
     for mix in mixes:

@@ -24,6 +24,7 @@ from distill.evaluation.evaluate import metrics_while_training
 from distill.models.adapters import in_float32, lora_config, merged
 from distill.models.load import load_processor
 from distill.models.structure import depth_of
+from distill.tasks.kinds import KINDS
 from distill.training.callbacks import ProgressLines, StepProfile
 from distill.training.checkpoints import (
     Clock,
@@ -179,7 +180,7 @@ def read_rows(data: Data, processor_from: str, teachers_from: Sequence[str | Non
     train = data.training_rows(processor, unlabelled=bool(teachers_from))
     validation = data.tokenized(scored, processor)
     for number, location in enumerate(teachers_from):
-        if location is None or kind == "image-classification":
+        if location is None or KINDS[kind].reads == "images":
             continue
         own = load_processor(location, kind, data.max_length)
         if tokenizer_fingerprint(own) == tokenizer_fingerprint(processor):

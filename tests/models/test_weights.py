@@ -28,7 +28,7 @@ from distill.models.weights import fit_of, plain_names, stored_shapes
 from distill.recipes.stored_models import has_head, stored_fit
 from distill.tasks.base import GLUE
 from distill.tasks.kinds import own_task
-from distill.tasks.targets import all_finite
+from distill.tasks.outputs import all_finite
 from tests.conftest import tiny_bert, tiny_config
 
 NAMES = {"id2label": {0: "negative", 1: "positive"}, "label2id": {"negative": 0, "positive": 1}}

@@ -12,7 +12,7 @@ from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadMode
 
 from distill import DistillationConfig, DistillationTrainer
 from distill.data.load import DataOptions, load_data, tokenize
-from distill.data.masking import Masking, mask_row
+from distill.data.masking import Masking
 from distill.errors import InputError
 from distill.evaluation.evaluate import evaluate_model, metrics_while_training
 from distill.recipes.check import estimate_step
@@ -21,6 +21,7 @@ from distill.recipes.recipe import load_recipe
 from distill.reports.report import write_report
 from distill.runs.run import run_plan
 from distill.tasks.kinds import own_task
+from distill.tasks.language_modeling import mask_row
 from distill.training.config import TrainingConfig
 from tests.conftest import WORDS, make_tokenizer, sentences, tiny_config, write_rows
 
@@ -137,8 +138,8 @@ def test_an_evaluation_never_holds_the_logits_of_a_batch(tmp_path, kind, monkeyp
     data, tokenizer, vocabulary = load(tmp_path, kind), make_tokenizer(), 3000
     rows = data.tokenized("validation", tokenizer)
     model, whole = language_model(kind, vocabulary), sum(rows["length"]) * vocabulary
-    monkeypatch.setattr("distill.tasks.targets.CHUNK", 16)
-    monkeypatch.setattr("distill.tasks.language.CHUNK", 16)
+    monkeypatch.setattr("distill.tasks.outputs.CHUNK", 16)
+    monkeypatch.setattr("distill.tasks.language_modeling.CHUNK", 16)
     monkeypatch.setattr("distill.training.trainer._LOGITS_AT_ONCE", 16 * vocabulary)
     with LargestTensor() as seen:
         found = evaluate_model(model, tokenizer, data, batch_size=24)

@@ -5,9 +5,10 @@ from scipy import stats
 
 from distill.tasks.base import GLUE, is_better_lower
 from distill.tasks.kinds import own_task
-from distill.tasks.metrics import compute_metrics, computed, divergences
+from distill.tasks.metrics import compute_metrics, computed
 from distill.tasks.rows import F1, METRICS, Accuracy
-from distill.tasks.words import tag_scores
+from distill.tasks.targets import kl_of_classes, kl_of_labels, squared_differences
+from distill.tasks.token_classification import tag_scores
 from distill.training.config import TrainingConfig
 
 LABELS = np.array([0, 1, 1, 0, 1, 0])
@@ -65,11 +66,11 @@ def test_metrics_are_evaluates_and_combine():
 def test_divergences_by_hand():
     reference, logits = np.array([[0.0, 0.0], [3.0, 1.0]]), np.array([[np.log(3.0), 0.0], [13.0, 11.0]])
     by_hand = 0.5 * np.log(0.5 / 0.75) + 0.5 * np.log(0.5 / 0.25)
-    found = divergences("single_label_classification", reference, logits)
+    found = kl_of_classes(reference, logits)
     np.testing.assert_allclose(found, [by_hand, 0.0], atol=1e-12)
-    two_outcomes = divergences("multi_label_classification", np.array([[0.0, 5.0]]), np.array([[np.log(3.0), 5.0]]))
+    two_outcomes = kl_of_labels(np.array([[0.0, 5.0]]), np.array([[np.log(3.0), 5.0]]))
     np.testing.assert_allclose(two_outcomes, [by_hand / 2])
-    np.testing.assert_allclose(divergences("regression", np.array([[1.0], [2.0]]), np.array([[1.5], [2.0]])), [0.25, 0])
+    np.testing.assert_allclose(squared_differences(np.array([[1.0], [2.0]]), np.array([[1.5], [2.0]])), [0.25, 0])
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from distill.recipes.plan import make_plan
 from distill.recipes.recipe import load_recipe
 from distill.reports.report import write_report
 from distill.runs.run import run_plan
-from distill.tasks.questions import answer_scores, answers_of, normalised, span_scores
+from distill.tasks.question_answering import answer_scores, answers_of, normalised, span_scores
 from tests.conftest import GOOD, OTHER, make_tokenizer, write_rows
 
 

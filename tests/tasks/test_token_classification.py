@@ -29,7 +29,7 @@ from distill.recipes.recipe import load_recipe
 from distill.reports.report import write_report
 from distill.runs.run import run_plan
 from distill.tasks.entities import entity_counts, scores
-from distill.tasks.words import tag_scores, words_of
+from distill.tasks.token_classification import tag_scores, words_of
 from tests.conftest import BAD, GOOD, OTHER, make_tokenizer
 
 NAMES = ["O", "B-praise", "I-praise", "B-blame", "I-blame"]

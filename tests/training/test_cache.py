@@ -9,6 +9,7 @@ import torch
 
 from distill import DistillationConfig, DistillationTrainer
 from distill.errors import DiskFull, InputError
+from distill.tasks.classification import CLASSES
 from distill.training.cache import (
     TeacherCache,
     top_words,
@@ -244,7 +245,7 @@ def test_a_cache_that_lacks_rows_is_told(tmp_path):
     make_trainer(tmp_path).train()
     (folder,) = caches(tmp_path)
     with pytest.raises(InputError, match="lacks rows"):
-        TeacherCache(folder, Layout(FeatureSpec(), 2, 64), 41)
+        TeacherCache(folder, Layout(FeatureSpec(), 2, 64, CLASSES), 41)
 
 
 def test_the_likeliest_words_are_kept_and_the_others_share_what_is_left():

@@ -15,12 +15,9 @@ from distill.common.console import progress
 from distill.compression.quantization.formats import QuantizationSettings
 from distill.compression.quantization.simulated import twice_quantized
 from distill.models.structure import accepted_inputs
-from distill.tasks.targets import (
-    ProblemType,
-    counted_logits,
-    logits_of,
-    problem_type,
-)
+from distill.tasks.kinds import targets_of
+from distill.tasks.outputs import logits_of
+from distill.tasks.targets import logits_under_mask
 
 logger = logging.getLogger(__name__)
 
@@ -191,7 +188,7 @@ def _gradient_moments(
     """
     moments: dict[str, Tensor] = {}
     looked_up: dict[str, Tensor] = {}
-    problem, generator = problem_type(model), torch.Generator(model.device).manual_seed(0)
+    targets, generator = targets_of(model), torch.Generator(model.device).manual_seed(0)
     wanted = [parameter.requires_grad for parameter in model.parameters()]
     with contextlib.ExitStack() as stack:
         for parameter, before in zip(model.parameters(), wanted, strict=True):
@@ -206,25 +203,13 @@ def _gradient_moments(
             stack.callback(embedding.register_forward_hook(keep).remove)
         for batch in progress(batches if embeddings else [], "Reading the gradients of embeddings"):
             inputs = _inputs(model, batch)
-            predictions = counted_logits(problem, inputs, logits_of(model(**inputs)))
-            drawn = _drawn_likelihood(problem, predictions[:: 1 + len(predictions) // _PREDICTIONS], generator)
+            predictions = logits_under_mask(targets, inputs, logits_of(model(**inputs)))
+            drawn = targets.drawn_likelihood(predictions[:: 1 + len(predictions) // _PREDICTIONS], generator)
             for name, gradient in zip(looked_up, torch.autograd.grad(drawn, list(looked_up.values())), strict=True):
                 gradient = gradient.flatten(0, -2)
                 moments[name] = moments.get(name, 0) + gradient.T @ gradient
             looked_up.clear()
     return moments
-
-
-def _drawn_likelihood(problem: ProblemType, logits: Tensor, generator: torch.Generator) -> Tensor:
-    """The sum of log-likelihoods of labels drawn from logits N×C; of scores, whose error is squared, their sum."""
-    logits = logits.float()
-    if problem == "regression":
-        return logits.sum()
-    if problem == "multi_label_classification":
-        drawn = torch.bernoulli(logits.detach().sigmoid(), generator=generator)
-        return -nn.functional.binary_cross_entropy_with_logits(logits, drawn, reduction="sum")
-    drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
-    return logits.log_softmax(-1).gather(-1, drawn).sum()
 
 
 def _inputs(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, Any]:

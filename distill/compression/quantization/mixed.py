@@ -30,14 +30,9 @@ from distill.compression.quantization.modules import DTYPES
 from distill.compression.quantization.quantize import quantized_module
 from distill.errors import InputError
 from distill.models.structure import accepted_inputs
-from distill.tasks.metrics import divergences
-from distill.tasks.targets import (
-    ProblemType,
-    counted_logits,
-    logits_of,
-    problem_type,
-    refuse_not_finite_outputs,
-)
+from distill.tasks.kinds import targets_of
+from distill.tasks.outputs import logits_of, refuse_not_finite_outputs
+from distill.tasks.targets import Targets, logits_under_mask
 
 _FORMATS = ("none", "int8", "nf4")
 _LARGEST_COST, _LARGEST_SIZE = 1e6, 1e4  # for the solver, whose absolute tolerances are 1e-6
@@ -76,7 +71,7 @@ def choose_mix(
     budget: int,
     *,
     predict: Callable[[PreTrainedModel], np.ndarray],
-    problem: ProblemType,
+    targets: Targets,
 ) -> tuple[list[Mix], list[Sensitivity]]:
     """The formats with the least divergence whose bytes stay within a budget.
 
@@ -102,7 +97,7 @@ def choose_mix(
     pairs = [(name, format) for name, formats in allowed.items() for format in formats]
     for name, format in progress(pairs, "Measuring what formats cost"):
         with _in_format(model, name, format, settings):
-            found = divergence(problem, reference, predict(model))
+            found = divergence(targets, reference, predict(model))
         measured.append(Sensitivity(name, format, module_size(modules[name], format, settings), found))
     rest = model_size(model, dict.fromkeys(modules, "none"), settings)
     rest -= sum(module_size(module, "none", settings) for module in modules.values())
@@ -114,7 +109,7 @@ def choose_mix(
             with contextlib.ExitStack() as stack:
                 for module, format in formats.items():
                     stack.enter_context(_in_format(model, module, format, settings))
-                mixes.append(Mix(name, formats, size, divergence(problem, reference, predict(model))))
+                mixes.append(Mix(name, formats, size, divergence(targets, reference, predict(model))))
     return sorted(mixes, key=lambda mix: mix.divergence), measured
 
 
@@ -169,25 +164,27 @@ def calibration_logits(model: PreTrainedModel, batches: Sequence[Mapping[str, Te
     Args:
         batches: a model's inputs without labels, on any device.
     """
-    problem, device = problem_type(model), model.device
+    targets, device = targets_of(model), model.device
     found: list[Tensor] = []
-    tokens = (
-        sum(int(batch["attention_mask"].sum()) for batch in batches) if problem in ("masked_lm", "causal_lm") else 0
-    )
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches) if targets.over_vocabulary else 0
     with torch.inference_mode():
         for batch in batches:
             batch = {name: values.to(device) for name, values in batch.items()}
             logits = logits_of(model(**accepted_inputs(model, batch)))
             refuse_not_finite_outputs(logits, batch.get("attention_mask"), model.name_or_path or type(model).__name__)
-            of_batch = counted_logits(problem, batch, logits)
+            of_batch = logits_under_mask(targets, batch, logits)
             found.append(of_batch[:: 1 + tokens // _TOKENS].float().cpu())
     widest = max(each.shape[-1] for each in found)  # spans are as wide as their batch
     return torch.cat([F.pad(each, (0, widest - each.shape[-1]), value=-1e4) for each in found]).numpy()
 
 
-def divergence(problem: ProblemType, reference: np.ndarray, logits: np.ndarray) -> float:
-    """The mean of `divergences`."""
-    return float(divergences(problem, reference, logits).mean())
+def divergence(targets: Targets, reference: np.ndarray, logits: np.ndarray) -> float:
+    """The mean over predictions of `Targets.divergences`.
+
+    Args:
+        reference: logits N×C; logits alike.
+    """
+    return float(targets.divergences(reference, logits).mean())
 
 
 def allowed_formats(model: PreTrainedModel, settings: QuantizationSettings) -> dict[str, tuple[str, ...]]:

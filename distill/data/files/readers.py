@@ -38,6 +38,7 @@ from distill.data.files.tables import plain_types, with_numbers
 from distill.data.files.text_files import PACKED, ending
 from distill.errors import InputError
 from distill.tasks.base import Task
+from distill.tasks.kinds import KINDS
 
 GLUE_ON_THE_HUB = "nyu-mll/glue"
 
@@ -76,6 +77,7 @@ def read_splits(task: Task, path: str | None, name: str | None, *, key: str = "d
 
 def _read(task: Task, location: str | Path, name: str | None) -> SplitsRead:
     notes: list[str] = []
+    of_images = KINDS[task.kind].reads == "images"
     if isinstance(location, str):
         return _read_hub(location, name, task)
     files = {"train": [location]} if location.is_file() else split_files(location, task, notes)
@@ -83,11 +85,10 @@ def _read(task: Task, location: str | Path, name: str | None) -> SplitsRead:
         digests = {split: [sha256(path) for path in paths] for split, paths in files.items()}
         fingerprint = " ".join(f"{split} {' '.join(of_split)}" for split, of_split in digests.items())
         found = _read_files(files, task, {split: each[0][:16] for split, each in digests.items()}, notes)
-        if task.kind == "image-classification":
+        if of_images:
             fingerprint += "".join(f" {split} images {named_images(found[split], task.text[0])}" for split in files)
     else:
         fingerprint = sha256(location)
-        of_images = task.kind == "image-classification"
         found = read_image_folders(location, task) if of_images else read_text_folders(location, task, notes)
     return SplitsRead(found, fingerprint, tuple(dict.fromkeys(notes)))
 
@@ -96,7 +97,8 @@ def _read_files(
     files: Mapping[str, list[Path]], task: Task, fingerprints: Mapping[str, str], notes: list[str]
 ) -> dict[str, datasets.Dataset]:
     """The rows of each split's files."""
-    if task.kind == "image-classification" and all(ending(paths[0]) == ".parquet" for paths in files.values()):
+    of_images = KINDS[task.kind].reads == "images"
+    if of_images and all(ending(paths[0]) == ".parquet" for paths in files.values()):
         # Images stay on disk; as patterns, brackets and stars in the paths would name other files.
         found = {split: _from_disk(paths) for split, paths in files.items()}
     else:
@@ -107,7 +109,7 @@ def _read_files(
             split: datasets.Dataset(InMemoryTable(table), fingerprint=fingerprints[split])
             for split, table in tables.items()
         }
-    if task.kind == "image-classification":
+    if of_images:
         return {split: with_images(rows, files[split][0].parent, task.text[0]) for split, rows in found.items()}
     return found
 

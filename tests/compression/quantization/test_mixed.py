@@ -19,16 +19,19 @@ from distill.compression.quantization.mixed import (
 )
 from distill.compression.quantization.quantize import apply_formats, weight_memory
 from distill.errors import InputError
+from distill.tasks.classification import CLASSES, LABEL_SETS, SCORES
+from distill.tasks.language_modeling import MASKED_WORDS
+from distill.tasks.question_answering import ENDS
 from tests.architectures import IDS, MASK, logits, small_model
 
 
 def test_divergence_is_the_mean_kl_or_squared_error():
     reference, other = np.log([[0.5, 0.5], [0.9, 0.1]]), np.log([[0.25, 0.75], [0.9, 0.1]]) + 3.0
     by_hand = (0.5 * np.log(0.5 / 0.25) + 0.5 * np.log(0.5 / 0.75)) / 2
-    assert divergence("single_label_classification", reference, other) == pytest.approx(by_hand)
-    assert divergence("regression", np.array([[1.0], [2.0]]), np.array([[1.5], [2.0]])) == pytest.approx(0.125)
+    assert divergence(CLASSES, reference, other) == pytest.approx(by_hand)
+    assert divergence(SCORES, np.array([[1.0], [2.0]]), np.array([[1.5], [2.0]])) == pytest.approx(0.125)
     one_of_two = np.log(0.5 / 0.5), np.log(0.25 / 0.75)  # logits of probabilities 1/2 and 1/4
-    sets = divergence("multi_label_classification", np.array([[one_of_two[0]]]), np.array([[one_of_two[1]]]))
+    sets = divergence(LABEL_SETS, np.array([[one_of_two[0]]]), np.array([[one_of_two[1]]]))
     assert sets == pytest.approx(2 * by_hand)
 
 
@@ -95,9 +98,7 @@ def measured():
     settings = QuantizationSettings(overrides=fixed, rest_dtype="fp32", compute_dtype="fp32")
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     budget = budget_in_bytes(10, model, settings)
-    found = choose_mix(
-        model, settings, budget, predict=lambda model: logits(model).numpy(), problem="single_label_classification"
-    )
+    found = choose_mix(model, settings, budget, predict=lambda model: logits(model).numpy(), targets=CLASSES)
     after = model.state_dict()
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert after.keys() == before.keys()
@@ -120,7 +121,7 @@ def test_what_was_measured_is_what_the_quantized_model_does(measured):
     chosen = {name: format for name, format in mixes[0].formats.items() if format != "none"}
     reference = logits(model).numpy()
     quantized = apply_formats(small_model("gpt2"), chosen, settings)
-    found = divergence("single_label_classification", reference, logits(quantized).numpy())
+    found = divergence(CLASSES, reference, logits(quantized).numpy())
     assert found == pytest.approx(mixes[0].divergence, rel=1e-3)
     assert weight_memory(quantized) == pytest.approx(mixes[0].size, rel=0.01)
 
@@ -172,7 +173,7 @@ def test_spans_of_batches_of_different_lengths_stand_together():
     assert found.shape == (2 * 2 + 2 * 2, 7)  # a start and an end a row
     assert (found[:4, 5:] == -1e4).all()
     assert (found[4, 5:] == -1e4).all()  # padding of the first row
-    assert divergence("question_answering", found, found) == 0
+    assert divergence(ENDS, found, found) == 0
 
 
 @pytest.mark.parametrize("architecture", ["bert", "gpt2"])
@@ -185,10 +186,10 @@ def test_tied_embeddings_are_measured_in_the_output_layer_too(architecture):
     batches = [{"input_ids": IDS, "attention_mask": MASK}]
     reference = calibration_logits(model, batches)
     mixes, measured = choose_mix(
-        model, settings, 10**9, predict=lambda model: calibration_logits(model, batches), problem="masked_lm"
+        model, settings, 10**9, predict=lambda model: calibration_logits(model, batches), targets=MASKED_WORDS
     )
     quantized = apply_formats(small_model(architecture, language_model=True), {words: "nf4"}, settings)
-    found = divergence("masked_lm", reference, calibration_logits(quantized, batches))
+    found = divergence(MASKED_WORDS, reference, calibration_logits(quantized, batches))
     assert found > 0
     assert mixes[0].divergence == pytest.approx(found, rel=1e-3)
     assert next(each for each in measured if each.module == words).divergence == pytest.approx(found, rel=1e-3)

@@ -1,16 +1,46 @@
 """Tagged words: the tags of a row's words, how they are scored, and how far two models agree on them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import datasets
 import numpy as np
 from torch import Tensor
-from transformers import EvalPrediction, PreTrainedModel
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.tasks import entities, scorers
-from distill.tasks.base import Task
+from distill.tasks.base import Batch, EncodeOptions, Kind, LabelRule, ScoringArguments, Task, pipeline_usage
+from distill.tasks.classification import CLASSES
+from distill.tasks.outputs import finite_logits
+from distill.tasks.rows import most_likely
 from distill.tasks.scorers import Scorer
-from distill.tasks.targets import IGNORED, finite_logits
+from distill.tasks.targets import IGNORED, any_config, targets_of_tokens
+
+
+def encode_words(
+    batch: Batch, numbers: list[int], task: Task, tokenizer: PreTrainedTokenizerBase, options: EncodeOptions
+) -> Batch:
+    """A word's label stands on its first token, −100 on the others; `words` are the numbers of those with a label.
+
+    Words beyond `max_length` and words that become no token (empty ones, zero-width characters) are not among them.
+
+    Args:
+        batch: the task's column of words and `label`.
+        numbers: of the rows; they change nothing here.
+    """
+    words = batch[task.text[0]]
+    encoded = tokenizer(words, is_split_into_words=True, truncation=True, max_length=options.max_length)
+    labels, read = [], []
+    for row, of_words in enumerate(batch["label"]):
+        places = encoded.word_ids(row)
+        first = [
+            word if word is not None and word != before else None
+            for word, before in zip(places, [None, *places], strict=False)
+        ]
+        labels.append([IGNORED if word is None else of_words[word] for word in first])
+        read.append([word for word in first if word is not None and of_words[word] != IGNORED])
+    cut = [bool(row.overflowing) for row in encoded.encodings or ()]
+    return {**encoded, "labels": labels, "words": read, "cut": cut}
 
 
 def read_tags(
@@ -33,7 +63,7 @@ def tag_predictions(
     return tags_of_words(found, rows["words"], split["label"])
 
 
-def tags_while_training(task: Task, rows: datasets.Dataset, split: datasets.Dataset) -> dict[str, Callable]:
+def tags_while_training(task: Task, rows: datasets.Dataset, split: datasets.Dataset) -> ScoringArguments:
     """What a Trainer takes to score tagged words."""
 
     def of_words(output: EvalPrediction) -> dict[str, float]:
@@ -90,3 +120,59 @@ def tag_agreement(predictions: Sequence[Sequence[int]], baseline: Sequence[Seque
     """The share of words that two models tag alike, without those that neither model read (−100)."""
     pairs = [pair for rows in zip(predictions, baseline, strict=True) for pair in zip(*rows, strict=False)]
     return float(np.mean([first == second for first, second in pairs if (first, second) != (IGNORED, IGNORED)]))
+
+
+def _a_label_a_word(rows: datasets.Dataset, task: Task, labels: Sequence | None) -> tuple[Sequence | None, str | None]:
+    """The labels as read, and what is wrong where a row has not as many as words."""
+    texts = rows[task.text[0]] if labels is not None else []
+    for row, (words, of_words) in enumerate(zip(texts, labels or (), strict=True)):
+        if len(of_words) != len(words or []):
+            return labels, f"has {len(of_words)} labels in row {row}, which has {len(words or [])} words"
+    return labels, None
+
+
+def _no_tags(task: Task, words: Sequence[str]) -> list[int]:
+    return [IGNORED] * len(words)
+
+
+TAGS = replace(
+    CLASSES,
+    name="token_classification",
+    problem_type=None,
+    fits=any_config,
+    token_axis=1,
+    batch_targets=targets_of_tokens,
+)
+
+TOKEN_CLASSIFICATION = Kind(
+    columns=("tokens",),
+    pairs=False,
+    reads="words",
+    grouped_by=slice(None),
+    label="label",
+    labels=LabelRule(named=True, sets=False, tags=True, scores=False, unknown=_no_tags, complete=_a_label_a_word),
+    unlabelled=True,
+    encode=encode_words,
+    needs_offsets=True,
+    strides=False,
+    metrics=("entity_f1", "accuracy"),
+    primary_metric="entity_f1",
+    further_metrics=("entity_precision", "entity_recall"),
+    targets=TAGS,
+    predict=most_likely,
+    read=read_tags,
+    predictions=tag_predictions,
+    scores=tag_scores,
+    while_training=tags_while_training,
+    scorer=tag_scorer,
+    agreement=tag_agreement,
+    names_labels=True,
+    auto_class="AutoModelForTokenClassification",
+    architectures=("ForTokenClassification",),
+    peft_task="TOKEN_CLS",
+    heads=("classifier", "score"),
+    pipeline_tag="token-classification",
+    usage=pipeline_usage(
+        "token-classification", '"The plot is thin, but the cast was great."', ', aggregation_strategy="first"'
+    ),
+)

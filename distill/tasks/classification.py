@@ -1,0 +1,204 @@
+"""Kinds with one prediction a text or pair of texts: classes, sets of labels (multi-label), and scores (regression)."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from distill import losses
+from distill.tasks.base import (
+    STORED_COLUMNS,
+    Batch,
+    EncodeOptions,
+    Kind,
+    LabelRule,
+    Task,
+    labels_as_read,
+    pipeline_usage,
+)
+from distill.tasks.rows import (
+    correlation,
+    label_sets,
+    most_likely,
+    read_rows,
+    row_agreement,
+    row_predictions,
+    row_scorer,
+    row_scores,
+    rows_while_training,
+    scores_of,
+)
+from distill.tasks.targets import (
+    IGNORED,
+    Targets,
+    as_they_are,
+    kl_of_classes,
+    kl_of_labels,
+    likelihood_of_drawn_classes,
+    likelihood_of_drawn_labels,
+    log_odds,
+    log_of_probabilities,
+    squared_differences,
+    sum_of_values,
+    targets_of_rows,
+)
+
+
+def encode_texts(
+    batch: Batch, numbers: list[int], task: Task, tokenizer: PreTrainedTokenizerBase, options: EncodeOptions
+) -> Batch:
+    """Texts, or pairs of them, as tokens; beside them their labels, and a teacher's predictions where they carry any.
+
+    Args:
+        batch: the task's text columns and `label`.
+        numbers: of the rows; they change nothing here.
+    """
+    columns = [batch[column] for column in task.text]
+    if tokenizer.is_fast:
+        encoded = tokenizer(*columns, truncation=True, max_length=options.max_length)
+        cut = [bool(row.overflowing) for row in encoded.encodings or ()]
+    else:  # those of Python don't tell what they cut
+        encoded = tokenizer(*columns, verbose=False)
+        cut = [len(ids) > options.max_length for ids in encoded["input_ids"]]
+        for row in np.flatnonzero(cut):
+            shorter = tokenizer(*(column[row] for column in columns), truncation=True, max_length=options.max_length)
+            for name, values in shorter.items():
+                encoded[name][row] = values
+    stored = {name: batch[name] for name in STORED_COLUMNS if name in batch}
+    return {**encoded, "labels": batch["label"], "cut": cut, **stored}
+
+
+def _of_classes(config: PretrainedConfig) -> bool:
+    return config.problem_type in (None, "single_label_classification") and config.num_labels > 1
+
+
+def _of_label_sets(config: PretrainedConfig) -> bool:
+    return config.problem_type == "multi_label_classification"
+
+
+def _of_scores(config: PretrainedConfig) -> bool:
+    of_one = config.num_labels == 1 and config.problem_type in (None, "single_label_classification")
+    return of_one or config.problem_type == "regression"
+
+
+CLASSES = Targets(
+    name="single_label_classification",
+    problem_type="single_label_classification",
+    fits=_of_classes,
+    label_columns=("labels",),
+    output_names=("logits",),
+    token_axis=None,
+    one_output=False,
+    over_vocabulary=False,
+    masks_inputs=False,
+    inputs_are_labels=False,
+    float_labels=False,
+    batch_targets=targets_of_rows,
+    aligned=as_they_are,
+    hard_loss=losses.hard_loss,
+    distributions=as_they_are,
+    from_probabilities=log_of_probabilities,
+    divergences=kl_of_classes,
+    drawn_likelihood=likelihood_of_drawn_classes,
+)
+
+LABEL_SETS = replace(
+    CLASSES,
+    name="multi_label_classification",
+    problem_type="multi_label_classification",
+    fits=_of_label_sets,
+    float_labels=True,
+    distributions=losses.per_label,
+    from_probabilities=log_odds,
+    divergences=kl_of_labels,
+    drawn_likelihood=likelihood_of_drawn_labels,
+)
+
+SCORES = replace(
+    CLASSES,
+    name="regression",
+    problem_type="regression",
+    fits=_of_scores,
+    one_output=True,
+    float_labels=True,
+    distributions=None,
+    divergences=squared_differences,
+    drawn_likelihood=sum_of_values,
+)
+
+
+def _no_class(task: Task, text: Any) -> int:
+    return IGNORED
+
+
+def _no_labels(task: Task, text: Any) -> list[float]:
+    return [float("nan")] * task.num_labels
+
+
+def _no_score(task: Task, text: Any) -> float:
+    return float("nan")
+
+
+ONE_CLASS = LabelRule(named=True, sets=False, tags=False, scores=False, unknown=_no_class, complete=labels_as_read)
+
+CLASSIFICATION = Kind(
+    columns=("text",),
+    pairs=True,
+    reads="text",
+    grouped_by=slice(None),
+    label="label",
+    labels=ONE_CLASS,
+    unlabelled=True,
+    encode=encode_texts,
+    needs_offsets=False,
+    strides=False,
+    metrics=("accuracy", "f1_macro", "roc_auc"),
+    primary_metric="accuracy",
+    further_metrics=(),
+    targets=CLASSES,
+    predict=most_likely,
+    read=read_rows,
+    predictions=row_predictions(most_likely),
+    scores=row_scores,
+    while_training=rows_while_training(most_likely),
+    scorer=row_scorer,
+    agreement=row_agreement,
+    names_labels=True,
+    auto_class="AutoModelForSequenceClassification",
+    architectures=("ForSequenceClassification",),
+    peft_task="SEQ_CLS",
+    heads=None,
+    pipeline_tag="text-classification",
+    usage=pipeline_usage("text-classification", "$example, truncation=True"),
+)
+
+_OF_TEXTS_OR_IMAGES = ("ForSequenceClassification", "ForImageClassification")
+"""In Python; recipes name kinds of text alone."""
+
+MULTI_LABEL = replace(
+    CLASSIFICATION,
+    labels=replace(ONE_CLASS, sets=True, unknown=_no_labels),
+    metrics=("f1_micro", "f1_macro", "accuracy"),
+    primary_metric="f1_micro",
+    targets=LABEL_SETS,
+    predict=label_sets,
+    predictions=row_predictions(label_sets),
+    while_training=rows_while_training(label_sets),
+    architectures=_OF_TEXTS_OR_IMAGES,
+    usage=pipeline_usage("text-classification", "$example, truncation=True, top_k=None"),
+)
+
+REGRESSION = replace(
+    CLASSIFICATION,
+    labels=replace(ONE_CLASS, named=False, scores=True, unknown=_no_score),
+    metrics=("pearson", "spearmanr"),
+    primary_metric="pearson",
+    targets=SCORES,
+    predict=scores_of,
+    predictions=row_predictions(scores_of),
+    while_training=rows_while_training(scores_of),
+    architectures=_OF_TEXTS_OR_IMAGES,
+    agreement=correlation,
+    usage=pipeline_usage("text-classification", '$example, truncation=True, function_to_apply="none"'),
+)
