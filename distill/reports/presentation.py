@@ -14,6 +14,7 @@ from distill.evaluation.benchmark import remarks_on
 from distill.evaluation.intervals import interval_method
 from distill.recipes.plan import Plan
 from distill.tasks.base import is_better_lower
+from distill.tasks.kinds import KINDS
 
 _TWO_LINES = {
     "95 % interval": "95 %\ninterval",
@@ -204,7 +205,7 @@ def _recovery_line(recovery: dict[str, Any], baseline: str) -> str:
 
 def _units(report: dict[str, Any]) -> str:
     bench, device = report["environment"]["benchmark"], report["models"][0]["device"]
-    of_images = report["task"] == "image-classification"
+    of_images = report["task"] in KINDS and KINDS[report["task"]].reads == "images"
     each = "images" if of_images else f"rows of {bench['sequence_length']} tokens"
     return (
         f"on {device}: ms for {bench['latency_batch_size']} and rows/s for {bench['throughput_batch_size']} {each} at "

@@ -282,7 +282,7 @@ def _limits(record: dict[str, Any], truncated: Truncated | None, *, quantized: b
     scored = ", ".join(f"{record['rows'][split]} {split} rows" for split, _, _ in record["scored"])
     root = _shown(record, record["root"]["reference"])
     lines = [f"Scored on {scored}; how it does on other input was not measured."]
-    if record["kind"] != "image-classification":
+    if KINDS[record["kind"]].reads != "images":
         lines.append(f"Input beyond {record['data']['max_length']} tokens is cut (`truncation=True` cuts there).")
         if cut := describe_cut(truncated):
             lines.append(f"Of the rows that it was trained and scored on, these were {cut}.")
