@@ -8,7 +8,7 @@ import importlib
 import logging
 from typing import TYPE_CHECKING, Any
 
-from distill.compression.quantization.registration import register_when_needed
+from distill.compression.registration import register_when_needed
 
 if TYPE_CHECKING:
     from distill.compression.quantization.formats import QuantizationSettings

@@ -18,8 +18,8 @@ import distill
 import distill.data
 from distill import cli, commands
 from distill.compression.quantization.formats import QuantizationSettings
-from distill.compression.quantization.loading import METHOD
 from distill.compression.quantization.quantize import quantize_model
+from distill.models.description import METHOD
 from distill.verbs.all import VERBS
 from tests.architectures import IDS, MASK, logits, small_model
 
@@ -110,15 +110,15 @@ def test_every_public_name_says_where_it_is_defined():
         "from transformers import AutoModel; import distill",
         "import distill, transformers.quantizers.auto",
         "import transformers.quantizers.auto, distill",
-        "import distill.compression.quantization.loading",
+        "import distill.compression.loading",
     ],
 )
 def test_the_format_is_registered_whatever_is_imported_first_and_bitsandbytes_waits(order):
     code = f"""
 from importlib.machinery import SourceFileLoader
 from transformers.quantizers import auto
-for mapping in (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING):
-    assert mapping[{METHOD!r}].__module__ == "distill.compression.quantization.loading"
+assert auto.AUTO_QUANTIZER_MAPPING[{METHOD!r}].__module__ == "distill.compression.loading"
+assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING[{METHOD!r}].__module__ == "distill.models.description"
 assert isinstance(auto.__loader__, SourceFileLoader)
 """
     modules, _ = loaded_by(order + code)

@@ -67,6 +67,11 @@ def model_from_config(model_class: "type[PreTrainedModel]", config: "PretrainedC
     return model_class._from_config(config)
 
 
+def draw_weights(model: "PreTrainedModel", module: "nn.Module") -> None:
+    """Draw a module's weights anew, as the model's family draws them."""
+    module.apply(model._init_weights)
+
+
 def unsplit_modules(model: "PreTrainedModel") -> set[str]:
     """Names of the classes of modules that must stay on one device: where FSDP cuts."""
     return set(model._no_split_modules or ())

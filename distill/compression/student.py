@@ -16,6 +16,7 @@ from transformers import DistilBertConfig, PretrainedConfig, PreTrainedModel
 from distill.common.private_names import model_from_config
 from distill.errors import InputError
 from distill.models.adapters import has_adapters, merged_copy
+from distill.models.replacements import is_quantized, structure_of
 from distill.models.structure import find_blocks
 
 logger = logging.getLogger(__name__)
@@ -108,10 +109,18 @@ def build_student(
     """
     if has_adapters(teacher):
         teacher = merged_copy(teacher)
-    if getattr(teacher.config, "quantization_config", None) is not None:
+    if is_quantized(teacher.config):
         raise InputError("teacher: is quantized, and a student needs float weights; take the model that was quantized")
     width = width or Width()
     chosen = choose_layers(layers, num_layers, teacher.config.num_hidden_layers)
+    if structure_of(teacher.config):
+        whole = chosen == list(range(teacher.config.num_hidden_layers))
+        if student_arch != "same" or not whole or width.differs_from(teacher.config):
+            raise InputError(
+                "teacher: its layers have other sizes than its config says, so no student is cut from it; keep all of "
+                "its layers and sizes, or take the model that it was made from"
+            )
+        return copy.deepcopy(teacher)
     config = student_config(teacher.config, student_arch, chosen, width)
     if is_fresh(teacher.config, width):
         logger.warning("%s: another hidden size or number of heads, so the student is freshly initialised", width)

@@ -31,6 +31,7 @@ from distill.models.load import (
     saved_class,
     size_on_disk,
 )
+from distill.models.replacements import is_quantized, put_structure, structure_of, without_replacements
 from distill.models.structure import input_names
 from distill.models.weights import load_weights
 
@@ -125,7 +126,7 @@ def _variants(models: Mapping[str, PreTrainedModel], made_from: Mapping[str, str
     found: dict[str, PreTrainedModel] = {}
     for name, model in models.items():
         parent = models.get(made_from.get(name, ""))
-        if parent is None or getattr(model.config, "quantization_config", None) is None:
+        if parent is None or not is_quantized(model.config):
             continue
         in_bf16, without_outliers = variants_of(name, made_from[name])
         if parent.dtype == torch.float32 and in_bf16 not in found:
@@ -205,12 +206,10 @@ def _load(location: str) -> PreTrainedModel:
 
 def _skeleton(model: PreTrainedModel) -> PreTrainedModel:
     """The unquantized model on meta: its parameters and operations without its weights."""
-    plain = model.config.to_dict()
-    plain.pop("quantization_config", None)
-    plain_config = type(model.config).from_dict(plain)
+    plain_config = without_replacements(model.config)
     set_attention_of_config(plain_config, "eager")  # matrix products that the FLOP counter sees
     with torch.device("meta"):
-        return model_from_config(type(model), plain_config)
+        return put_structure(model_from_config(type(model), plain_config), structure_of(model.config))
 
 
 def _in_adapters(model: PreTrainedModel) -> int:

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from typing_extensions import TypedDict  # typing's own from Python 3.12 on
 
 from distill.errors import InputError, in_one_line, nearest_name
+from distill.models.replacements import is_quantized
 from distill.tasks.base import TaskKind
 from distill.tasks.kinds import KINDS
 
@@ -213,7 +214,7 @@ def merged_copy(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """
     if isinstance(model, PeftModel) and has_prompts(model):
         raise InputError("teacher: its prompts are no adapters of layers; take the model beneath them")
-    if getattr(model.config, "quantization_config", None) is not None:
+    if is_quantized(model.config):
         raise InputError("teacher: its adapters belong to quantized weights; take the float model that was quantized")
     copied = copy.deepcopy(model)
     if isinstance(copied, PeftModel):

@@ -30,6 +30,7 @@ from distill.models.processors import (
     load_processor,
     load_tokenizer,
 )
+from distill.models.replacements import put_structure, structure_of, without_replacements
 from distill.models.weights import (
     fit_of,
     fit_problems,
@@ -173,12 +174,11 @@ def saved_class(location: str, config: PretrainedConfig) -> type[PreTrainedModel
 
 
 def from_config(config: PretrainedConfig, kind: TaskKind) -> PreTrainedModel:
-    """A float32 model of this config with new weights (from torch's global generator)."""
-    plain = config.to_dict()
-    plain.pop("quantization_config", None)
-    copied = type(config).from_dict(plain)
+    """A float32 model of this config with new weights (from torch's global generator), none of them quantized."""
+    copied = without_replacements(config)
     copied.architectures = copied.architectures or []  # DeiT has two heads, and `from_config` looks here which is meant
-    return auto_class(kind).from_config(copied, dtype=torch.float32, trust_remote_code=False)
+    model = auto_class(kind).from_config(copied, dtype=torch.float32, trust_remote_code=False)
+    return put_structure(model, structure_of(config))
 
 
 def longest_input(config: PretrainedConfig) -> int | None:

@@ -4,10 +4,11 @@ import copy
 import math
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from distill.common.console import log, results, styled
 from distill.common.distributed import forget_precision, process_state
 from distill.compression.quantization.formats import QuantizationSettings, choose_formats
 from distill.compression.quantization.quantize import apply_formats, weight_memory
+from distill.compression.replacements import Format, formats_of
 from distill.data.batches import row_lengths
 from distill.data.load import describe_cut
 from distill.errors import InputError
@@ -213,14 +215,16 @@ def _stand_in(
     where that one is.
     """
     model, source = from_config(planned.config, plan.data.task.kind), options.model or ""
-    size, formats, given = 4 * model.num_parameters(), {}, {}
+    size = 4 * model.num_parameters()
+    formats: Mapping[str, Format] = {}
+    given: dict[str, Any] = {}
     made = plan.steps[source].step.options if source in plan.steps else None
-    outside = getattr(plan.sources[source].config, "quantization_config", None) if source in plan.sources else None
+    outside = formats_of(plan.sources[source].config) if source in plan.sources else ({}, {})
     if isinstance(made, QuantizeOptions):
         size, given = made.planned_size(model), asdict(made)
         given["format"] = made.format or "nf4"  # as most that a budget picks
-    elif outside is not None and "formats" in outside:
-        size, given, formats = size_on_disk(Path(plan.sources[source].location)), outside, outside["formats"]
+    elif outside[0]:
+        size, (formats, given) = size_on_disk(Path(plan.sources[source].location)), outside
     settings = QuantizationSettings(**{name: given[name] for name in _SETTINGS & given.keys()})
     if settings.format not in (None, "bf16"):
         formats = choose_formats(model, settings)

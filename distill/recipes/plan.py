@@ -14,6 +14,7 @@ from distill.compression.student import is_fresh, student_config
 from distill.data.load import Data, load_data, token_fingerprint
 from distill.errors import InputError
 from distill.models.load import ModelSource, load_processor, longest_input, set_labels
+from distill.models.replacements import is_quantized
 from distill.models.structure import depth_of
 from distill.models.weights import fit_problems
 from distill.recipes.fingerprint import code_fingerprint
@@ -218,7 +219,7 @@ def _plan_step(
             problems.append(
                 f"{option}: takes at most {longest} tokens, but data.max_length is {recipe.data.max_length}"
             )
-    if getattr(config, "quantization_config", None) is not None and getattr(options, "lora", None) is None:
+    if is_quantized(config) and getattr(options, "lora", None) is None:
         problems.append(
             f"{source_option}: {source.reference} is quantized; start from the model it was made from, or train "
             "adapters of it (lora: {})"
@@ -262,7 +263,7 @@ def _adapter_problems(options: FinetuneOptions | DistillOptions, source: ModelIn
         problems.append("merge: there are no adapters to merge; say lora: {} too, or leave it out")
     if options.lora is None:
         return problems
-    if options.merge and getattr(source.config, "quantization_config", None) is not None:
+    if options.merge and is_quantized(source.config):
         problems.append("merge: adapters merged into quantized weights would be rounded away; leave it out")
     changed = options.model is None or options.from_scratch or cuts_student(options, source.config)
     if not options.merge and changed:
@@ -296,7 +297,7 @@ def _made_by(made: PlannedStep, option: str) -> ModelInput:
     """
     if not is_teacher(option) and is_adapter(made.step.options):
         whole = "merge: true makes a whole model there"
-        if getattr(made.config, "quantization_config", None) is not None:
+        if is_quantized(made.config):
             whole = "it belongs to a quantized one; go on from the model before that"
         raise InputError(f"{made.step.name} makes an adapter, and this starts from a whole model; {whole}")
     return ModelInput(made.step.name, made.config, str(made.folder), made.tokenizer_location, made.fingerprint, True)

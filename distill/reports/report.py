@@ -20,6 +20,7 @@ from distill.evaluation.intervals import (
     won_back,
 )
 from distill.models.load import fetch_weights, load_classifier, load_processor
+from distill.models.replacements import is_quantized
 from distill.recipes.fingerprint import code_fingerprint
 from distill.recipes.finished import is_finished
 from distill.recipes.plan import Plan, PlannedStep
@@ -178,11 +179,7 @@ def _recoveries(
     """
     if plan.baseline not in evaluations:
         return []
-    quantized = [
-        name
-        for name, planned in plan.steps.items()
-        if name in evaluations and getattr(planned.config, "quantization_config", None) is not None
-    ]
+    quantized = [name for name, planned in plan.steps.items() if name in evaluations and is_quantized(planned.config)]
     sizes = {name: benchmarks[name]["size_on_disk_bytes"] for name in quantized}
     plain = [name for name in quantized if _is_plain(plan.steps[name], plan.baseline)]
     found = []

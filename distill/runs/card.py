@@ -13,11 +13,11 @@ from distill.common.local_names import base_name
 from distill.common.markdown import code, escaped
 from distill.common.records import read_record
 from distill.common.sources import reason_of, split_revision
-from distill.compression.quantization.loading import METHOD
 from distill.data.files.readers import GLUE_ON_THE_HUB
 from distill.data.load import Truncated, describe_cut
 from distill.errors import InputError
 from distill.models.adapters import base_of
+from distill.models.description import METHOD
 from distill.recipes.yaml12 import dump_yaml, read_yaml
 from distill.tasks.kinds import KINDS, usage_code
 from distill.verbs.all import VERBS

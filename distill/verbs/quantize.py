@@ -25,7 +25,9 @@ from distill.compression.quantization.quantize import apply_formats
 from distill.data.load import Data
 from distill.data.tokenized import Processor
 from distill.evaluation.evaluate import input_batches
+from distill.models.description import Entry, describe
 from distill.models.load import from_config, load_classifier, load_processor
+from distill.models.replacements import structure_of
 from distill.tasks.base import TaskKind
 from distill.tasks.kinds import targets_of
 from distill.verbs.base import StepResult, Verb
@@ -95,7 +97,8 @@ def _complete(options: QuantizeOptions, config: PretrainedConfig, kind: TaskKind
             skeleton = from_config(config, kind)
         options.planned_size(skeleton)  # its patterns match modules, and its budget can be kept
     if options.format != "bf16":
-        config.quantization_config = {"format": options.format}
+        made = Entry(options.format or "mixed", {}, ())  # which modules is known when their weights are
+        config.quantization_config = describe([*structure_of(config), made])
 
 
 def _rows(options: QuantizeOptions, data: Data) -> list[Any]:

@@ -37,7 +37,14 @@ GATHERED = {
         "_shared_state",
         "_attn_implementation",
     ),
-    *("_from_config", "_no_split_modules", "_model_mapping", "_tied_weights_keys", "_hf_deepspeed_config_weak_ref"),
+    *(
+        "_from_config",
+        "_init_weights",
+        "_no_split_modules",
+        "_model_mapping",
+        "_tied_weights_keys",
+        "_hf_deepspeed_config_weak_ref",
+    ),
 }
 
 
@@ -73,6 +80,18 @@ def test_accelerate_prepares_a_model_anew_once_it_is_forgotten(accelerate_states
     private_names.forget_prepared(model, accelerator)
     assert not model._is_accelerate_prepared
     assert not accelerator._models
+
+
+def test_a_module_is_drawn_as_its_family_draws_it():
+    drawn = config()
+    drawn.initializer_range = 5.0
+    model = BertForSequenceClassification(drawn)
+    layer = model.bert.encoder.layer[0].output.dense
+    torch.nn.init.ones_(layer.bias)
+    torch.nn.init.zeros_(layer.weight)
+    private_names.draw_weights(model, layer)
+    assert layer.weight.std() > 2
+    assert not layer.bias.any()
 
 
 def test_accelerate_keeps_one_precision_for_the_process_until_it_is_reset(accelerate_states):

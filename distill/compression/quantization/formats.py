@@ -13,10 +13,10 @@ from transformers.pytorch_utils import Conv1D
 
 from distill.compression.quantization.layers import scales_size
 from distill.compression.quantization.modules import DTYPES
+from distill.compression.replacements import Format
 from distill.errors import InputError, near_name
 from distill.models.structure import depth_of, find_blocks
 
-Format = Literal["int8", "nf4", "fp4"]
 FormatOrBf16 = Literal["int8", "nf4", "fp4", "bf16"]
 EmbeddingFormat = Literal["int8", "nf4", "none"]
 ComputeDtype = Literal["bf16", "fp32", "fp16"]

@@ -20,6 +20,7 @@ from distill.compression.quantization.simulated import (
     row_scales,
 )
 from distill.errors import InputError
+from distill.models.replacements import is_quantized
 
 _MOMENTUM = 0.99
 """Of the moving average of the activations' ranges."""
@@ -68,7 +69,7 @@ def check_quantizable(model: PreTrainedModel, settings: QuantizationSettings) ->
     """
     if isinstance(model, PeftModel):
         raise InputError("qat: the model has adapters, and its own weights don't learn; leave qat or the adapters out")
-    if getattr(model.config, "quantization_config", None) is not None:
+    if is_quantized(model.config):
         raise InputError("qat: the model is quantized already; train the model it was made from")
     return choose_formats(model, settings)
 

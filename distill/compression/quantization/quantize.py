@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from distill.common.private_names import finish_loading
+from distill.compression.loading import DistillQuantizer
 from distill.compression.quantization.formats import (
     Format,
     FormatOrBf16,
@@ -23,11 +24,13 @@ from distill.compression.quantization.formats import (
     model_size,
 )
 from distill.compression.quantization.gptq import compensate
-from distill.compression.quantization.loading import DistillQuantizationConfig, DistillQuantizer
 from distill.compression.quantization.modules import DTYPES, empty_module, tie_output
+from distill.compression.replacements import Tied, quantized_as
 from distill.errors import InputError
 from distill.models.adapters import on_another_base
+from distill.models.description import describe, grouped
 from distill.models.modes import evaluating
+from distill.models.replacements import is_quantized, structure_of
 from distill.models.weights import refuse_not_finite
 
 
@@ -75,7 +78,7 @@ def quantize_model(
 
 def refuse_quantized(model: PreTrainedModel | PeftModel) -> None:
     """Raise an `InputError` for a model that is quantized already."""
-    if getattr(model.config, "quantization_config", None) is not None:
+    if is_quantized(model.config):
         raise InputError("model: it is quantized already; quantize the model it was made from")
 
 
@@ -85,29 +88,25 @@ def apply_formats(
     """Quantize the named modules in place, each to its format; the rest goes to `settings.rest_dtype`."""
     if not formats:
         return _plain(model, DTYPES[settings.rest_dtype])
-    head = _tied_head(model)
     embedding = model.get_input_embeddings()
-    config = DistillQuantizationConfig(
-        formats=dict(formats),
-        tied_head=head if any(model.get_submodule(name) is embedding for name in formats) else None,
-        double_quant=settings.double_quant,
-        block_size=settings.block_size,
-        compute_dtype=settings.compute_dtype,
-        threshold=settings.threshold,
-    )
+    head = _tied_head(model) if any(model.get_submodule(name) is embedding for name in formats) else None
+    replacements: dict[str, Any] = {name: quantized_as(format, settings) for name, format in formats.items()}
+    replacements |= {} if head is None else {head: Tied()}
+    description = describe([*structure_of(model.config), *grouped(replacements)])
     dtype = DTYPES[settings.rest_dtype]
     floats = {name: model.get_submodule(name) for name in formats}
     for name, module in floats.items():
         model.set_submodule(name, quantized_module(module, formats[name], settings, dtype))
-    tie_output(model, config.tied_head)
+    if head is not None:
+        tie_output(model, head)
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
-    model.config.quantization_config = config
+    model.config.quantization_config = description
     model.config.dtype = dtype
-    model.hf_quantizer = DistillQuantizer(config, pre_quantized=True)
+    model.hf_quantizer = DistillQuantizer(description, pre_quantized=True)
     model.is_quantized = True
-    model.quantization_method = config.quant_method
+    model.quantization_method = description.quant_method
     return finish_loading(model).eval().requires_grad_(False)
 
 
@@ -126,7 +125,7 @@ def quantized_module(module: Any, format: Format, settings: QuantizationSettings
     Args:
         dtype: of an embedding's rows.
     """
-    quantized = empty_module(module, format, settings, dtype)
+    quantized = empty_module(module, quantized_as(format, settings), dtype)
     weight = module.weight.detach()
     quantized.fill(weight.T if isinstance(module, Conv1D) else weight)
     return quantized.requires_grad_(False)

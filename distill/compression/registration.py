@@ -1,4 +1,4 @@
-"""Register the quantized format with transformers when its quantizers are imported, and import nothing before."""
+"""Register the quantizer with transformers when its quantizers are imported, and import nothing before."""
 
 import sys
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ _QUANTIZERS = "transformers.quantizers.auto"
 
 
 def register_when_needed() -> None:
-    """Make quantized folders loadable: at once where transformers' quantizers are imported already, else with them.
+    """Make compressed folders loadable: at once where transformers' quantizers are imported already, else with them.
 
     They take twice as long to import as torch; a program that loads no model, such as `distill --help`, spares them.
     """
@@ -21,7 +21,7 @@ def register_when_needed() -> None:
 
 
 def _register() -> None:
-    from distill.compression.quantization import loading  # noqa: F401  (registers where it defines)
+    from distill.compression import loading  # noqa: F401  (registers where it defines)
 
 
 class _QuantizersFinder(MetaPathFinder):
@@ -39,7 +39,7 @@ class _QuantizersFinder(MetaPathFinder):
 
 
 class _RegisteringLoader(Loader):
-    """Loads the quantizers as their own loader does, and registers the format afterwards.
+    """Loads the quantizers as their own loader does, and registers ours afterwards.
 
     Args:
         loader: their own, which they also name as theirs once they are loaded.
