@@ -280,7 +280,7 @@ def _timed(
         stepped = time.perf_counter()
         for teacher, cached in plans:
             if cached.layout is not None:
-                teacher.outputs(trainer._completed(trainer._prepare_inputs(batch)))
+                teacher.outputs(trainer.rows.completed(trainer._prepare_inputs(batch)))
         in_caches = time.perf_counter() - stepped
         return stepped - began - in_caches, in_caches
 

@@ -285,6 +285,10 @@ class _Rehearsal(DistillationTrainer):
             if parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
 
+    def _image_tokens(self) -> int:
+        """None are looked for, as stand-ins have no forward."""
+        return 1
+
     def get_train_dataloader(self) -> DataLoader:
         """One batch of no row."""
         return DataLoader([{}], collate_fn=lambda rows: rows[0])  # type: ignore[arg-type]

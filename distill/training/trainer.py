@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,7 @@ class DistillationTrainer(transformers.Trainer):
         if self.teachers:
             has_optimizer = (trainer_arguments.get("optimizers") or (None,))[0] is not None
             trained = projected_student(model, self.teachers, uses_logits=uses_logits, has_optimizer=has_optimizer)
-        image_tokens = tokens_of_image(model, [each.student_wants for each in self.teachers])  # draws, in train mode
+        image_tokens = self._image_tokens()  # draws, in train mode
         collates_otherwise = trainer_arguments.get("data_collator") is not None
         if self.targets.per_token and tokenizer is not None and not collates_otherwise:
             trainer_arguments["data_collator"] = DataCollatorForTokenClassification(tokenizer)
@@ -192,6 +192,10 @@ class DistillationTrainer(transformers.Trainer):
             "student, for each trial"
         )
 
+    def _image_tokens(self) -> int:
+        """States of an image that losses compare."""
+        return tokens_of_image(self.student, [each.student_wants for each in self.teachers])
+
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
         """The rows in their order, so that predictions stand beside them; Trainer would group them by length too."""
         if eval_dataset is None or self.args.world_size > 1:  # Accelerate deals in order
@@ -239,7 +243,7 @@ class DistillationTrainer(transformers.Trainer):
     def _teacher_reader(self, dataset: Any, what_for: str) -> Callable[[list[int]], dict[str, Tensor]]:
         """Makes the batch, on the device, that teachers see of the rows with these numbers."""
         read = self._reader(dataset, what_for)
-        return lambda numbers: self._completed(self._prepare_inputs(read(numbers)))
+        return lambda numbers: self.rows.completed(self._prepare_inputs(read(numbers)))
 
     def planned_caches(self) -> list[tuple[Teacher, CachePlan]]:
         """Each teacher that is a model, with what `train` will cache of it, or why it will not.
@@ -262,7 +266,7 @@ class DistillationTrainer(transformers.Trainer):
         Args:
             num_items_in_batch: rows, tokens and labels of the whole step (shape 3); of this batch by default.
         """
-        inputs = self._completed(inputs)
+        inputs = self.rows.completed(inputs)
         if num_items_in_batch is None:
             num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
         loss, logits = self.objective.loss_of(model, inputs, num_items_in_batch, self.state, all_logits=return_outputs)
@@ -277,7 +281,7 @@ class DistillationTrainer(transformers.Trainer):
         reduce = self._reduce_logits
         if not in_parts or not (prediction_loss_only or reduce):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        batch = self._completed(self._prepare_inputs(inputs))
+        batch = self.rows.completed(self._prepare_inputs(inputs))
         size = max(1, _LOGITS_AT_ONCE // (batch["input_ids"].shape[1] * self.student.config.vocab_size))
         evaluate = super().prediction_step
         return evaluated_in_parts(
@@ -296,7 +300,7 @@ class DistillationTrainer(transformers.Trainer):
         """The micro-batches of one optimizer step, and its rows, tokens and labels over all processes."""
         # One by one: only while a batch is the newest does the loader know whether it is the last.
         with record_function("data"):
-            batches = [self._completed(batch) for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+            batches = [self.rows.completed(batch) for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         counts = self._get_num_items_in_batch(batches, device)
         if self.accelerator.num_processes > 1:
             counts = self.accelerator.reduce(counts, reduction="sum")
@@ -306,9 +310,6 @@ class DistillationTrainer(transformers.Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
         return self.rows.counts(batch_samples, device)
-
-    def _completed(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return self.rows.completed(batch)
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:  # type: ignore[has-type]

@@ -148,7 +148,7 @@ def test_a_bert_reads_token_types_beside_a_distilbert_whoever_came_first(pairs, 
     )  # fmt: skip
     trainer.cache_teachers()
     numbers = [3, 0, 7]
-    batch = trainer._completed(trainer.batch_reader()(numbers, 0))
+    batch = trainer.rows.completed(trainer.batch_reader()(numbers, 0))
     logits, _ = trainer.teachers[0].outputs(batch)
     chosen = data.splits["train"].select(numbers)
     encoded = load_tokenizer(str(pairs / "bert"))(

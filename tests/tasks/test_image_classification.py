@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from transformers import MobileNetV2Config, ResNetConfig, ViTConfig, ViTImageProcessor, pipeline
 
+from distill.cli import main
 from distill.data.load import DataOptions, load_data
 from distill.errors import InputError
 from distill.models.load import load_processor
@@ -182,6 +183,13 @@ def test_a_whole_run(folder, tmp_path):
         found = classify(str(images[0]))
         assert {each["label"] for each in found} == {"bright", "dark"}
     assert pipeline("image-classification", str(made.steps["student"].folder))(str(images[0]))[0]["label"] == "dark"
+
+
+def test_a_distillation_of_patches_can_be_checked(folder, tmp_path, capsys):
+    step = "{run: distill, teacher: teacher, num_layers: 2, max_steps: 2, hidden_weight: 0.5}"
+    plan_of(folder, tmp_path, f"student: {step}")
+    assert main(["check", str(tmp_path / "images.yaml")]) == 0
+    assert "hidden loss: 1→2, 2→4" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("part", ["hidden_weight", "attention_weight", "contrastive_weight"])
