@@ -16,10 +16,12 @@ from transformers.quantizers.base import HfQuantizer
 from distill.compression.replacements import REPLACEMENTS
 from distill.errors import InputError
 from distill.models.description import METHOD, Description, entries_of
-from distill.models.replacements import is_quantized, resolve_name
+from distill.models.replacements import is_quantized, resolve_name, structure_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_ALIGNMENT = 64  # bytes, of torch's own memory on a CPU
 
 register_quantization_config(METHOD)(Description)
 
@@ -51,6 +53,8 @@ class DistillQuantizer(HfQuantizer):
                         replacement.put(model, found)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if structure_of(model.config):
+            _align(model)
         if not is_quantized(model.config):  # Trainer, PEFT and `model.float()` are to see the float model that it is
             del model.hf_quantizer, model.quantization_method
             model.is_quantized = False
@@ -74,3 +78,12 @@ class DistillQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Adapters on it can be trained."""
         return True
+
+
+def _align(model: PreTrainedModel) -> None:
+    """Copy weights to where torch would have put them: layers of odd sizes shift all that follow them in a file, and
+    products on a CPU round otherwise there.
+    """
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and parameter.data_ptr() % _ALIGNMENT:
+            parameter.data = parameter.data.clone()

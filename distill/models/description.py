@@ -75,8 +75,11 @@ def entries_of(config: PretrainedConfig) -> list[Entry]:
         InputError: a version that is newer than this package.
     """
     description = getattr(config, "quantization_config", None)
-    if isinstance(description, QuantizationConfigMixin):
-        description = description.to_dict()
+    return entries_in(description.to_dict() if isinstance(description, QuantizationConfigMixin) else description)
+
+
+def entries_in(description: Mapping[str, Any] | None) -> list[Entry]:
+    """The same of what stands under `quantization_config` in a config.json."""
     if description is None or description.get("quant_method") != METHOD:
         return []
     return _read(description)

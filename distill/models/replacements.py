@@ -135,6 +135,11 @@ def restructure(
     problems = [
         problem for name, each in replacements.items() if (problem := _problem(model, name, each, weights)) is not None
     ]
+    problems += [
+        f"{name}: belongs to no module that is replaced"
+        for name in weights
+        if not any(name.startswith(f"{replaced}.") for replaced in replacements)
+    ]
     if is_quantized(model.config):
         problems = ["model: is quantized, and its layers can't be cut; take the model that was quantized"]
     if problems:

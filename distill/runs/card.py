@@ -17,7 +17,8 @@ from distill.data.files.readers import GLUE_ON_THE_HUB
 from distill.data.load import Truncated, describe_cut
 from distill.errors import InputError
 from distill.models.adapters import base_of
-from distill.models.description import METHOD
+from distill.models.description import entries_in
+from distill.models.replacements import STRUCTURAL
 from distill.recipes.yaml12 import dump_yaml, read_yaml
 from distill.tasks.kinds import KINDS, usage_code
 from distill.verbs.all import VERBS
@@ -69,15 +70,16 @@ def model_card(
     entry = next((each for each in (report or {}).get("models", []) if each["name"] == record["name"]), None)
     is_adapter = base_of(folder) is not None
     data = _metadata(record, recipe, entry, name=name, is_adapter=is_adapter, adapted=adapted)
+    replaced = _replaced(folder)
     template = Template((Path(__file__).parent / "card_template.md").read_text(encoding="utf-8"))
     return template.substitute(
         front_matter=dump_yaml(data.to_dict()).strip(),
         title=escaped(name.rpartition("/")[2]),
         summary=f"A model for {escaped(_task_sentence(record, recipe))}, {_what(record)}.",
-        usage=usage_code(record["kind"], name, pairs=len(record["text"]) == 2, quantized=_is_quantized(folder)),
+        usage=usage_code(record["kind"], name, pairs=len(record["text"]) == 2, needs_import=bool(replaced)),
         making=_making(record, folder.parent),
         results=_results(record, report, folder.parent, plots) if report and entry else _UNMEASURED,
-        limits=_limits(record, (entry or record).get("truncated"), quantized=_is_quantized(folder)),
+        limits=_limits(record, (entry or record).get("truncated"), replaced=replaced),
     )
 
 
@@ -195,12 +197,12 @@ def _base_name(path: str) -> str:
     return path if path.startswith("package:") else base_name(path.partition("#sha256=")[0])
 
 
-def _is_quantized(folder: Path) -> bool:
-    """Whether a folder, or the one that its adapters adapt, holds a model quantized here."""
+def _replaced(folder: Path) -> set[str]:
+    """Kinds of modules in a folder, or in the one that its adapters adapt, that plain transformers doesn't know."""
     base = base_of(folder)
     file = (folder if base is None else Path(base)) / "config.json"
     config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return config.get("quantization_config", {}).get("quant_method") == METHOD
+    return {entry.kind for entry in entries_in(config.get("quantization_config"))}
 
 
 def _making(record: dict[str, Any], output_dir: Path) -> str:
@@ -278,7 +280,7 @@ def _is_of_others(line: str, others: set[str]) -> bool:
     return words[2] != "−" or words[3].rstrip(":") in others
 
 
-def _limits(record: dict[str, Any], truncated: Truncated | None, *, quantized: bool) -> str:
+def _limits(record: dict[str, Any], truncated: Truncated | None, *, replaced: set[str]) -> str:
     scored = ", ".join(f"{record['rows'][split]} {split} rows" for split, _, _ in record["scored"])
     root = _shown(record, record["root"]["reference"])
     lines = [f"Scored on {scored}; how it does on other input was not measured."]
@@ -287,9 +289,8 @@ def _limits(record: dict[str, Any], truncated: Truncated | None, *, quantized: b
         if cut := describe_cut(truncated):
             lines.append(f"Of the rows that it was trained and scored on, these were {cut}.")
     lines.append(f"What {root} learned, biases too, is passed on; nothing here measured them.")
-    if quantized:
-        lines.append(
-            "Loads with `import distill` (the package distill-transformers); plain transformers refuses it. "
-            "bitsandbytes saves memory first of all: the table says how fast it is, and where."
-        )
+    if replaced:
+        loads = "Loads with `import distill` (the package distill-transformers); plain transformers refuses it."
+        bitsandbytes = " bitsandbytes saves memory first of all: the table says how fast it is, and where."
+        lines.append(loads + bitsandbytes * bool(replaced - STRUCTURAL.keys()))
     return "\n".join(f"- {line}" for line in lines)

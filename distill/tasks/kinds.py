@@ -55,14 +55,14 @@ def own_task(kind: TaskKind, text: tuple[str, ...], label: str) -> Task:
     return Task("own", kind, text, label, metrics=its.metrics, primary_metric=its.primary_metric)
 
 
-def usage_code(kind: TaskKind, model: str, *, pairs: bool, quantized: bool) -> str:
+def usage_code(kind: TaskKind, model: str, *, pairs: bool, needs_import: bool) -> str:
     """Python that loads a model and prints a prediction.
 
     Args:
         kind: of the task.
         model: what `from_pretrained` is given.
         pairs: whether the model reads two texts.
-        quantized: whether it has a format that `import distill` registers.
+        needs_import: whether it has modules that `import distill` registers.
     """
     code = Template(KINDS[kind].usage).safe_substitute(model=model, example=_PAIR if pairs else _TEXT)
-    return f"import distill  # registers the quantized format\n{code}" if quantized else code
+    return f"import distill  # registers its format\n{code}" if needs_import else code

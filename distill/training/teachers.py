@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from distill.errors import InputError
 from distill.models.adapters import has_prompts
 from distill.models.modes import evaluating
+from distill.models.replacements import structure_of
 from distill.models.structure import depth_of, input_names, width_of
 from distill.tasks.base import STORED_COLUMNS, STORED_LOGITS, STORED_PROBABILITIES
 from distill.tasks.kinds import targets_of
@@ -282,6 +283,12 @@ def comparable(config: DistillationConfig, models: Sequence[PretrainedConfig], *
         problems.append(
             f"{', '.join(of_tokens)}: compares patch with patch, but the student cuts images into patches of "
             f"{patches[0]} pixels and the teacher of {patches[1]}; set it to 0"
+        )
+    of_heads = [name for name in inside if name in ("attention_weight", "relation_weight")]
+    if of_heads and any("att" in name for model in models for entry in structure_of(model) for name in entry.names):
+        problems.append(
+            f"{', '.join(of_heads)}: compares heads, and a model lacks some of those that its config says; set it to 0 "
+            "(hidden_weight compares whole blocks)"
         )
     return problems
 

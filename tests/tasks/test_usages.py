@@ -47,7 +47,7 @@ MODELS = {
 def printed(kind, folder, *, pairs=False):
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        exec(usage_code(kind, str(folder), pairs=pairs, quantized=False), {})
+        exec(usage_code(kind, str(folder), pairs=pairs, needs_import=False), {})
     return out.getvalue()
 
 
@@ -74,7 +74,7 @@ def said(tmp_path_factory):
         reads = None if kind == "image-classification" else make_tokenizer()
         args = TrainingConfig(output_dir=str(folder / "unused"), report_to=[])
         DistillationTrainer(model=model, args=args, processing_class=reads).save_model(str(folder / kind))
-    codes = {kind: usage_code(kind, kind, pairs=False, quantized=False) for kind in MODELS}
+    codes = {kind: usage_code(kind, kind, pairs=False, needs_import=False) for kind in MODELS}
     done = subprocess.run(
         [sys.executable, "-c", _CHILD], input=json.dumps(codes), cwd=folder, capture_output=True, text=True, check=False
     )
