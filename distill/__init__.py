@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from distill.compression.quantization.formats import QuantizationSettings
     from distill.compression.quantization.quantize import quantize_model
     from distill.compression.student import build_student
+    from distill.compression.vocabulary import trim_vocabulary
     from distill.data.load import DataOptions, load_data
     from distill.errors import InputError
     from distill.training.config import DistillationConfig
@@ -28,6 +29,7 @@ __all__ = [
     "build_student",
     "load_data",
     "quantize_model",
+    "trim_vocabulary",
 ]
 
 _MODULES = {
@@ -39,6 +41,7 @@ _MODULES = {
     "build_student": "distill.compression.student",
     "load_data": "distill.data.load",
     "quantize_model": "distill.compression.quantization.quantize",
+    "trim_vocabulary": "distill.compression.vocabulary",
 }
 """Where each public name is defined."""
 
