@@ -11,6 +11,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
+from transformers import AutoTokenizer, BertTokenizer
 
 from distill import cli
 from distill.cli import main
@@ -18,7 +19,7 @@ from distill.errors import InputError
 from distill.recipes.recipe import load_recipe
 from distill.runs.launch import check_config, launch
 from distill.runs.run import read_record
-from tests.conftest import sentences, tiny_bert, write_rows
+from tests.conftest import WORDS, sentences, tiny_bert, write_rows
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
@@ -175,3 +176,17 @@ def test_the_readmes_python_snippets_run(tmp_path, tokenizer):
     assert done.returncode == 0, done.stderr
     assert "eval_accuracy" in done.stdout
     assert (tmp_path / "runs" / "student-nf4" / "model.safetensors").is_file()
+
+
+def test_the_vocabulary_pages_snippet_runs(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "vocabulary.md").read_text(), re.DOTALL)
+    teacher = tmp_path / "runs" / "quickstart" / "teacher"
+    special, letters = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], "abcdefghijklmnopqrstuvwxyz"
+    tokens = [*special, *letters, *(f"##{letter}" for letter in letters), *WORDS]
+    tokens = list(dict.fromkeys(tokens))  # "a" is a word too
+    BertTokenizer(vocab={token: number for number, token in enumerate(tokens)}).save_pretrained(teacher)
+    tiny_bert(vocab_size=len(tokens)).save_pretrained(teacher)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    trimmed = AutoTokenizer.from_pretrained(tmp_path / "runs" / "trimmed")
+    assert trimmed.tokenize("the film was good") == ["the", "film", "was", "g", "##o", "##o", "##d"]

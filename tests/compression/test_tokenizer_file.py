@@ -2,7 +2,7 @@
 
 import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import BertTokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
+from transformers import BertTokenizer, DebertaV2Tokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from distill.compression.tokenizer_file import (
     ids_of,
@@ -35,10 +35,11 @@ def trimmed_to(tokenizer, tokens):
 
 def test_a_word_piece_vocabulary_keeps_characters_and_what_they_alone_cannot_spell():
     tokens = ["[UNK]", "a", "b", "##a", "##b", "#", "##", "###", "ab", "##ab", "xa", "##ax", "[unused0]", "é", "漢"]
+    tokens += ["##y", "ya"]
     tokenizer = fast(
         models.WordPiece({token: number for number, token in enumerate(tokens)}, unk_token="[UNK]"), unk_token="[UNK]"
     )
-    # ## is a word of two marks, whose second one within a word is ###; x is no token by itself.
+    # ## is a word of two marks, whose second one within a word is ###. x is no token by itself, y none at the start.
     assert set(tokens) - set(necessary_tokens(tokenizer)) == {"##", "ab", "##ab"}
     trimmed = trimmed_to(tokenizer, necessary_tokens(tokenizer))
     assert trimmed.tokenize("abab xa ##") == ["a", "##b", "##a", "##b", "xa", "#", "###"]
@@ -102,6 +103,14 @@ def test_tokens_around_texts_padding_and_added_ones_get_their_new_ids(around):
     trimmed = trimmed_to(tokenizer, [*(set(tokens) - {"aa"}), "bb"])
     assert trimmed.backend_tokenizer.encode("aa bb").ids == [3, 1, 2, 6, 4]
     assert trimmed.backend_tokenizer.encode("a").ids == [3, 1, 4, 5, 5]
+
+
+def test_the_unknown_token_of_a_deberta_is_found_again():
+    pieces = [("[PAD]", 0.0), ("[CLS]", 0.0), ("[SEP]", 0.0), ("a", -1.0), ("b", -1.0), ("ab", -1.5), ("[UNK]", -2.0)]
+    tokenizer = DebertaV2Tokenizer(vocab=pieces, unk_id=6)
+    trimmed = trimmed_to(tokenizer, [token for token in tokenizer.get_vocab() if token != "ab"])
+    assert (trimmed.unk_token_id, trimmed.convert_tokens_to_ids("c")) == (5, 5)
+    assert trimmed("abc", add_special_tokens=False)["input_ids"][-1] == 5
 
 
 def test_what_else_the_file_says_stays():

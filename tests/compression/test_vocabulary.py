@@ -28,10 +28,19 @@ from transformers import (
     XLMRobertaTokenizer,
 )
 
-from distill import InputError, quantize_model, trim_vocabulary
+from distill import (
+    DataOptions,
+    DistillationConfig,
+    DistillationTrainer,
+    InputError,
+    load_data,
+    quantize_model,
+    trim_vocabulary,
+)
 from distill.compression.vocabulary import TrimCoverage, choose_tokens, count_tokens, trim_coverage
 from distill.data.load import token_fingerprint
-from tests.conftest import make_tokenizer, tiny_bert
+from distill.verbs.training import read_rows
+from tests.conftest import make_tokenizer, tiny_bert, write_rows
 
 SIZES = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
@@ -374,14 +383,14 @@ def test_the_positions_of_a_roberta_stay_where_they_were():
     vocabulary = byte_pairs(["<s>", "</s>", "<unk>", "<mask>"])
     model = json.loads(vocabulary.to_str())["model"]
     order = sorted(model["vocab"], key=model["vocab"].get)
-    order.insert(300, "<pad>")
+    order.insert(470, "<pad>")
     tokenizer = RobertaTokenizer(
         vocab={token: number for number, token in enumerate(order)}, merges=[tuple(m) for m in model["merges"]]
     )
-    assert tokenizer.pad_token_id == 300
-    model = model_of("roberta", tokenizer, max_position_embeddings=400)
+    assert tokenizer.pad_token_id == 470
+    model = model_of("roberta", tokenizer, max_position_embeddings=600)
     small, trimmed = trim_vocabulary(model, tokenizer, TEXTS, vocab_size=480)
-    assert small.config.pad_token_id == trimmed.pad_token_id == 300
+    assert small.config.pad_token_id == trimmed.pad_token_id == 470
     texts = as_before(tokenizer, trimmed, OTHERS)
     assert torch.equal(logits_of(small, trimmed, texts), logits_of(model, tokenizer, texts))
 
@@ -399,7 +408,7 @@ def test_a_generator_keeps_its_ids():
     assert model.generation_config.forced_eos_token_id == last
 
 
-def test_types_of_weights_and_what_is_frozen_stay(tmp_path):
+def test_types_of_weights_stay_and_no_weights_are_shared(tmp_path):
     tokenizer = tokenizer_of("modernbert")
     model = model_of("modernbert", tokenizer, AutoModel).to(torch.bfloat16)
     model.save_pretrained(tmp_path)
@@ -413,7 +422,8 @@ def test_types_of_weights_and_what_is_frozen_stay(tmp_path):
         with torch.no_grad():
             states.append(each.eval()(**its(texts, padding=True, return_tensors="pt")).last_hidden_state)
     assert torch.equal(*states)
-    assert not {id(weight) for weight in small.parameters()} & {id(weight) for weight in model.parameters()}
+    places = [{weight.data_ptr() for weight in each.parameters()} for each in (model, small)]
+    assert not places[0] & places[1]  # training one leaves the other as it is
 
 
 def test_adapters_are_added_to_the_weights():
@@ -462,3 +472,29 @@ def test_what_cannot_be_trimmed_is_told():
         trim_vocabulary(images, tokenizer, TEXTS, vocab_size=400)
     with pytest.raises(InputError, match="is quantized; trim the vocabulary of the float model"):
         trim_vocabulary(quantize_model(model, format="int8"), tokenizer, TEXTS, vocab_size=400)
+
+
+def test_a_teacher_with_the_whole_vocabulary_reads_its_own_tokens(tmp_path):
+    tokenizer = tokenizer_of("bert")
+    teacher = model_of("bert", tokenizer)
+    student, trimmed = trim_vocabulary(teacher, tokenizer, TEXTS, vocab_size=240)
+    for model, its, name in ((teacher, tokenizer, "teacher"), (student, trimmed, "student")):
+        model.save_pretrained(tmp_path / name)
+        its.save_pretrained(tmp_path / name)
+    rows = [{"text": text, "label": number % 3} for number, text in enumerate(OTHERS)]
+    data = load_data(None, DataOptions(kind="classification", path=str(write_rows(tmp_path / "rows.jsonl", rows))))
+    read = read_rows(data, str(tmp_path / "student"), [str(tmp_path / "teacher")])
+    for row in read.train.select(range(20)):
+        words = [each.decode(row[column], skip_special_tokens=True) for each, column in
+                 ((trimmed, "input_ids"), (tokenizer, "teacher1_input_ids"))]  # fmt: skip
+        assert words[0] == words[1]
+    trainer = DistillationTrainer(
+        model=student, teacher=teacher, train_dataset=read.train, eval_dataset=read.validation,
+        processing_class=read.processor, args=DistillationConfig(output_dir=str(tmp_path / "run"), disable_tqdm=True),
+    )  # fmt: skip
+    assert trainer.evaluate()["eval_loss/soft"] > 1e-4  # rows that read otherwise are predicted otherwise
+    with pytest.raises(InputError, match="hidden_weight: compares token with token"):
+        DistillationTrainer(
+            model=student, teacher=teacher, train_dataset=read.train, processing_class=read.processor,
+            args=DistillationConfig(output_dir=str(tmp_path / "run"), hidden_weight=1.0),
+        )  # fmt: skip
