@@ -37,6 +37,14 @@ from distill import (
     quantize_model,
     trim_vocabulary,
 )
+from distill.compression.tokenizer_file import (
+    necessary_ids,
+    parents_of,
+    read_description,
+    with_description,
+    with_tokens,
+)
+from distill.compression.trimmed_model import trim_model
 from distill.compression.vocabulary import TrimCoverage, choose_tokens, count_tokens, trim_coverage
 from distill.data.load import token_fingerprint
 from distill.verbs.training import read_rows
@@ -248,6 +256,33 @@ def test_nothing_becomes_unknown_and_texts_stay_texts(family, texts):
         assert unknown_tokens(trimmed, text) == unknown_tokens(tokenizer, text), text
         decoded = [each.decode(each(text)["input_ids"], skip_special_tokens=True) for each in (tokenizer, trimmed)]
         assert decoded[0] == decoded[1]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_choice_of_tokens_reads_what_it_knows_as_before(family, seed):
+    """Not only frequent tokens, whose parents and neighbours are frequent too."""
+    draw, tokenizer = random.Random(seed), family.tokenizer
+    description = read_description(tokenizer)
+    necessary, known = necessary_ids(tokenizer, description), sorted(tokenizer.get_vocab().values())
+    counts = Counter({number: draw.random() for number in known})
+    size = draw.randint(len(necessary) + 8, len(known) - 8)
+    kept = choose_tokens(counts, necessary, parents_of(description), known=known, vocab_size=size)
+    trimmed = with_description(tokenizer, with_tokens(description, kept))
+    new = {old: number for number, old in enumerate(kept)}
+    texts = made_up_texts(60, seed + 2) + nonsense(60, seed + 2)
+    for text, before, after in zip(texts, tokenizer(texts)["input_ids"], trimmed(texts)["input_ids"], strict=True):
+        if new.keys() >= set(before):
+            assert after == [new[number] for number in before], text
+        assert after.count(trimmed.unk_token_id) == before.count(tokenizer.unk_token_id), text
+        assert trimmed.decode(after) == tokenizer.decode(before)
+
+
+def test_a_plan_gets_the_sizes_without_weights(family):
+    with torch.device("meta"):
+        model = type(family.model)(family.model.config)
+    small = trim_model(model, range(64))
+    assert small.device.type == "meta"
+    assert small.get_input_embeddings().weight.shape[0] == small.config.vocab_size == 64
 
 
 def test_special_tokens_and_the_ids_of_configs_go_along(family):
