@@ -72,6 +72,17 @@ def write_atomically(path: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
 
 
+def is_writable(folder: Path) -> bool:
+    """Whether files can be written into a folder, which need not exist yet."""
+    nearest = nearest_existing(folder)
+    return nearest.is_dir() and os.access(nearest, os.W_OK)
+
+
+def nearest_existing(folder: Path) -> Path:
+    """The folder itself, or the first above it that exists."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Have a folder to this process alone; one that ends in any way gives it back. It may be locked within a block.

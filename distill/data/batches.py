@@ -21,6 +21,8 @@ COUNTED_ROWS = "counted_rows"
 WINDOW = 50
 """Batches of a window by default."""
 
+_ROWS_AT_ONCE = 10_000
+
 Batches = list[NDArray[np.int64]]
 
 
@@ -245,9 +247,10 @@ def row_lengths(rows: Any, length_column: str) -> NDArray[np.int64] | None:
     """Tokens of each row; None for rows that don't tell."""
     if not isinstance(rows, datasets.Dataset) or rows.format["type"] == "custom":  # what is read on the fly
         return None
-    if length_column in rows.column_names:
-        return np.asarray(rows[length_column])
-    if "input_ids" in rows.column_names:
-        column = rows.with_format("arrow")["input_ids"]
-        return pyarrow.compute.list_value_length(column[:]).to_numpy()
-    return None
+    name = length_column if length_column in rows.column_names else "input_ids"
+    if name not in rows.column_names:
+        return None
+    tables = rows.select_columns([name]).with_format("arrow").iter(_ROWS_AT_ONCE)
+    count = pyarrow.compute.list_value_length
+    found = [(table[name] if name == length_column else count(table[name])).to_numpy() for table in tables]
+    return np.concatenate(found) if found else np.zeros(0, np.int64)

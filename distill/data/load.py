@@ -116,12 +116,17 @@ class Data:
     _tokenized: dict[tuple[str, str], datasets.Dataset] = field(default_factory=dict, repr=False)
 
     def tokenized(self, split: str, tokenizer: Processor) -> datasets.Dataset:
-        """The rows of a split as model inputs, tokenized once for each vocabulary."""
+        """The rows of a split as model inputs, tokenized once for each vocabulary and kept on disk."""
         key = (split, tokenizer_fingerprint(tokenizer))
         if key not in self._tokenized:
-            scored = split not in ("train", "unlabelled")
             self._tokenized[key] = tokenize(
-                self.splits[split], self.task, tokenizer, self.max_length, stride=self.stride, scored=scored
+                self.splits[split],
+                self.task,
+                tokenizer,
+                self.max_length,
+                stride=self.stride,
+                scored=split not in ("train", "unlabelled"),
+                fingerprint=key[1] if getattr(tokenizer, "is_fast", False) else None,
             )
         return self._tokenized[key]
 

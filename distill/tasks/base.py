@@ -96,7 +96,7 @@ class ScoringArguments(TypedDict, total=False):
 
 Batch: TypeAlias = dict[str, list]
 """Columns of some rows."""
-Encode: TypeAlias = Callable[[Batch, list[int], Task, Any, EncodeOptions], Batch]
+Encode: TypeAlias = Callable[[Batch, Sequence[int], Task, Any, EncodeOptions], Batch]
 """(rows, their numbers, task, tokenizer or image processor, options) → inputs and `labels` of as many rows or more,
 and of texts `cut`: whether `max_length` took something from a row."""
 

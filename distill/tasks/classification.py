@@ -1,5 +1,6 @@
 """Kinds with one prediction a text or pair of texts: classes, sets of labels (multi-label), and scores (regression)."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -46,7 +47,7 @@ from distill.tasks.targets import (
 
 
 def encode_texts(
-    batch: Batch, numbers: list[int], task: Task, tokenizer: PreTrainedTokenizerBase, options: EncodeOptions
+    batch: Batch, numbers: Sequence[int], task: Task, tokenizer: PreTrainedTokenizerBase, options: EncodeOptions
 ) -> Batch:
     """Texts, or pairs of them, as tokens; beside them their labels, and a teacher's predictions where they carry any.
 
@@ -56,7 +57,7 @@ def encode_texts(
     """
     columns = [batch[column] for column in task.text]
     if tokenizer.is_fast:
-        encoded = tokenizer(*columns, truncation=True, max_length=options.max_length)
+        encoded = tokenizer(*columns, truncation=True, max_length=options.max_length, return_attention_mask=False)
         cut = [bool(row.overflowing) for row in encoded.encodings or ()]
     else:  # those of Python don't tell what they cut
         encoded = tokenizer(*columns, verbose=False)

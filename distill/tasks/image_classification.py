@@ -1,5 +1,6 @@
 """Images of one class each: they become pixels whenever they are read."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from transformers import BaseImageProcessor
@@ -9,7 +10,7 @@ from distill.tasks.classification import CLASSIFICATION
 
 
 def encode_images(
-    batch: Batch, numbers: list[int], task: Task, processor: BaseImageProcessor, options: EncodeOptions
+    batch: Batch, numbers: Sequence[int], task: Task, processor: BaseImageProcessor, options: EncodeOptions
 ) -> Batch:
     """Images as `pixel_values`, beside them their labels.
 

@@ -43,7 +43,7 @@ MASKED_SHARE = 0.15
 
 
 def encode_masked(
-    batch: Batch, numbers: list[int], task: Task, tokenizer: PreTrainedTokenizerBase, options: EncodeOptions
+    batch: Batch, numbers: Sequence[int], task: Task, tokenizer: PreTrainedTokenizerBase, options: EncodeOptions
 ) -> Batch:
     """Texts as windows of `max_length` tokens; those that are scored with masks, which a row's number decides.
 
@@ -65,7 +65,7 @@ def encode_masked(
 
 
 def encode_causal(
-    batch: Batch, numbers: list[int], task: Task, tokenizer: PreTrainedTokenizerBase, options: EncodeOptions
+    batch: Batch, numbers: Sequence[int], task: Task, tokenizer: PreTrainedTokenizerBase, options: EncodeOptions
 ) -> Batch:
     """Texts as windows of `max_length` tokens, which are their own labels.
 
@@ -86,6 +86,7 @@ def _windows(
         truncation=True,
         max_length=max_length,
         return_overflowing_tokens=True,
+        return_attention_mask=False,
         return_special_tokens_mask=True,
     )
     rows, special = encoded.pop("overflow_to_sample_mapping"), encoded.pop("special_tokens_mask")

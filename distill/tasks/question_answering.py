@@ -33,7 +33,7 @@ _BEST = 20
 
 
 def encode_windows(
-    batch: Batch, numbers: list[int], task: Task, tokenizer: PreTrainedTokenizerBase, options: EncodeOptions
+    batch: Batch, numbers: Sequence[int], task: Task, tokenizer: PreTrainedTokenizerBase, options: EncodeOptions
 ) -> Batch:
     """Overlapping windows of each context behind its question; an answer outside of a window is its first token.
 
@@ -56,6 +56,7 @@ def encode_windows(
         max_length=max_length,
         stride=stride,
         return_overflowing_tokens=True,
+        return_attention_mask=False,
         return_offsets_mapping=True,
     )
     rows, offsets = encoded.pop("overflow_to_sample_mapping"), encoded.pop("offset_mapping")

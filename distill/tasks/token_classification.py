@@ -18,7 +18,7 @@ from distill.tasks.targets import IGNORED, any_config, targets_of_tokens
 
 
 def encode_words(
-    batch: Batch, numbers: list[int], task: Task, tokenizer: PreTrainedTokenizerBase, options: EncodeOptions
+    batch: Batch, numbers: Sequence[int], task: Task, tokenizer: PreTrainedTokenizerBase, options: EncodeOptions
 ) -> Batch:
     """A word's label stands on its first token, −100 on the others; `words` are the numbers of those with a label.
 
@@ -29,7 +29,9 @@ def encode_words(
         numbers: of the rows; they change nothing here.
     """
     words = batch[task.text[0]]
-    encoded = tokenizer(words, is_split_into_words=True, truncation=True, max_length=options.max_length)
+    encoded = tokenizer(
+        words, is_split_into_words=True, truncation=True, max_length=options.max_length, return_attention_mask=False
+    )
     labels, read = [], []
     for row, of_words in enumerate(batch["label"]):
         places = encoded.word_ids(row)

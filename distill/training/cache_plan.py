@@ -1,6 +1,5 @@
 """What is cached of a teacher, how large that is, and whether it is worth it; decided before anything is computed."""
 
-import os
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 from huggingface_hub import constants
 from numpy.typing import NDArray
 
+from distill.common.folders import is_writable, nearest_existing
 from distill.errors import InputError
 from distill.tasks.targets import Targets
 from distill.training.config import DistillationConfig
@@ -89,7 +89,7 @@ def plan_cache(
     lengths = np.zeros(0, dtype=np.int64) if lengths is None else lengths
     if layout is None:
         unfit = "attention maps, masks that are drawn anew, and a whole vocabulary for every token are not cached"
-    elif not _writable(root):
+    elif not is_writable(root):
         unfit = f"nothing can be written to {root} (cache_dir)"
     size = layout.size(len(lengths), int(lengths.sum())) if layout is not None else 0
     nothing = CachePlan(None, lengths, 0, root, limit)
@@ -147,14 +147,4 @@ def show_bytes(size: float) -> str:
 
 def _free_bytes(folder: Path) -> int:
     """Of the disk that a folder, which need not exist yet, would be on."""
-    return shutil.disk_usage(_nearest(folder)).free
-
-
-def _writable(folder: Path) -> bool:
-    nearest = _nearest(folder)
-    return nearest.is_dir() and os.access(nearest, os.W_OK)
-
-
-def _nearest(folder: Path) -> Path:
-    """The folder itself, or the first above it that exists."""
-    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(nearest_existing(folder)).free

@@ -65,7 +65,7 @@ def _calibration(
         rows: how many, where the options don't say.
         tokens: as many rows instead as hold these, where rows are texts.
     """
-    found = data.tokenized("train", processor).shuffle(seed=0)
+    found = data.tokenized("train", processor).shuffle(seed=0, keep_in_memory=True)
     if tokens is not None and "length" in found.column_names:
         rows = int(np.searchsorted(np.cumsum(found["length"]), tokens)) + 1
     found = found.select(range(min(options.calibration_rows or rows, len(found))))
