@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import datasets
+import pyarrow.compute as pc
 
 from distill.data.labels import is_missing
 from distill.errors import nearest_name
@@ -106,9 +107,10 @@ def text_problem(rows: datasets.Dataset, column: str) -> str | None:
         row, value = next((row, value) for row, value in enumerate(rows[column]) if not isinstance(value, str))
         return f"holds no text but {value!r:.40} in row {row}; all rows need text (in json, in quotes)"
     texts = rows[column]
-    empty = [index for index, text in enumerate(texts) if text is None]
-    if empty:
-        return f"has no text in {len(empty)} of {len(rows)} rows (the first is row {empty[0]}); remove or fill them"
+    missing = rows.with_format("arrow")[column][:].is_null()
+    if count := pc.sum(missing).as_py():
+        first = pc.index(missing, True).as_py()
+        return f"has no text in {count} of {len(rows)} rows (the first is row {first}); remove or fill them"
     if not any(text.strip() for text in texts):
         return "holds no text: every row is empty"
     return None

@@ -1,14 +1,19 @@
 """Which rows are trained on and which are scored: a validation split cut from train, and random parts."""
 
-from collections import defaultdict
-from typing import Any
+import hashlib
 
 import datasets
 import numpy as np
+import pyarrow as pa
+from datasets.table import InMemoryTable
+from numpy.typing import NDArray
 
+from distill.data.spill import Spill
 from distill.errors import InputError
 from distill.tasks.base import Task
 from distill.tasks.kinds import KINDS
+
+_ROWS_AT_ONCE = 10_000
 
 
 def cut_validation(
@@ -28,40 +33,59 @@ def cut_validation(
     Raises:
         InputError: every label is another, or one of the two would be empty.
     """
+    labels = np.zeros(len(rows), np.int8)
     of_classes = KINDS[task.kind].labels.one_class
-    labels = rows["label"] if of_classes else [0] * len(rows)
-    texts = _texts_of_rows(rows, task)
-    groups: dict[str, list[int]] = defaultdict(list)
-    for index, text in enumerate(texts):
-        groups[text].append(index)
-    by_class: dict[Any, list[list[int]]] = defaultdict(list)
-    for indices in groups.values():
-        by_class[labels[indices[0]]].append(indices)
+    if of_classes:
+        labels = rows.with_format("arrow")["label"][:].to_numpy()
+    hashes = _hashes(rows, task)
+    order = np.argsort(hashes, kind="stable")
+    is_first = np.diff(hashes[order], prepend=~hashes[order[:1]]) != 0  # of the rows with equal texts
+    firsts = np.sort(order[is_first])
+    by_class = [firsts[labels[firsts] == label] for label in np.unique(labels[firsts])]
     generator = np.random.default_rng(seed)
-    classes = sorted(by_class)
-    orders = [generator.permutation(len(by_class[label])) for label in classes]
-    counts = _counts_to_cut([len(by_class[label]) for label in classes], fraction, generator)
-    chosen: set[int] = set()
-    for label, order, count in zip(classes, orders, counts, strict=True):
-        for position in order[:count]:
-            chosen.update(by_class[label][position])
-    train = [index for index in range(len(rows)) if index not in chosen]
-    if not chosen and of_classes and len(by_class) == len(rows):
+    orders = [generator.permutation(len(of_class)) for of_class in by_class]
+    counts = _counts_to_cut([len(of_class) for of_class in by_class], fraction, generator)
+    is_cut = np.zeros(len(rows), bool)
+    for of_class, chosen, count in zip(by_class, orders, counts, strict=True):
+        is_cut[of_class[chosen[:count]]] = True
+    sizes = np.diff(np.flatnonzero(is_first), append=len(rows))
+    is_cut[order] = np.repeat(is_cut[order[is_first]], sizes)
+    cut = int(is_cut.sum())
+    if not cut and of_classes and len(by_class) == len(rows):
         raise InputError(
             f"data.label: column {task.label!r} has another label in each of {len(rows)} rows; name the column of the "
             "classes, or say kind: regression for scores"
         )
-    if not chosen or not train:
+    if cut in (0, len(rows)):
         raise InputError(
             f"data.validation_fraction: {fraction} of {len(rows)} rows leaves "
-            f"{len(train)} to train on and {len(chosen)} to validate; add rows, or give a validation file"
+            f"{len(rows) - cut} to train on and {cut} to validate; add rows, or give a validation file"
         )
-    return rows.select(train), rows.select(sorted(chosen))
+    return _chosen(rows, ~is_cut), _chosen(rows, is_cut)
 
 
 def random_part(rows: datasets.Dataset, limit: int, seed: int) -> datasets.Dataset:
     """A seeded random part of at most `limit` rows, in their order."""
-    return rows.select(sorted(np.random.default_rng(seed).permutation(len(rows))[:limit].tolist()))
+    wanted = np.zeros(len(rows), bool)
+    wanted[np.random.default_rng(seed).permutation(len(rows))[:limit]] = True
+    return _chosen(rows, wanted)
+
+
+def _chosen(rows: datasets.Dataset, wanted: NDArray[np.bool_]) -> datasets.Dataset:
+    """Some of the rows in their order; texts side by side, as `datasets` reads selected rows one by one.
+
+    Args:
+        wanted: of each row whether it is among them.
+    """
+    if any(isinstance(feature, datasets.Image) for feature in rows.features.values()):  # these are not copied
+        return rows.select(np.flatnonzero(wanted))
+    kept, start = Spill(), 0
+    for table in rows.with_format("arrow").iter(_ROWS_AT_ONCE):
+        kept.add(table.filter(pa.array(wanted[start : start + len(table)])))
+        start += len(table)
+    name = hashlib.sha256(rows._fingerprint.encode() + np.packbits(wanted).tobytes()).hexdigest()
+    table = InMemoryTable(pa.concat_tables(kept.tables()))
+    return datasets.Dataset(table, info=rows.info, split=rows.split, fingerprint=name[:16])
 
 
 def classes_without_rows(rows: datasets.Dataset, task: Task) -> int:
@@ -91,11 +115,19 @@ def _counts_to_cut(sizes: list[int], fraction: float, generator: np.random.Gener
     return counts.tolist()
 
 
-def _texts_of_rows(rows: datasets.Dataset, task: Task) -> list[str]:
-    """What tells a row from others: its texts, or for questions the context alone, or an image's bytes."""
+def _hashes(rows: datasets.Dataset, task: Task) -> NDArray[np.uint64]:
+    """64 bits of what tells a row from others: its texts, or for questions the context alone, or an image's bytes.
+
+    Of a million different texts two have the same ones with a chance of 3 in 10⁸, and then share a side.
+    """
     its = KINDS[task.kind]
     if its.reads == "images":
         raw = rows.cast_column(task.text[0], datasets.Image(decode=False))[task.text[0]]
-        return [str(image["bytes"] or image["path"]) for image in raw]
-    columns = [rows[column] for column in task.text[its.grouped_by]]
-    return [str(texts) for texts in zip(*columns, strict=True)]  # words are in a list
+        texts = (str(image["bytes"] or image["path"]) for image in raw)
+    else:
+        columns = list(task.text[its.grouped_by])
+        batches = rows.select_columns(columns).iter(_ROWS_AT_ONCE)
+        of_batches = (zip(*(batch[column] for column in columns), strict=True) for batch in batches)
+        texts = (str(row) for batch in of_batches for row in batch)  # words are in a list
+    digests = (hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest() for text in texts)
+    return np.fromiter((int.from_bytes(digest, "little") for digest in digests), np.uint64, len(rows))

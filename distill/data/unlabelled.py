@@ -1,10 +1,13 @@
 """Rows that a teacher labels: texts without labels, new pairs of texts, and predictions that were stored before."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import datasets
 import numpy as np
+import pyarrow as pa
+from datasets.fingerprint import generate_random_fingerprint
+from datasets.table import InMemoryTable
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from distill.data.columns import (
@@ -12,6 +15,7 @@ from distill.data.columns import (
     named_apart,
 )
 from distill.data.files.readers import read_splits
+from distill.data.files.tables import plain_types
 from distill.errors import InputError, nearest_name
 from distill.tasks.base import STORED_COLUMNS, STORED_PROBABILITIES, Task
 from distill.tasks.kinds import KINDS
@@ -92,23 +96,31 @@ def read_unlabelled(
         for column in [column for column in task.text if column not in rows.column_names]:
             near = nearest_name(column, rows.column_names)
             problems.append(f"data.unlabelled: {split} has no text column {column!r}; {near}")
+        if len(problems) > before:
+            continue
+        problems += [
+            f"data.unlabelled: column {column!r} of {split} {problem}"
+            for column in task.text
+            if (problem := column_problem(rows, column, task.kind))
+        ]
+        part = rows.select_columns([])
         if len(problems) == before:
-            texts = [rows[column] for column in task.text]
-            problems += [
-                f"data.unlabelled: column {column!r} of {split} {problem}"
-                for column in task.text
-                if (problem := column_problem(rows, column, task.kind))
-            ]
-            part = unlabelled_rows(named_apart(task), texts)
-            parts.append(with_stored(part, rows, "unlabelled", task, stored, problems))
+            texts = rows.select_columns(list(task.text)).with_format("arrow")[:]
+            part = unlabelled_rows(named_apart(task), plain_types(texts))
+        parts.append(with_stored(part, rows, "unlabelled", task, stored, problems))
     return (datasets.concatenate_datasets(parts) if parts else None), read.fingerprint
 
 
-def unlabelled_rows(task: Task, texts: Sequence[Sequence[str]]) -> datasets.Dataset:
-    """Rows without a label, from one list of texts per text column."""
+def unlabelled_rows(task: Task, texts: pa.Table) -> datasets.Dataset:
+    """Rows without a label.
+
+    Args:
+        texts: a column for each of the task's text columns, in their order.
+    """
     unknown = KINDS[task.kind].labels.unknown
-    columns = {column: list(values) for column, values in zip(task.text, texts, strict=True)}
-    return datasets.Dataset.from_dict({**columns, "label": [unknown(task, text) for text in texts[0]]})
+    labels = pa.array(unknown(task, text.as_py()) for text in texts.column(0))
+    table = InMemoryTable(texts.rename_columns(list(task.text)).append_column("label", labels))
+    return datasets.Dataset(table, fingerprint=generate_random_fingerprint())  # else all bytes would be pickled
 
 
 def sample_pairs(rows: datasets.Dataset, task: Task, count: int, seed: int) -> datasets.Dataset:
@@ -138,8 +150,12 @@ def sample_pairs(rows: datasets.Dataset, task: Task, count: int, seed: int) -> d
                 if pair not in known:
                     pairs[pair] = None
                 if len(pairs) == count:
-                    return unlabelled_rows(task, list(zip(*pairs, strict=True)))
-    return unlabelled_rows(task, list(zip(*pairs, strict=True)))
+                    return unlabelled_rows(task, _as_table(pairs))
+    return unlabelled_rows(task, _as_table(pairs))
+
+
+def _as_table(pairs: Iterable[tuple[str, str]]) -> pa.Table:
+    return pa.table([pa.array(texts, pa.string()) for texts in zip(*pairs, strict=True)], ["first", "second"])
 
 
 def _terms(text: str) -> list[str]:

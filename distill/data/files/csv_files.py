@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from distill.data.files.text_files import ending, text_lines
+from distill.data.spill import Spill
 from distill.errors import InputError
 
 _SEPARATORS = ",;\t"
@@ -129,6 +130,7 @@ def _parse(path: Path, layout: _Layout, dialect: dict[str, Any], label: str) -> 
     header = next(rows, (0, []))[1]
     names = _names(header, layout)
     found = _Found(names, [], [], of_text, [])
+    chunks = Spill()
     kept: list[list[str]] = []
     ragged: list[tuple[int, int]] = []
     empty = 0
@@ -145,11 +147,12 @@ def _parse(path: Path, layout: _Layout, dialect: dict[str, Any], label: str) -> 
             found.of_several_lines.append((number, row))
         kept.append(row)
         if len(kept) == _ROWS_AT_ONCE:
-            found.chunks.append(_as_columns(kept, names))
+            chunks.add(_as_columns(kept, names))
             kept = []
     if ragged:
         raise InputError(_ragged(ragged, len(names), layout))
-    found.chunks.append(_as_columns(kept, names))
+    chunks.add(_as_columns(kept, names))
+    found.chunks = chunks.tables()
     if empty:
         found.notes.append(f"{empty} rows without a filled cell were left out")
     return found

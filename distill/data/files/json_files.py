@@ -10,12 +10,10 @@ from typing import Any
 import pyarrow as pa
 
 from distill.data.files.text_files import ending, text_lines
+from distill.data.spill import Spill
 from distill.errors import InputError
 
 _ROWS_AT_ONCE = 50_000
-
-_MISSING = None
-"""Stands for the columns that a part of the rows lacks; no column can be called so."""
 
 _Row = tuple[int, dict[str, Any]]
 """A row with the number of its line, or with its own where the file is one list."""
@@ -37,7 +35,7 @@ def read_json(path: Path, columns: Iterable[str], notes: list[str]) -> pa.Table:
     of_text: list[str] = []
     rows, unit = _rows(path, of_text)
     columns = set(columns)
-    chunks: list[dict[str | None, pa.Array]] = []
+    chunks, sizes = Spill(), []
     lines = array("q")
     told: list[str] = []
     while part := list(itertools.islice(rows, _ROWS_AT_ONCE)):
@@ -48,8 +46,9 @@ def read_json(path: Path, columns: Iterable[str], notes: list[str]) -> pa.Table:
             name: _array(name, [row.get(name) for _, row in part], of_part, unit, name in columns, told)
             for name in names
         }
-        chunks.append(chunk | {_MISSING: pa.nulls(len(part))})
-    table = _joined(chunks, lines, unit, columns, told)
+        chunks.add(pa.table(chunk))
+        sizes.append(len(part))
+    table = _joined(chunks.tables(), sizes, lines, unit, columns, told)
     notes += of_text + [f"{path.name}: {note}" for note in dict.fromkeys(told)]
     return table
 
@@ -151,16 +150,24 @@ def _of_several_types(
 
 
 def _joined(
-    chunks: list[dict[str | None, pa.Array]], lines: Sequence[int], unit: str, columns: set[str], told: list[str]
+    chunks: list[pa.Table], sizes: list[int], lines: Sequence[int], unit: str, columns: set[str], told: list[str]
 ) -> pa.Table:
-    """The chunks as one table, a column that differs in type between them as text."""
+    """The chunks as one table, a column that differs in type between them as text.
+
+    Args:
+        sizes: rows of each chunk, as one that lacks all columns knows none.
+    """
     joined = {}
-    for name in dict.fromkeys(name for chunk in chunks for name in chunk if name is not _MISSING):
-        parts = [chunk.get(name, chunk[_MISSING]) for chunk in chunks]
+    for name in dict.fromkeys(name for chunk in chunks for name in chunk.column_names):
+        parts = [
+            chunk[name] if name in chunk.column_names else pa.chunked_array([pa.nulls(size)])
+            for chunk, size in zip(chunks, sizes, strict=True)
+        ]
         fields = [pa.schema([(name, part.type)]) for part in parts]
         try:
             wanted = pa.unify_schemas(fields, promote_options="permissive").field(0).type
-            joined[name] = pa.chunked_array([part.cast(wanted) for part in parts], wanted)
+            cast = (part if part.type == wanted else part.cast(wanted) for part in parts)
+            joined[name] = pa.chunked_array([piece for part in cast for piece in part.chunks], wanted)
         except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError):
             values = [value for part in parts for value in part.to_pylist()]
             joined[name] = _of_several_types(name, values, lines, unit, name in columns, told)

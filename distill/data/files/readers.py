@@ -36,6 +36,7 @@ from distill.data.files.split_files import (
 )
 from distill.data.files.tables import plain_types, with_numbers
 from distill.data.files.text_files import PACKED, ending
+from distill.data.spill import Spill
 from distill.errors import InputError
 from distill.tasks.base import Task
 from distill.tasks.kinds import KINDS
@@ -43,6 +44,8 @@ from distill.tasks.kinds import KINDS
 GLUE_ON_THE_HUB = "nyu-mll/glue"
 
 _COMMIT = re.compile("[0-9a-f]{40}")
+
+_ROWS_AT_ONCE = 50_000
 
 
 @dataclass(frozen=True)
@@ -122,13 +125,19 @@ def _from_disk(paths: list[Path]) -> datasets.Dataset:
 
 
 def _read_shards(paths: list[Path], task: Task, notes: list[str]) -> pa.Table:
-    tables = [_read_file(path, task, notes) for path in paths]
-    for table, path in zip(tables, paths, strict=True):
-        if set(table.column_names) != set(tables[0].column_names):
-            columns = ", ".join(table.column_names), ", ".join(tables[0].column_names)
+    shards = Spill()
+    first: list[str] = []
+    for path in paths:
+        table = _read_file(path, task, notes)
+        first = first or table.column_names
+        if set(table.column_names) != set(first):
+            columns = ", ".join(table.column_names), ", ".join(first)
             raise InputError(f"{path}: has the columns {columns[0]}, but {paths[0].name} has {columns[1]}")
+        if len(paths) == 1:
+            return table
+        shards.add(table)
     try:
-        return pa.concat_tables(tables, promote_options="permissive")
+        return pa.concat_tables(shards.tables(), promote_options="permissive")
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise InputError(
             f"{paths[0].parent}: columns of {paths[0].name} and the like differ in type ({error})"
@@ -179,7 +188,7 @@ def _read_file(path: Path, task: Task, notes: list[str]) -> pa.Table:
         raise InputError(f"{path}: the file is empty")
     try:
         if suffix == ".parquet":
-            table = plain_types(pyarrow.parquet.ParquetFile(path).read())
+            table = _read_parquet(path)
         elif suffix in (".json", ".jsonl"):
             table = read_json(path, (*task.text, task.label), notes)
         else:
@@ -194,3 +203,12 @@ def _read_file(path: Path, task: Task, notes: list[str]) -> pa.Table:
     if len(table) == 0:
         raise InputError(f"{path}: the file holds no rows")
     return table
+
+
+def _read_parquet(path: Path) -> pa.Table:
+    file = pyarrow.parquet.ParquetFile(path, memory_map=True)
+    parts = Spill()
+    parts.add(plain_types(file.schema_arrow.empty_table()))
+    for batch in file.iter_batches(_ROWS_AT_ONCE):
+        parts.add(plain_types(pa.Table.from_batches([batch])))
+    return pa.concat_tables(parts.tables())
