@@ -21,7 +21,7 @@ from distill.common.folders import is_writable, told_of_a_full_disk
 from distill.data.spill import folder_of_rows
 
 _VERSION = 1
-"""Of what this package makes of a row; raise it with any change of that."""
+"""Of the files and of what is made of a row outside of its kind's own module; raise it with any change of that."""
 
 _LIMIT = 10e9  # bytes of all files together, as of the teachers' caches
 _ROWS_AT_ONCE = 10_000

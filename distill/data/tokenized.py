@@ -1,5 +1,7 @@
 """Rows as model inputs: texts, words, questions, whole texts for language models, and images."""
 
+import inspect
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -16,7 +18,7 @@ from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 from distill.common.console import progress
 from distill.data.stored import rows_fingerprint, stored_rows
 from distill.errors import InputError
-from distill.tasks.base import Batch, EncodeOptions, Task
+from distill.tasks.base import Batch, Encode, EncodeOptions, Task
 from distill.tasks.kinds import KINDS
 
 Processor: TypeAlias = PreTrainedTokenizerBase | BaseImageProcessor
@@ -67,7 +69,7 @@ def tokenize(
         for found in _one_ahead(made, progress(starts, "Tokenizing", total=len(starts))):
             writer.write_batch(_as_arrow(found, tokenizer))
 
-    chosen = [asdict(task), max_length, stride, scored]
+    chosen = [asdict(task), max_length, stride, scored, _source_of(its.encode)]
     encoded = stored_rows(fingerprint and rows_fingerprint(rows, fingerprint, chosen), write)
     if its.labels.one_class and task.label_names and "labels" in encoded.column_names:
         # What the ids mean goes along, to be compared with what a model takes them for.
@@ -103,6 +105,11 @@ def beside(rows: datasets.Dataset, others: datasets.Dataset, names: list[str], p
     """
     columns = others.select_columns(names).rename_columns({name: prefix + name for name in names})
     return datasets.concatenate_datasets([rows, columns], axis=1)
+
+
+def _source_of(encode: Encode) -> str:
+    """The code of the module that holds a kind's `encode`: rows that another one made are not found again."""
+    return inspect.getsource(sys.modules[encode.__module__])
 
 
 def _one_ahead(function: Callable[[int], Batch], items: Iterable[int]) -> Iterator[Batch]:

@@ -5,6 +5,7 @@ import resource
 import signal
 import threading
 import time
+from dataclasses import replace
 
 import datasets
 import numpy as np
@@ -14,6 +15,8 @@ from distill.data import stored
 from distill.data.load import DataOptions, load_data
 from distill.data.stored import rows_fingerprint, stored_rows
 from distill.errors import DiskFull
+from distill.tasks.classification import CLASSIFICATION
+from distill.tasks.kinds import KINDS
 from tests.conftest import make_tokenizer, sentences, write_rows
 
 
@@ -42,7 +45,7 @@ def test_what_one_run_has_tokenized_the_next_one_maps(tmp_path, folder, monkeypa
     options = DataOptions(path=str(tmp_path / "rows"), max_length=16)
     first = load_data("sst2", options).tokenized("train", make_tokenizer())
     assert first.features["labels"].names == ["negative", "positive"]
-    monkeypatch.setattr("distill.data.tokenized._texts", lambda *_: pytest.fail("tokenized again"))
+    monkeypatch.setattr("distill.data.tokenized._as_arrow", lambda *_: pytest.fail("tokenized again"))
     second = load_data("sst2", options).tokenized("train", make_tokenizer())
     assert (second[:], second.features) == (first[:], first.features)
     assert second.cache_files == [{"filename": str(folder / files(folder)[0])}]
@@ -68,6 +71,18 @@ def test_what_is_made_otherwise_is_another_file(tmp_path, change):
         "max_length": lambda: name(rows, max_length=7),
     }
     assert others[change]() != one
+
+
+def test_rows_are_made_anew_where_another_module_encodes_them(tmp_path, monkeypatch):
+    def encode_here(*arguments):
+        return CLASSIFICATION.encode(*arguments)
+
+    write_rows(tmp_path / "train.jsonl", sentences(5))
+    data = load_data("sst2", DataOptions(path=str(tmp_path / "train.jsonl")), to_score=True)
+    first = data.tokenized("validation", make_tokenizer())
+    monkeypatch.setitem(KINDS, "classification", replace(CLASSIFICATION, encode=encode_here))
+    second = load_data("sst2", DataOptions(path=str(tmp_path / "train.jsonl")), to_score=True)
+    assert second.tokenized("validation", make_tokenizer()).cache_files != first.cache_files
 
 
 def test_fingerprints_are_of_values_not_of_how_they_lie_in_memory():
