@@ -244,7 +244,7 @@ def test_checkpoints_of_a_change_that_was_taken_back_go(finished):
 
 def test_the_code_of_a_step_is_all_that_it_imports():
     of_steps = code_module.modules_behind("verbs.distill")
-    assert {"verbs.distill", "losses", "tasks.metrics", "tasks.scorers", "tasks.targets", "data.columns"} <= of_steps
+    assert {"verbs.distill", "losses", "tasks.rows", "tasks.scorers", "tasks.targets", "data.columns"} <= of_steps
     assert {"compression.quantization.qat", "compression.quantization.gptq"} <= of_steps
     assert not {"cli", "reports.report", "runs.card", "reports.presentation", "runs.run"} & of_steps
     of_scores = code_module.modules_behind("evaluation.evaluate")
