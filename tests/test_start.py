@@ -22,6 +22,7 @@ from distill.compression.quantization.quantize import quantize_model
 from distill.models.description import METHOD
 from distill.verbs.all import VERBS
 from tests.architectures import IDS, MASK, logits, small_model
+from tests.models.restructured import cut_heads_and_neurons, family_model, remove
 
 HEAVY = {"torch", "transformers", "datasets", "numpy", "bitsandbytes", "peft", "sklearn", "scipy", "evaluate"}
 
@@ -201,6 +202,20 @@ def test_a_quantized_folder_loads_bit_for_bit_where_only_torch_transformers_and_
     assert first == again
 
 
+def test_a_folder_of_other_sizes_loads_bit_for_bit_without_bitsandbytes(tmp_path):
+    model = family_model("bert")
+    cut_heads_and_neurons("bert", model)
+    remove("bert", model, "attention")
+    model.save_pretrained(tmp_path / "model")
+    absent = {*absent_modules(), "bitsandbytes"}
+    code = LOAD_WITHOUT.format(ids=IDS.tolist(), mask=MASK.tolist())
+    modules, _ = loaded_by(code, str(tmp_path / "model"), ",".join(absent), str(tmp_path / "logits.safetensors"))
+    assert not absent & modules
+    assert torch.equal(load_file(tmp_path / "logits.safetensors")["logits"], logits(model))
+    first, again = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("model", "model-again"))
+    assert first == again
+
+
 # --- seconds --------------------------------------------------------------------------------------------------------
 
 
@@ -230,15 +245,18 @@ def test_the_start_takes_no_longer_than_what_it_needs(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_int8_folder_loads_as_fast_as_one_of_bitsandbytes(tmp_path):
+@pytest.mark.parametrize("format", ["int8", "nf4"])
+def test_a_quantized_folder_loads_as_fast_as_one_of_bitsandbytes(tmp_path, format):
     float_model = BertForSequenceClassification(BertConfig())
     float_model.save_pretrained(tmp_path / "float")
     config = BitsAndBytesConfig(load_in_8bit=True)
+    if format == "nf4":
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     stock = BertForSequenceClassification.from_pretrained(
         tmp_path / "float", quantization_config=config, device_map="cpu"
     )
     stock.save_pretrained(tmp_path / "stock")
-    quantize_model(float_model, format="int8").save_pretrained(tmp_path / "ours")
+    quantize_model(float_model, format=format).save_pretrained(tmp_path / "ours")
     load = "from transformers import BertForSequenceClassification as B; import sys; B.from_pretrained(sys.argv[1])"
     stock_seconds, our_seconds = seconds(
         (load, str(tmp_path / "stock")), (f"import distill; {load}", str(tmp_path / "ours"))

@@ -45,6 +45,11 @@ class DistillQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         for entry in entries_of(model.config):
+            if entry.kind not in REPLACEMENTS:
+                raise InputError(
+                    f"quantization_config: no kind {entry.kind!r}; there are {', '.join(REPLACEMENTS)} "
+                    "(a newer distill-transformers may have it)"
+                )
             replacement = REPLACEMENTS[entry.kind](**entry.fields)
             for name in entry.names:
                 found = resolve_name(name, model)

@@ -24,6 +24,7 @@ from distill.models.adapters import (
     stored_beside_adapters,
     task_of,
 )
+from distill.models.description import entries_of
 from distill.models.labels import names_in_order
 from distill.models.weights import weight_files
 
@@ -153,7 +154,7 @@ def load_config(location: str) -> PretrainedConfig:
     """A model's config, its labels named by strings from 0 on; an adapter's is that of the model it belongs to.
 
     Raises:
-        InputError: labels whose order is not clear.
+        InputError: labels whose order is not clear, or modules that a newer version of this package described.
     """
     folder = Path(location)
     base = base_folder(folder)
@@ -165,6 +166,7 @@ def load_config(location: str) -> PretrainedConfig:
         config = AutoConfig.for_model(stored.pop("model_type"), **stored)
     else:
         config = AutoConfig.from_pretrained(location if base is None else str(base), trust_remote_code=False)
+    entries_of(config)  # raises for a newer version
     if ordered is not None:
         config.id2label = dict(enumerate(ordered))
         config.label2id = {name: index for index, name in enumerate(ordered)}

@@ -15,7 +15,7 @@ from distill.data.load import tokenize
 from distill.errors import InputError
 from distill.evaluation.benchmark import BenchmarkOptions, benchmark_models
 from distill.models.description import METHOD, Description, entries_of
-from distill.models.load import from_config
+from distill.models.load import find_model, from_config
 from distill.models.replacements import Removed, RemovedModule, Resized, is_quantized, restructure, structure_of
 from distill.models.weights import fit_of, plain_names, stored_shapes, weight_files
 from distill.tasks.base import GLUE
@@ -119,6 +119,23 @@ def test_copies_of_a_config_keep_its_description(copied):
 def test_a_description_of_a_newer_version_is_refused(read):
     with pytest.raises(InputError, match=r"version is 3, and this package reads up to 2; install a newer one"):
         read({"quant_method": METHOD, "version": 3, "layers": []})
+
+
+@pytest.mark.parametrize(("change", "problem"), [
+    ({"version": 3}, r"version is 3, and this package reads up to 2"),
+    ({"replacements": [{"kind": "woven", "names": ["bert.pooler"]}]}, r"no kind .woven.; there are resized, removed"),
+])  # fmt: skip
+def test_a_folder_of_something_newer_is_refused(tmp_path, change, problem):
+    model = pruned_bert()
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] |= change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=problem):
+        type(model).from_pretrained(tmp_path)
+    if "version" in change:
+        with pytest.raises(InputError, match=f"{tmp_path}: quantization_config: its {problem}"):
+            find_model(str(tmp_path))
 
 
 def test_a_second_save_writes_the_same_bytes(tmp_path):
