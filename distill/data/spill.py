@@ -57,6 +57,7 @@ class Spill:
                 with pa.ipc.new_stream(self._file, table.schema) as writer:
                     writer.write_table(table)
         self._held, self._size = [], 0
+        pa.default_memory_pool().release_unused()  # else tens of megabytes stay with Arrow
 
 
 def folder_of_rows() -> Path:

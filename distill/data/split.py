@@ -1,6 +1,7 @@
 """Which rows are trained on and which are scored: a validation split cut from train, and random parts."""
 
 import hashlib
+from typing import Any
 
 import datasets
 import numpy as np
@@ -37,19 +38,16 @@ def cut_validation(
     of_classes = KINDS[task.kind].labels.one_class
     if of_classes:
         labels = rows.with_format("arrow")["label"][:].to_numpy()
-    hashes = _hashes(rows, task)
-    order = np.argsort(hashes, kind="stable")
-    is_first = np.diff(hashes[order], prepend=~hashes[order[:1]]) != 0  # of the rows with equal texts
+    order, is_first = _by_text(rows, task)
     firsts = np.sort(order[is_first])
     by_class = [firsts[labels[firsts] == label] for label in np.unique(labels[firsts])]
     generator = np.random.default_rng(seed)
-    orders = [generator.permutation(len(of_class)) for of_class in by_class]
+    orders = [generator.permutation(len(of_class)).astype(order.dtype) for of_class in by_class]
     counts = _counts_to_cut([len(of_class) for of_class in by_class], fraction, generator)
     is_cut = np.zeros(len(rows), bool)
     for of_class, chosen, count in zip(by_class, orders, counts, strict=True):
         is_cut[of_class[chosen[:count]]] = True
-    sizes = np.diff(np.flatnonzero(is_first), append=len(rows))
-    is_cut[order] = np.repeat(is_cut[order[is_first]], sizes)
+    is_cut[order] = is_cut[order[is_first]][np.cumsum(is_first, dtype=order.dtype) - 1]  # all rows of a text
     cut = int(is_cut.sum())
     if not cut and of_classes and len(by_class) == len(rows):
         raise InputError(
@@ -113,6 +111,17 @@ def _counts_to_cut(sizes: list[int], fraction: float, generator: np.random.Gener
         if counts.sum() < total and counts[place] < sizes[place] - 1:
             counts[place] += 1
     return counts.tolist()
+
+
+def _by_text(rows: datasets.Dataset, task: Task) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The numbers of the rows with those of equal texts side by side, and of each whether it is its text's first.
+
+    Arrays of a million rows are tens of megabytes, so the numbers are of 32 bits where these are enough.
+    """
+    hashes = _hashes(rows, task)
+    order = np.argsort(hashes, kind="stable").astype(np.int32 if len(rows) < 2**31 else np.int64)
+    hashes = hashes[order]
+    return order, np.concatenate([[True], hashes[1:] != hashes[:-1]])[: len(rows)]
 
 
 def _hashes(rows: datasets.Dataset, task: Task) -> NDArray[np.uint64]:

@@ -66,6 +66,12 @@ def test_a_split_is_cut_as_by_a_plain_implementation(tmp_path, monkeypatch, name
             assert (part[:], part.features) == (rows[numbers], rows.features)
 
 
+def test_a_class_that_no_text_shows_first_is_no_class_to_cut_from():
+    rows = datasets.Dataset.from_dict({"sentence": ["a", "a", "b", "c", "d", "e"], "label": [0, 1, 0, 0, 0, 0]})
+    parts = cut_validation(rows, TASKS["classes"], fraction=0.4, seed=0)
+    assert [part[:] for part in parts] == [rows[numbers] for numbers in plainly_cut(rows, TASKS["classes"], 0.4, 0)]
+
+
 def test_a_random_part_keeps_the_order():
     rows = make_rows("language", 100, 0)
     numbers = sorted(np.random.default_rng(7).permutation(100)[:12].tolist())

@@ -38,19 +38,36 @@ def read_json(path: Path, columns: Iterable[str], notes: list[str]) -> pa.Table:
     chunks, sizes = Spill(), []
     lines = array("q")
     told: list[str] = []
-    while part := list(itertools.islice(rows, _ROWS_AT_ONCE)):
-        names = dict.fromkeys(name for _, row in part for name in row)
-        of_part = [number for number, _ in part]
+    while found := _columns(itertools.islice(rows, _ROWS_AT_ONCE)):
+        of_part, values = found
         lines.extend(of_part)
         chunk = {
-            name: _array(name, [row.get(name) for _, row in part], of_part, unit, name in columns, told)
-            for name in names
+            name: _array(name, of_column, of_part, unit, name in columns, told) for name, of_column in values.items()
         }
         chunks.add(pa.table(chunk))
-        sizes.append(len(part))
+        sizes.append(len(of_part))
     table = _joined(chunks.tables(), sizes, lines, unit, columns, told)
     notes += of_text + [f"{path.name}: {note}" for note in dict.fromkeys(told)]
     return table
+
+
+def _columns(rows: Iterable[_Row]) -> tuple[list[int], dict[str, list[Any]]] | None:
+    """The numbers of some rows and their values by column; None where there is no row.
+
+    Columns take a quarter of the memory of as many objects.
+    """
+    numbers: list[int] = []
+    columns: dict[str, list[Any]] = {}
+    for count, (number, row) in enumerate(rows):
+        numbers.append(number)
+        for name, value in row.items():
+            if name not in columns:
+                columns[name] = [None] * count
+            columns[name].append(value)
+        if len(row) < len(columns):
+            for values in columns.values():
+                values.extend([None] * (count + 1 - len(values)))
+    return (numbers, columns) if numbers else None
 
 
 def _rows(path: Path, notes: list[str]) -> tuple[Iterator[_Row], str]:
