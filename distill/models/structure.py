@@ -9,6 +9,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from distill.errors import InputError
 from distill.tasks.targets import SPAN_LABELS, plain_model
 
+LayerPairs = dict[str, list[tuple[int, int]]]
+"""For each loss that matches layers, its (student, teacher) pairs; 0 is the embeddings."""
+
 _WIDTH_UNKNOWN = 384  # MobileNetV2 tells none; it decides a default learning rate alone
 
 
