@@ -62,9 +62,11 @@ class StudentOptions:
         return self.lora is not None and not self.merge
 
 
-@dataclass
 class TrainingOptions(StudentOptions, TrainingConfig):
-    """What all verbs that train take."""
+    """What all verbs that train take.
+
+    No dataclass of its own: its fields would stand above a `DistillationConfig`'s beside it, with other defaults.
+    """
 
 
 def holds_adapter(options: Mapping[str, Any]) -> bool:
