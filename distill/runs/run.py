@@ -99,7 +99,8 @@ def run_plan(
                 _say("\n      ".join([f"{place} {name}: finished already", *remarks_on(planned)]))
                 on_main_process(partial(_drop_checkpoints, planned.folder))
                 continue
-            _say(f"{place} {name}: {planned.step.run}{_told(planned)}")
+            lines = VERBS[planned.step.run].lines(planned.step.options, planned.plan)
+            _say("\n      ".join([f"{place} {name}: {planned.step.run}", *lines]))
             if _holds_model(planned.folder):
                 reason = "as --rerun asked" if name in reruns else "as its options, inputs or rows have changed since"
                 _say(f"      made anew, {reason}; the model that is there stays until this one is whole")
@@ -334,11 +335,6 @@ def _root(plan: Plan, planned: PlannedStep) -> Root:
         return _root(plan, plan.steps[reference])
     source = plan.sources[reference]
     return Root(reference, source.hub_id, source.revision, **inherited(Path(source.location)))
-
-
-def _told(planned: PlannedStep) -> str:
-    lines = VERBS[planned.step.run].lines(planned.step.options, planned.plan)
-    return f" ({'; '.join(lines)})" if lines else ""
 
 
 def _say(text: str) -> None:

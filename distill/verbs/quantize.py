@@ -209,7 +209,8 @@ def _lines(options: QuantizeOptions, plan: QuantizePlan) -> list[str]:
     if plan.formats is None:
         return [f"a format for each module, picked within {(plan.budget or 0) / 1e6:.2f} MB"]
     counts = Counter(plan.formats.values())
-    return [", ".join(f"{count} modules in {each}" for each, count in counts.items()) or "all weights in bf16"]
+    told = [f"{count} module{'s' * (count > 1)} in {each}" for each, count in counts.items()]
+    return [", ".join(told) or "all weights in bf16"]
 
 
 def _rows(options: QuantizeOptions, data: Data) -> list[Any]:

@@ -49,7 +49,7 @@ def test_a_verb_of_one_module_runs_from_check_to_card(recipe, tmp_path, capsys):
     assert "0.0 M parameters" in said
 
     assert cli.main(["run", str(recipe)]) == 0
-    assert "scaled: scale (128 weights × 3)" in capsys.readouterr().err
+    assert "scaled: scale\n      128 weights × 3\n" in capsys.readouterr().err
     before, after = (
         AutoModelForSequenceClassification.from_pretrained(folder).classifier.weight
         for folder in (tmp_path / "start", run / "scaled")
