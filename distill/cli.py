@@ -5,13 +5,13 @@ Nothing slow is imported before a command runs: help and what is wrong with the 
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 
 from distill.errors import DiskFull, FolderInUse, InputError, MainProcessFailed, TrainingDiverged
 from distill.evaluation.options import EVAL_OPTIONS, BenchmarkOptions
-from distill.recipes.yaml12 import read_yaml
+from distill.recipes.yaml12 import parse_value, read_yaml
 
 _WITH_OPTIONS = ("finetune", "distill", "quantize", "data", "benchmark")
 """The verbs, whose modules import torch, and a recipe's blocks."""
@@ -29,8 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         known, unknown = parser.parse_known_args(plain)
         if unknown:
             parser.error(f"unrecognized arguments: {' '.join(unknown)}\n{_hint(known.command, unknown[0])}")
-        if getattr(known, "recipe", None) is not None and not getattr(known, "help_options", None):
-            read_yaml(known.recipe)  # told of before all is imported that a recipe may need
+        if not getattr(known, "help_options", None):
+            _refuse_no_yaml(known, overrides)  # before all is imported that a recipe may need
         from distill.commands import run_command
 
         return run_command(known, overrides)
@@ -45,6 +45,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         log.print("stopped; the same command goes on from the last checkpoint")
         return 1
+
+
+def _refuse_no_yaml(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> None:
+    """Raise an `InputError` for a recipe or for values of a command that are no YAML."""
+    if getattr(arguments, "recipe", None) is not None:
+        read_yaml(arguments.recipe)
+    if arguments.command == "report" and (arguments.directory / "recipe.yaml").is_file():
+        read_yaml(arguments.directory / "recipe.yaml")
+    problems: list[str] = []
+    for path, text in overrides.items():
+        try:
+            parse_value(text, f"--{path}")
+        except InputError as error:
+            problems += error.problems
+    if problems:
+        raise InputError(*problems)
 
 
 def _log_errors(problems: Iterable[str]) -> None:

@@ -28,9 +28,9 @@ from distill.errors import (
     InputError,
 )
 from distill.evaluation.benchmark import (
-    as_row,
     benchmark_models,
     environment,
+    measurement,
     remarks_on,
 )
 from distill.evaluation.evaluate import evaluate_model
@@ -50,10 +50,10 @@ from distill.recipes.recipe import (
     Recipe,
     load_recipe,
     parse_options,
-    parse_value,
 )
 from distill.recipes.scoring import rows_to_score
 from distill.recipes.trainer_options import refusal
+from distill.recipes.yaml12 import parse_value
 from distill.reports.presentation import print_report
 from distill.reports.report import write_report
 from distill.runs.launch import check_config, find_config, launch
@@ -195,21 +195,23 @@ def _bench(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     locations = {source.reference: source.location for source in sources}
     first, *others = locations
     measured = benchmark_models(locations, options, made_from=dict.fromkeys(others, first))
-    measurements = [as_row(name, result) for name, result in measured.items()]
-    rows, variants = measurements[: len(locations)], measurements[len(locations) :]
+    measurements = [measurement(name, result) for name, result in measured.items()]
+    models, variants = measurements[: len(locations)], measurements[len(locations) :]
     around = environment()
     results.print(
         f"{around['cpu']}, {around['threads']} threads, torch {around['torch']}; medians of alternating rounds"
     )
-    table = Table("", *(row["name"] for row in measurements))
+    table = Table("", *(each.name for each in measurements))
+    rows = [asdict(each) for each in measurements]
     for key in rows[0]:
         if key != "name":
-            table.add_row(key, *(_cell(row[key]) for row in measurements))
+            table.add_row(key, *(_cell(row[key]) for row in rows))
     results.print(table)
-    for row in rows[1:]:
-        for said in remarks_on(row, rows[0], variants):
+    for model in models[1:]:
+        for said in remarks_on(model, models[0], variants):
             results.print(remark(said))
-    found = {"environment": around, "options": asdict(options), "models": rows, "variants": variants}
+    found = {"environment": around, "options": asdict(options), "models": rows[: len(models)]}
+    found["variants"] = rows[len(models) :]
     print(json_text(found, indent=None))
 
 

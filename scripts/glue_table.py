@@ -9,7 +9,6 @@ script doesn't know goes to `distill run`: `--student.temperature 4`. OUTPUT_DIR
 """
 
 import argparse
-import json
 import math
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from distill.common.console import (
     results,
     styled,
 )
+from distill.common.records import Report, read_report
 from distill.data.load import load_data
 from distill.errors import InputError, nearest_name
 from distill.experiments.leaderboard import (
@@ -38,7 +38,7 @@ from distill.experiments.leaderboard import (
 from distill.recipes.plan import make_plan
 from distill.recipes.recipe import Recipe, load_recipe
 from distill.runs.run import is_finished, write_atomically
-from distill.training.config import TrainingConfig
+from distill.verbs.all import VERBS
 
 
 @dataclass
@@ -81,7 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         log.print("stopped; the same command goes on from the last checkpoint")
         return 1
-    reports = {(run.task, run.seed): _report(run) for run in runs if run.problem is None}
+    found = {(run.task, run.seed): _report(run) for run in runs if run.problem is None}
+    reports = {key: report for key, report in found.items() if report is not None}
     if reports:
         _write(given.output_dir, make_leaderboard(reports, given.tasks, given.seeds), runs)
     for run in runs:
@@ -166,8 +167,9 @@ def _resolve(runs: list[Run], epochs: float | None, most_steps: int | None) -> N
                 run.overrides[f"{name}.max_steps"] = str(run.steps)
 
 
-def _trained(recipe: Recipe) -> dict[str, TrainingConfig]:
-    return {step.name: step.options for step in recipe.steps.values() if isinstance(step.options, TrainingConfig)}
+def _trained(recipe: Recipe) -> dict[str, Any]:
+    """The options of each step that trains, which are a `TrainingConfig`."""
+    return {step.name: step.options for step in recipe.steps.values() if VERBS[step.run].trains}
 
 
 # --- running --------------------------------------------------------------------------------------------------------
@@ -225,8 +227,11 @@ def _run(run: Run, others: Sequence[str]) -> str | None:
 # --- the table ------------------------------------------------------------------------------------------------------
 
 
-def _report(run: Run) -> dict[str, Any]:
-    return json.loads((run.folder / "report.json").read_text(encoding="utf-8"))
+def _report(run: Run) -> Report | None:
+    found = read_report(run.folder)
+    if found is None:
+        run.problem = f"{run.folder / 'report.json'}: is no report"
+    return found
 
 
 def _write(folder: Path, board: Leaderboard, runs: Sequence[Run]) -> None:

@@ -22,6 +22,7 @@ from distill.evaluation.benchmark import (
     slower_or_not_smaller,
 )
 from tests.conftest import sentences, tiny_bert, write_rows
+from tests.records import entry_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -69,10 +70,11 @@ def test_bench_refuses_rows_longer_than_the_model(models):
 
 
 def row(name, size, latency, throughput):
-    return {
+    content = {
         "name": name, "size_on_disk_bytes": size, "latency_ms": {"p50": latency, "p95": latency},
         "throughput_samples_per_second": throughput, "device": "cpu", "memory_bytes": size or 2e6,
     }  # fmt: skip
+    return entry_of(content)
 
 
 def test_no_gain_is_said_in_words():

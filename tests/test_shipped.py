@@ -15,10 +15,10 @@ from transformers import AutoTokenizer, BertTokenizer
 
 from distill import cli
 from distill.cli import main
+from distill.common.records import read_record
 from distill.errors import InputError
 from distill.recipes.recipe import load_recipe
 from distill.runs.launch import check_config, launch
-from distill.runs.run import read_record
 from tests.conftest import WORDS, sentences, tiny_bert, write_rows
 
 ROOT = Path(__file__).parents[1]

@@ -64,11 +64,18 @@ assert status == int(expected), status
         (["check", "--help-options", "distil"], 2, "invalid choice: 'distil'"),
         (["run", "nowhere.yaml"], 2, "no such recipe"),
         (["check", "wrong.yaml"], 2, "not readable as YAML"),
+        (["report", "run"], 2, "not readable as YAML"),
+        (["run", "right.yaml", "--student.layers", "[1", "--a.b", "}"], 2, "--a.b: '}' is no YAML value"),
+        (["report", "done", "--baseline", "[1"], 2, "--baseline: '[1' is no YAML value"),
     ],
 )
 def test_help_and_what_is_wrong_with_words_or_yaml_come_without_torch(tmp_path, monkeypatch, words, status, said):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "wrong.yaml").write_text("steps: [1\n")
+    (tmp_path / "right.yaml").write_text("steps: {}\n")
+    for folder, text in (("run", "steps: [1\n"), ("done", "steps: {}\n")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "recipe.yaml").write_text(text)
     modules, error = loaded_by(RUN_COMMAND, str(status), *words)
     assert said in error
     assert not HEAVY & modules
@@ -234,6 +241,10 @@ def seconds(*programs, rounds=5):
 @pytest.mark.slow
 def test_the_start_takes_no_longer_than_what_it_needs(tmp_path):
     (tmp_path / "wrong.yaml").write_text("steps: [1\n")
+    (tmp_path / "right.yaml").write_text("steps: {}\n")
+    for folder, text in (("run", "steps: [1\n"), ("done", "steps: {}\n")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "recipe.yaml").write_text(text)
     words = [(RUN_COMMAND, "0", "--help"), (RUN_COMMAND, "0", "run", "--help"), (RUN_COMMAND, "2", "runn")]
     words += [(RUN_COMMAND, "2", "run", "r.yaml", "--forse"), (RUN_COMMAND, "2", "run", str(tmp_path / "wrong.yaml"))]
     of_torch, *of_words = seconds(("import torch",), *words)

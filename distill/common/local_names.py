@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub import constants
 
 from distill.common.markdown import escaped
-from distill.common.records import read_record
+from distill.common.records import Report, read_step
 
 WORDS = re.compile(r"label.*|id2label|.*label_map|text|slice|.*_tokens?|.*tokens_decoder")
 """Keys whose values are words of the task, its rows or the vocabulary, whatever they look like."""
@@ -38,23 +38,23 @@ class LocalNames:
     Args:
         folder: of the step that is pushed; the records of its run's other steps lie beside it.
         recipe: content of recipe.yaml.
-        report: content of report.json.
+        report: of the run.
     """
 
-    def __init__(self, folder: Path, recipe: dict[str, Any], report: dict[str, Any]):
+    def __init__(self, folder: Path, recipe: dict[str, Any], report: Report):
         run, output_dir = folder.resolve().parent, Path(os.path.expanduser(recipe["output_dir"]))
         self._steps: dict[str, dict[str, Any]] = recipe["steps"]
         self._is_local: dict[str, bool] = {}
         """For the models and rows that the run's records tell of."""
-        for record in (read_record(run / name) for name in self._steps):
-            self._is_local |= {name: revision is None for name, revision in record.get("sources", {}).items()}
-            if "data" in record:
-                self._is_local[record["data"]["path"]] = record["data_revision"] is None
+        for record in (read_step(run / name) for name in self._steps):
+            if record is None:
+                continue
+            self._is_local |= {name: revision is None for name, revision in record.sources.items()}
+            if record.data:
+                self._is_local[record.data["path"]] = record.data_revision is None
         self._names = {str(place / name): name for name in self._steps for place in (output_dir, run)}
         data = recipe.get("data") or {}
-        self._add_names(
-            [*self._is_local, report["baseline"], *self._models(), data.get("path"), data.get("unlabelled")]
-        )
+        self._add_names([*self._is_local, report.baseline, *self._models(), data.get("path"), data.get("unlabelled")])
         roots = [_home(), Path.cwd(), run, output_dir, Path(constants.HF_HOME), Path(constants.HF_HUB_CACHE)]
         roots += map(Path, (tempfile.gettempdir(), *_USUAL_ROOTS))
         self._roots = {str(each) for root in roots for each in (root, root.resolve()) if len(each.parts) > 1}

@@ -1,14 +1,243 @@
-"""What a run folder says of itself, step.json, and JSON as we write it."""
+"""What a run folder says of itself, step.json and report.json, and JSON as we write it."""
 
 import json
 import math
+import types
+import typing
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 from distill.errors import InputError
 
 SCHEMA = 1
 """Of step.json and report.json: what their keys mean."""
+
+Record = TypeVar("Record")
+
+
+@dataclass(frozen=True)
+class Root:
+    """The model outside of a recipe that weights come from in the end, with what its card says."""
+
+    reference: str
+    hub_id: str | None = None
+    revision: str | None = None
+    license: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
+    language: str | list[str] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """What step.json holds. Of a record that lacks a key (it is older, or of a step that still runs) the default says
+    so."""
+
+    schema: int = SCHEMA
+    name: str = ""
+    run: str = ""
+    """The verb."""
+    fingerprint: str = ""
+    """Of options, inputs and rows."""
+    fingerprint_version: int = 1
+    made_from: dict[str, str] = field(default_factory=dict)
+    """For each earlier step that it started from, when that one was started."""
+    parents: list[str] = field(default_factory=list)
+    """The models that it started from, as the user wrote them."""
+    lineage: list[str] = field(default_factory=list)
+    """Every model it was made from, nearest first."""
+    ancestors: dict[str, str] = field(default_factory=dict)
+    """The steps among them, with their verbs."""
+    sources: dict[str, str | None] = field(default_factory=dict)
+    """The others among them, with their commits on the Hub."""
+    root: Root | None = None
+    layers: list[int] | None = None
+    """0-based source layers that its blocks were taken from."""
+    layer_pairs: dict[str, dict[str, list[list[int]]]] = field(default_factory=dict)
+    """For each teacher and loss the (student, teacher) layers that were matched."""
+    task: str | None = None
+    kind: Any = ""
+    """A `TaskKind`."""
+    text: list[str] = field(default_factory=list)
+    """Columns of the rows' texts."""
+    labels: list[str] | None = None
+    scored: list[list[str]] = field(default_factory=list)
+    """Splits that models are scored on, each with the prefix and the suffix of its metrics."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """The recipe's `data`, defaults too."""
+    data_revision: str | None = None
+    rows: dict[str, int] = field(default_factory=dict)
+    """Of each split."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Of the step, defaults too."""
+    environment: dict[str, Any] = field(default_factory=dict)
+    code: str | None = None
+    """A hash of the code that made it."""
+    train_seconds: float | None = None
+    samples_per_second: float | None = None
+    world_size: int | None = None
+    device: str | None = None
+    effective_batch_size: int | None = None
+    learning_rate: float | None = None
+    log: list[dict[str, Any]] = field(default_factory=list)
+    truncated: dict[str, dict[str, int]] | None = None
+    decided: dict[str, Any] | None = None
+    """What the step decided itself, since it hangs on weights or the clock; null where the plan decided all."""
+    started: str = ""
+    """In UTC, as ISO 8601 writes it."""
+    wall_seconds: float | None = None
+    status: Literal["", "running", "finished"] = ""
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds of a batch."""
+
+    p50: float
+    p95: float
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One timed model: an entry of report.json's `variants`."""
+
+    name: str
+    num_parameters: int
+    size_on_disk_bytes: int | None
+    memory_bytes: int
+    flops_per_sample: int | None
+    latency_ms: Latency
+    throughput_samples_per_second: float
+    throughput_spread: dict[str, float]
+    device: str
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """One model of report.json, scored and timed."""
+
+    name: str
+    run: str | None
+    """The verb that made it; null for a baseline from outside."""
+    path: str
+    parents: list[str]
+    metrics: dict[str, float | None]
+    interval: list[float | None]
+    retention: float | None
+    agreement: float | None
+    divergence: dict[str, float] | None
+    num_parameters: int
+    size_on_disk_bytes: int | None
+    memory_bytes: int
+    flops_per_sample: int | None
+    latency_ms: Latency
+    throughput_samples_per_second: float
+    throughput_spread: dict[str, float]
+    device: str
+    train_seconds: float | None
+    samples_per_second: float | None
+    truncated: dict[str, dict[str, int]] | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What one model has over another on the same rows."""
+
+    model: str
+    over: str
+    difference: float | None
+    interval: list[float | None]
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """The share of a plain quantization's divergence that a model won back."""
+
+    model: str
+    over: str
+    share: float
+    interval: list[float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What report.json holds. For a key that an older report lacks, the default stands."""
+
+    schema: int = SCHEMA
+    task: str = ""
+    metric: str
+    environment: dict[str, Any] = field(default_factory=dict)
+    baseline: str
+    models: list[ModelEntry]
+    variants: list[Measurement] = field(default_factory=list)
+    comparisons: list[Comparison] = field(default_factory=list)
+    recoveries: list[Recovery] = field(default_factory=list)
+    truncated: dict[str, dict[str, int]] | None = None
+
+    def entry(self, name: str) -> ModelEntry | None:
+        """The model of this name, if the report holds it."""
+        return next((model for model in self.models if model.name == name), None)
+
+
+def read_step(folder: Path, name: str = "step.json") -> StepRecord | None:
+    """A run folder's step.json, or its like in it; None where there is none, or what is left of one.
+
+    Args:
+        folder: the run folder.
+        name: of the file.
+
+    Raises:
+        InputError: it may not be read, or its schema is another.
+    """
+    content = read_record(folder, name)
+    return from_json(StepRecord, content) if content else None
+
+
+def read_report(folder: Path) -> Report | None:
+    """A run's report.json; None where there is none, or what is left of one, or a key that was always there is missing.
+
+    Raises:
+        InputError: it may not be read, or its schema is another.
+    """
+    content = read_record(folder, "report.json")
+    try:
+        return from_json(Report, content)
+    except (TypeError, ValueError):
+        return None
+
+
+def from_json(record: type[Record], content: dict[str, Any]) -> Record:
+    """A dataclass from the JSON that `asdict` gave of it; keys that it doesn't know are left out.
+
+    Raises:
+        TypeError: a key without a default is missing.
+        ValueError: a mapping or a list stands where none can be.
+    """
+    hints = typing.get_type_hints(record)
+    known = [each.name for each in fields(record) if each.name in content]  # type: ignore[arg-type]
+    return record(**{name: _as_hinted(content[name], hints[name]) for name in known})
+
+
+def _as_hinted(value: Any, hint: Any) -> Any:
+    """A value of JSON, with dataclasses in the places where a hint has them."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        hint = next((each for each in typing.get_args(hint) if is_dataclass(each)), Any)
+        return value if value is None else _as_hinted(value, hint)
+    if is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise ValueError(f"{value!r} is no mapping")
+        return from_json(hint, value)  # type: ignore[arg-type]
+    if typing.get_origin(hint) is list and is_dataclass(typing.get_args(hint)[0]):
+        if not isinstance(value, list):
+            raise ValueError(f"{value!r} is no list")
+        return [_as_hinted(each, typing.get_args(hint)[0]) for each in value]
+    return value
+
+
+def as_json(record: Any) -> str:
+    """The text of a record's file, from its dataclass."""
+    return json_text(asdict(record)) + "\n"
 
 
 def read_record(folder: Path, name: str = "step.json") -> dict[str, Any]:

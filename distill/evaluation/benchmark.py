@@ -19,6 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from distill.common.console import progress
 from distill.common.hardware import accelerator_name, compute_device, wait_for
 from distill.common.private_names import model_from_config, set_attention_of_config
+from distill.common.records import Measurement, ModelEntry, from_json
 from distill.compression.quantization.layers import Int8Linear
 from distill.compression.quantization.quantize import weight_memory
 from distill.errors import InputError
@@ -35,6 +36,7 @@ from distill.models.replacements import is_quantized, put_structure, structure_o
 from distill.models.structure import input_names
 from distill.models.weights import load_weights
 
+Measured = Measurement | ModelEntry
 _IMAGE_SIZE = 224  # of networks that take any size
 
 
@@ -152,42 +154,44 @@ def environment() -> dict[str, Any]:
     }
 
 
-def remarks_on(model: Mapping[str, Any], parent: Mapping[str, Any], variants: Sequence[Mapping[str, Any]]) -> list[str]:
+def remarks_on(model: Measured, parent: Measured, variants: Sequence[Measurement]) -> list[str]:
     """In words, where a model is no gain over the one it was made from, or over what `variants_of` them was measured.
 
     Args:
-        model: a `Benchmark` as a mapping, with its `name`; the others alike.
+        model: with its name.
+        parent: what it was made from.
+        variants: what else was measured.
     """
-    in_bf16, without_outliers = variants_of(model["name"], parent["name"])
+    in_bf16, without_outliers = variants_of(model.name, parent.name)
     others = [parent]
     for variant in variants:
-        is_itself = math.isclose(variant["memory_bytes"], model["memory_bytes"], rel_tol=0.01)
-        if variant["name"] == without_outliers or (variant["name"] == in_bf16 and not is_itself):
+        is_itself = math.isclose(variant.memory_bytes, model.memory_bytes, rel_tol=0.01)
+        if variant.name == without_outliers or (variant.name == in_bf16 and not is_itself):
             others.append(variant)
     return [remark for other in others for remark in slower_or_not_smaller(model, other)]
 
 
-def slower_or_not_smaller(model: Mapping[str, Any], parent: Mapping[str, Any]) -> list[str]:
+def slower_or_not_smaller(model: Measured, parent: Measured) -> list[str]:
     """In words, where a model made from another is no gain; timings within 5 % of each other count as equal.
 
     Args:
-        model: a `Benchmark` as a mapping, with its `name`.
-        parent: the same of the model it was made from.
+        model: with its name.
+        parent: what it was made from.
     """
     said = []
-    size, parent_size = model["size_on_disk_bytes"], parent["size_on_disk_bytes"]
+    size, parent_size = model.size_on_disk_bytes, parent.size_on_disk_bytes
     if size and parent_size and size >= parent_size:
         sizes = f"{size / 1e6:.1f} MB against {parent_size / 1e6:.1f} MB"
-        said.append(f"{model['name']} is not smaller than {parent['name']}: {sizes}.")
-    where = f"than {parent['name']} on {model['device']}"
-    slower = model["latency_ms"]["p50"] / parent["latency_ms"]["p50"]
+        said.append(f"{model.name} is not smaller than {parent.name}: {sizes}.")
+    where = f"than {parent.name} on {model.device}"
+    slower = model.latency_ms.p50 / parent.latency_ms.p50
     if slower > 1.05:
-        latencies = f"{model['latency_ms']['p50']:.1f} ms against {parent['latency_ms']['p50']:.1f} ms"
-        said.append(f"{model['name']} is slower {where}: {latencies} ({slower:.2f}×).")
-    throughput, parent_throughput = (m["throughput_samples_per_second"] for m in (model, parent))
+        latencies = f"{model.latency_ms.p50:.1f} ms against {parent.latency_ms.p50:.1f} ms"
+        said.append(f"{model.name} is slower {where}: {latencies} ({slower:.2f}×).")
+    throughput, parent_throughput = (m.throughput_samples_per_second for m in (model, parent))
     if throughput < parent_throughput / 1.05:
         rates = f"{throughput:.1f} against {parent_throughput:.1f} rows/s ({throughput / parent_throughput:.2f}×)"
-        said.append(f"{model['name']} has less throughput {where}: {rates}.")
+        said.append(f"{model.name} has less throughput {where}: {rates}.")
     return said
 
 
@@ -259,6 +263,6 @@ def _cpu_name() -> str:
     return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
-def as_row(name: str, benchmark: Benchmark) -> dict[str, Any]:
-    """A benchmark as a mapping with its model's name."""
-    return {"name": name, **asdict(benchmark)}
+def measurement(name: str, benchmark: Benchmark) -> Measurement:
+    """A benchmark with its model's name, as report.json holds it."""
+    return from_json(Measurement, {"name": name, **asdict(benchmark)})

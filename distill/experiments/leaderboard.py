@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from distill.common.markdown import escaped, table
-from distill.common.records import json_text
+from distill.common.records import ModelEntry, Report, json_text
 
 NAMES = {
     **{"cola": "CoLA", "sst2": "SST-2", "mrpc": "MRPC", "stsb": "STS-B", "qqp": "QQP", "mnli": "MNLI"},
@@ -32,7 +32,7 @@ _SHORT = {
 }
 
 
-Models = dict[tuple[str, int], Mapping[str, Any]]
+Models = dict[tuple[str, int], ModelEntry]
 """One model's entries of report.json, by task and seed."""
 
 
@@ -81,41 +81,43 @@ class Leaderboard:
 
 
 def make_leaderboard(
-    reports: Mapping[tuple[str, int], Mapping[str, Any]], tasks: Sequence[str], seeds: Sequence[int]
+    reports: Mapping[tuple[str, int], Report], tasks: Sequence[str], seeds: Sequence[int]
 ) -> Leaderboard:
     """Set the models of many runs side by side.
 
     Args:
-        reports: what report.json of each (task, seed) holds; one that is missing has failed.
+        reports: of each (task, seed); one that is missing has failed.
         tasks: all that were asked for.
         seeds: likewise.
     """
     tasks = [task for task in NAMES if task in tasks]
     found: dict[str, Models] = {}
     for (task, seed), report in reports.items():
-        for model in report["models"]:
-            found.setdefault(model["name"], {})[task, seed] = model
+        for model in report.models:
+            found.setdefault(model.name, {})[task, seed] = model
     runs = [(task, seed) for task in tasks for seed in seeds]
     whole = [
         task for task in tasks if all(_scores(models, task, [seed]) for models in found.values() for seed in seeds)
     ]
-    baseline = next((report["baseline"] for report in reports.values()), "")
+    baseline = next((report.baseline for report in reports.values()), "")
     best = _average(found[baseline], whole, seeds) if baseline in found else None
     rows = []
     for name, models in found.items():
         average = _average(models, whole, seeds)
         pairs = [(model, found[baseline][run]) for run, model in models.items() if run in found.get(baseline, {})]
-        sizes = [model["size_on_disk_bytes"] for model in models.values() if model["size_on_disk_bytes"]]
+        sizes = [model.size_on_disk_bytes for model in models.values() if model.size_on_disk_bytes]
         row = Row(
             name=name,
             tasks={task: _scores(models, task, seeds) for task in dict.fromkeys(task for task, _ in models)},
             average=average,
             average_without_wnli=_average(models, [task for task in whole if task != "wnli"], seeds),
             retention=average.mean / best.mean if average and best and best.mean > 0 else None,
-            num_parameters=int(statistics.median(model["num_parameters"] for model in models.values())),
+            num_parameters=int(statistics.median(model.num_parameters for model in models.values())),
             size_on_disk_bytes=int(statistics.median(sizes)) if sizes else None,
-            speed_up=_median([base["latency_ms"]["p50"] / model["latency_ms"]["p50"] for model, base in pairs]),
-            throughput_ratio=_median([_rate(model) / _rate(base) for model, base in pairs]),
+            speed_up=_median([base.latency_ms.p50 / model.latency_ms.p50 for model, base in pairs]),
+            throughput_ratio=_median(
+                [model.throughput_samples_per_second / base.throughput_samples_per_second for model, base in pairs]
+            ),
         )
         rows.append(row)
     failed = [f"{NAMES[task]}, seed {seed}" for task, seed in runs if (task, seed) not in reports]
@@ -127,22 +129,20 @@ def make_leaderboard(
     return Leaderboard(baseline, tasks, whole, list(seeds), rows, notes)
 
 
-def _rate(model: Mapping[str, Any]) -> float:
-    return model["throughput_samples_per_second"]
-
-
 def _median(ratios: list[float]) -> float | None:
     return statistics.median(ratios) if ratios else None
 
 
 def _scores(models: Models, task: str, seeds: Sequence[int]) -> dict[str, Spread]:
     """The task's metrics that were measured (MNLI's mismatched rows may be missing), and are numbers."""
-    measured = [models[task, seed]["metrics"] for seed in seeds if (task, seed) in models]
-    return {
-        metric: _spread([100 * metrics[metric] for metrics in measured])
-        for metric in METRICS[task]
-        if measured and all(metrics.get(metric) is not None for metrics in measured)
-    }
+    measured = [models[task, seed].metrics for seed in seeds if (task, seed) in models]
+    found = {}
+    for metric in METRICS[task]:
+        values = [metrics.get(metric) for metrics in measured]
+        numbers = [100 * value for value in values if value is not None]
+        if numbers and len(numbers) == len(values):
+            found[metric] = _spread(numbers)
+    return found
 
 
 def _average(models: Models, tasks: Sequence[str], seeds: Sequence[int]) -> Spread | None:

@@ -10,6 +10,9 @@ from distill.errors import InputError
 from distill.tasks.outputs import plain_model
 from distill.tasks.targets import SPAN_LABELS
 
+LayerPairs = dict[str, list[tuple[int, int]]]
+"""For each loss that matches layers, its (student, teacher) pairs; 0 is the embeddings."""
+
 _WIDTH_UNKNOWN = 384  # MobileNetV2 tells none; it decides a default learning rate alone
 
 

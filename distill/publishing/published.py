@@ -5,6 +5,7 @@ import json
 import re
 import struct
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from distill.common.credentials import known_secrets, refuse_secrets, refuse_secrets_under
 from distill.common.local_names import LocalNames
-from distill.common.records import json_text
+from distill.common.records import Report, from_json, json_text
 from distill.common.sources import reason_of
 from distill.errors import InputError
 from distill.recipes.yaml12 import dump_yaml, parse_yaml
@@ -40,13 +41,13 @@ _OWN = ("step.json", "pushed.json", "profile.json", "profile.md", "README.md")
 """What a run writes for itself; a push writes the card anew."""
 
 
-def published(folder: Path, names: LocalNames, report: dict[str, Any]) -> dict[str, Path | bytes]:
+def published(folder: Path, names: LocalNames, report: Report) -> dict[str, Path | bytes]:
     """What goes up of a run folder and of its run, without the card: for each name a file, or its content.
 
     Args:
         folder: of a finished step; recipe.yaml and report.* of its run lie beside it.
         names: of the run.
-        report: of report.json.
+        report: of the run.
 
     Raises:
         InputError: something in it looks like a token or a password, or weights name a path.
@@ -72,8 +73,8 @@ def published(folder: Path, names: LocalNames, report: dict[str, Any]) -> dict[s
     )
     plot = run / "report.png"
     if plot.is_file():
-        is_public = not any(model["name"] != names.in_text(model["name"]) for model in report["models"])
-        found["report.png"] = without_text_chunks(plot.read_bytes() if is_public else _drawn(names.rewritten(report)))
+        is_public = not any(model.name != names.in_text(model.name) for model in report.models)
+        found["report.png"] = without_text_chunks(plot.read_bytes() if is_public else _drawn(names, report))
     return found
 
 
@@ -145,7 +146,8 @@ def without_text_chunks(png: bytes) -> bytes:
     return b"".join(kept)
 
 
-def _drawn(report: Mapping[str, Any]) -> bytes:
+def _drawn(names: LocalNames, report: Report) -> bytes:
+    """The plot of a report, with the names that others read."""
     drawn = io.BytesIO()
-    draw(dict(report), drawn)
+    draw(from_json(Report, names.rewritten(asdict(report))), drawn)
     return drawn.getvalue()

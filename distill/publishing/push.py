@@ -27,7 +27,7 @@ from huggingface_hub.utils import disable_progress_bars
 from distill.common.console import log
 from distill.common.credentials import known_secrets, refuse_secrets, require_token
 from distill.common.local_names import LocalNames
-from distill.common.records import json_text, read_record, refuse_unknown_schema
+from distill.common.records import Report, StepRecord, json_text, read_record, read_report, read_step
 from distill.common.sources import (
     causes,
     reason_of,
@@ -47,7 +47,6 @@ _READ_OF_A_RECORD = (
     *("name", "run", "kind", "text", "labels", "parents", "ancestors", "sources", "root", "options", "environment"),
     *("data", "data_revision", "rows", "scored", "layers", "layer_pairs", "train_seconds", "started", "wall_seconds"),
 )
-_READ_OF_A_REPORT = {"baseline", "metric", "models"}
 _WEIGHTS = re.compile(r"[^/]*\.safetensors(\.index\.json)?|adapter_config\.json")
 _FILES_OF_ANY_REPOSITORY = re.compile(r"\.git.*|README\.md|LICENSE.*")
 _CACHED_MODEL = re.compile(r".*/models--(?P<id>[^/]+)/snapshots/(?P<revision>[0-9a-f]{40})/?")
@@ -105,7 +104,7 @@ def push_folder(
                 *(CommitOperationAdd(name, source) for name, source in content.items()),
                 *(CommitOperationDelete(name) for name in stale),
             ],
-            commit_message=f"Push {read_record(folder)['name']}",
+            commit_message=f"Push {(read_step(folder) or StepRecord()).name}",
             revision=revision,
             parent_commit=found.sha,
         )
@@ -159,33 +158,35 @@ def write_content(content: dict[str, Path | bytes], folder: Path) -> None:
 # --- what is in the folder ------------------------------------------------------------------------------------------
 
 
-def _finished(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def _finished(folder: Path) -> tuple[StepRecord, Report]:
     """step.json and report.json of a folder that can be pushed."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such run folder; it is output_dir/<step> of a run")
-    record = read_record(folder)
-    if not record:
+    record = read_step(folder)
+    if record is None:
         steps = [path.parent.name for path in sorted(folder.glob("*/step.json"))]
         hint = f"; name a step of it: {', '.join(str(folder / name) for name in steps)}" if steps else ""
         raise InputError(f"{folder}: no run folder (no step.json){hint}")
-    if record.get("status") != "finished":
+    if record.status != "finished":
         raise InputError(f"{folder}: the step is not finished; `distill run` finishes it")
     file = folder.resolve().parent / "report.json"
     remedy = "`distill report` writes it, and the card shows its numbers"
     if not file.is_file():
         raise InputError(f"{folder}: its run has no report.json; {remedy}")
-    report = _read_report(file, remedy)
-    missing = [key for key in _READ_OF_A_RECORD if key not in record]
+    report = read_report(file.parent)
+    if report is None:
+        problem = "no report of this version of distill" if read_record(file.parent, file.name) else "cannot be read"
+        raise InputError(f"{file}: {problem}; {remedy}")
+    missing = [key for key in _READ_OF_A_RECORD if key not in read_record(folder)]
     if missing:
         raise InputError(
             f"{folder}: its step.json lacks {', '.join(missing)}, as another version of distill wrote it; "
             "`distill run` the step again"
         )
-    ended = datetime.fromisoformat(record["started"]) + timedelta(seconds=record["wall_seconds"])
-    known = [model["name"] for model in report["models"]]
+    ended = datetime.fromisoformat(record.started) + timedelta(seconds=record.wall_seconds or 0)
     if file.stat().st_mtime < ended.timestamp():
         raise InputError(f"{folder}: report.json is older than the model; {remedy}")
-    if record["name"] not in known:
+    if report.entry(record.name) is None:
         raise InputError(
             f"{folder}: report.json leaves it out, as it is not what the recipe would make now; `distill run` it again"
         )
@@ -200,18 +201,6 @@ def _read_recipe(file: Path) -> dict[str, Any]:
     if not isinstance(recipe.get("output_dir"), str):
         raise InputError(f"{file}: names no output_dir, as the recipe that `distill run` writes does; run it again")
     return recipe
-
-
-def _read_report(file: Path, remedy: str) -> dict[str, Any]:
-    try:
-        report = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: cannot be read ({reason_of(error)}); {remedy}") from None
-    if isinstance(report, dict):
-        refuse_unknown_schema(file, report)
-    if not isinstance(report, dict) or not report.keys() >= _READ_OF_A_REPORT:
-        raise InputError(f"{file}: no report of this version of distill; {remedy}")
-    return report
 
 
 def _adapted(folder: Path) -> tuple[str, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import ast
 import hashlib
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -10,19 +11,19 @@ _PACKAGE = Path(__file__).parents[1]
 
 @cache
 def code_fingerprint(module: str) -> str:
-    """A hash of a module of this package and of all that it imports inside it.
+    """A hash of a module and of all that it imports inside this package.
 
     Comments, docstrings, help texts and what errors say are left out: no number changes with them.
 
     Args:
-        module: its name inside the package, such as "verbs.distill".
+        module: its name inside the package, such as "verbs.distill", or the whole name of one outside of it.
     """
     trees = {name: _without_words(_parsed(name)) for name in sorted(modules_behind(module))}
     return hashlib.sha256("\n".join(ast.unparse(tree) for tree in trees.values()).encode()).hexdigest()
 
 
 def modules_behind(module: str) -> set[str]:
-    """The names of a module of this package and of all that it imports inside it, wherever the import stands."""
+    """The names of a module and of all that it imports inside this package, wherever the import stands."""
     found, queue = set(), [module]
     while queue:
         name = queue.pop()
@@ -33,12 +34,24 @@ def modules_behind(module: str) -> set[str]:
 
 
 def _parsed(module: str) -> ast.Module:
-    return ast.parse(_file_of(module).read_text(encoding="utf-8"))
+    file = _file_of(module)
+    if file is None:
+        raise FileNotFoundError(f"{module}: no such module")
+    return ast.parse(file.read_text(encoding="utf-8"))
 
 
-def _file_of(module: str) -> Path:
+def _file_of(module: str) -> Path | None:
+    """Where a module's code stands; None where there is no such module."""
     file = _PACKAGE.joinpath(*module.split("."))
-    return file / "__init__.py" if file.is_dir() else file.with_suffix(".py")
+    if _is_inside(module):
+        return file / "__init__.py" if file.is_dir() else file.with_suffix(".py")
+    imported = sys.modules.get(module)  # of somebody's verb
+    return None if imported is None or imported.__file__ is None else Path(imported.__file__)
+
+
+def _is_inside(name: str) -> bool:
+    file = _PACKAGE.joinpath(*name.split("."))
+    return file.with_suffix(".py").is_file() or (file / "__init__.py").is_file()
 
 
 def _imported(tree: ast.Module) -> list[str]:
@@ -48,7 +61,7 @@ def _imported(tree: ast.Module) -> list[str]:
             continue
         inside = node.module.removeprefix("distill").removeprefix(".")
         names = [f"{inside}.{alias.name}".removeprefix(".") for alias in node.names]
-        modules = [name for name in names if _file_of(name).is_file()]  # the others are names inside of a module
+        modules = [name for name in names if _is_inside(name)]  # the others are names inside of a module
         found += modules if len(modules) == len(names) else [*modules, inside or "__init__"]
     return found
 

@@ -2,35 +2,22 @@
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from distill.data.load import Data, tokenizer_fingerprint
 from distill.errors import InputError, near_name
-from distill.models.load import ModelSource, find_model, fit_to_tokenizer, label_order, load_processor
+from distill.models.load import ModelSource, find_model, fit_to_tokenizer, label_order, load_processor, size_on_disk
+from distill.models.replacements import is_quantized
 from distill.models.weights import fit_problems, no_head_message
 from distill.recipes.recipe import Recipe
 from distill.recipes.stored_models import has_head, stored_fit, weights_to_train
 from distill.training.teachers import FROM_DATA
 from distill.verbs.all import VERBS
-from distill.verbs.options import is_teacher, referenced_models, teachers_of
-
-
-@dataclass(frozen=True)
-class ModelInput:
-    """A model that a step starts from."""
-
-    reference: str
-    config: PretrainedConfig
-    location: str
-    tokenizer_location: str
-    fingerprint: str
-    is_step: bool = False
-    has_head: bool = True
-    notes: tuple[str, ...] = ()
+from distill.verbs.base import ModelInput
+from distill.verbs.references import is_teacher, referenced_models, teachers_of
 
 
 def resolve_outside(
@@ -54,8 +41,8 @@ def resolve_outside(
     others = [name for name in recipe.given if name != step_name]
     source = _find_outside(reference, others, sources, weights=weights, adapters=is_teacher(option))
     trained, notes = True, []
-    if is_teacher(option) or VERBS[given["run"]].needs_head:
-        problems = _classifier_problems(source, data, _label_map(given))
+    if needs_head(option, given["run"]):
+        problems = _classifier_problems(source, data, _label_map(given, given["run"]))
         if problems:
             raise InputError(*problems)
         if data is not None:
@@ -69,8 +56,16 @@ def resolve_outside(
     if isinstance(processor, PreTrainedTokenizerBase):
         fit_to_tokenizer(config, processor, reference)
     fingerprint = f"{source.fingerprint} {tokenizer_fingerprint(processor)}"
+    quantized = is_quantized(config)
     return ModelInput(
-        reference, config, source.location, source.location, fingerprint, has_head=trained, notes=tuple(notes)
+        reference,
+        config,
+        source.location,
+        source.location,
+        fingerprint,
+        has_head=trained,
+        weight_bytes=size_on_disk(Path(source.location)) if quantized else None,
+        notes=tuple(notes),
     )
 
 
@@ -145,11 +140,22 @@ def label_map_of(recipe: Recipe, reference: str) -> dict[str, str] | None:
     """The label map of the first step that takes this model with its head: as a teacher, or to quantize it."""
     for step in recipe.steps.values():
         for option, named in referenced_models(step.given).items():
-            if named == reference and (is_teacher(option) or VERBS[step.run].needs_head):
-                return _label_map(step.given)
+            if named == reference and needs_head(option, step.run):
+                return _label_map(step.given, step.run)
     return None
 
 
-def _label_map(given: Mapping[str, Any]) -> dict[str, str] | None:
-    """The label map that a step's options give to the model that it takes with its head."""
-    return given.get("teacher_label_map", given.get("label_map"))
+def needs_head(option: str, run: str) -> bool:
+    """Whether the model that an option of a verb names must have a head trained for the task.
+
+    Args:
+        option: a key of `referenced_models`; `teacher 2` is a value of `teacher`.
+        run: the verb.
+    """
+    return option.partition(" ")[0] in VERBS[run].needs_head
+
+
+def _label_map(given: Mapping[str, Any], run: str) -> dict[str, str] | None:
+    """The label map that a step's options give to the models that it takes with their heads."""
+    option = VERBS[run].label_map
+    return None if option is None else given.get(option)

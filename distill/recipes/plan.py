@@ -1,43 +1,26 @@
 """Resolve a recipe against its data and models without training: every problem at once, and what steps will make."""
 
-import copy
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PretrainedConfig
-
-from distill.compression.student import is_fresh, student_config
-from distill.data.load import Data, load_data, token_fingerprint
+from distill.common.records import StepRecord, as_json, from_json
+from distill.data.load import Data, load_data
 from distill.errors import InputError
-from distill.models.load import ModelSource, load_processor, longest_input, set_labels
+from distill.models.load import ModelSource, longest_input
 from distill.models.replacements import is_quantized
-from distill.models.structure import depth_of
 from distill.models.weights import fit_problems
 from distill.recipes.fingerprint import code_fingerprint
-from distill.recipes.inputs import ModelInput, baseline_problems, default_baseline, label_map_of, resolve_outside
+from distill.recipes.inputs import baseline_problems, default_baseline, label_map_of, needs_head, resolve_outside
 from distill.recipes.recipe import Recipe, Step, located
-from distill.recipes.stored_models import check_student, reading_problems, stored_fit
-from distill.tasks.base import TaskKind
-from distill.tasks.kinds import KINDS
-from distill.tasks.metrics import computed
-from distill.training.config import is_on
-from distill.training.teachers import FROM_DATA, comparable, layer_pairs
+from distill.recipes.stored_models import stored_fit
+from distill.training.teachers import FROM_DATA
 from distill.verbs.all import VERBS
-from distill.verbs.options import (
-    DistillOptions,
-    FinetuneOptions,
-    chosen_layers,
-    cuts_student,
-    is_adapter,
-    is_teacher,
-    referenced_models,
-    teachers_of,
-    width_of_student,
-)
+from distill.verbs.base import ModelInput, StepPlan, source_of
+from distill.verbs.references import is_teacher, referenced_models, teachers_of
 
 FINGERPRINT_VERSION = 2
 """Of how fingerprints are made. Raise it with any change of that: folders made before are then compared with the plan
@@ -54,32 +37,31 @@ NOT_IN_FINGERPRINT = {
 
 @dataclass(frozen=True)
 class PlannedStep:
-    """A step whose inputs, student and fingerprint are known."""
+    """A step of which all is known: what it starts from, what it will make, and its fingerprint."""
 
     step: Step
     folder: Path
-    inputs: dict[str, str]
-    """For each option that names a model, where `from_pretrained` will find it."""
-    parents: tuple[str, ...]
-    """The same as the user wrote them: steps' names, or models."""
-    config: PretrainedConfig
-    """Of the model that the step makes."""
-    tokenizer_location: str
-    layers: tuple[int, ...] | None
-    """0-based source layers that seed the student; None where no layers do."""
-    layer_pairs: dict[str, dict[str, list[tuple[int, int]]]]
-    """For each teacher of a distill step the (student, teacher) layers that its losses match."""
+    plan: StepPlan
+    """What its verb decided; the step is handed this."""
     fingerprint: str
     """Of options, inputs and rows."""
     code: str
     """A hash of the code that makes the step."""
-    described: dict[str, Any]
+    described: StepRecord
     """Of options, inputs and rows what step.json will say, to be compared with one whose fingerprint is of another
     version."""
     made_from: tuple["PlannedStep", ...] = ()
     """The earlier steps among `parents`."""
-    notes: tuple[str, ...] = ()
-    """What is to be said of the models that it starts from."""
+
+    @property
+    def parents(self) -> tuple[str, ...]:
+        """What it starts from as the user wrote it: steps' names, or models."""
+        return tuple(model.reference for model in self.plan.inputs.values())
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is to be said of the models that it starts from."""
+        return tuple(dict.fromkeys(note for model in self.plan.inputs.values() for note in model.notes))
 
 
 @dataclass(frozen=True)
@@ -97,7 +79,7 @@ class Plan:
     """Models outside the recipe, by the reference that the user wrote."""
 
 
-StepCheck = Callable[[PlannedStep, Mapping[str, PretrainedConfig], Data | None], list[str]]
+StepCheck = Callable[[PlannedStep, Data | None], list[str]]
 
 
 def make_plan(recipe: Recipe, *, check_step: StepCheck | None = None) -> Plan:
@@ -105,8 +87,7 @@ def make_plan(recipe: Recipe, *, check_step: StepCheck | None = None) -> Plan:
 
     Args:
         recipe: may be a draft.
-        check_step: tells more problems of a step, from its plan, the configs of the models that it refers to, and
-            the data.
+        check_step: tells more problems of a step, from its plan and the data.
 
     Raises:
         InputError: with every problem of the recipe, its data, models, layers and labels.
@@ -125,8 +106,7 @@ def make_plan(recipe: Recipe, *, check_step: StepCheck | None = None) -> Plan:
         try:
             step = planned[name] = _plan_step(name, recipe, data, planned, failed, sources)
             if check_step is not None:
-                configs = {each: (planned.get(each) or sources[each]).config for each in step.parents}
-                problems += check_step(step, configs, data)
+                problems += check_step(step, data)
         except _Unplannable as error:
             failed.add(name)
             problems += [f"steps.{name}.{problem}" for problem in error.problems]
@@ -181,36 +161,9 @@ def _plan_step(
 
     if not inputs:
         raise _Unplannable(["model: missing; with teacher: data, say what the student starts from"])
-    options = step.options
-    kind = data.task.kind if data is not None else None
-    source_option = "model" if "model" in inputs else "teacher"
-    source = inputs[source_option]
-    config, layers = copy.deepcopy(source.config), None
-    pairs: dict[str, dict[str, list[tuple[int, int]]]] = {}
+    verb, source, made = VERBS[step.run], source_of(inputs), None
     try:
-        if isinstance(options, FinetuneOptions | DistillOptions):
-            problems += _adapter_problems(options, source)
-            problems += [] if data is None else _best_metric_problems(options, data)
-            chosen, width = chosen_layers(options, depth_of(config)), width_of_student(options)
-            if not options.from_scratch and not is_fresh(config, width):
-                layers = tuple(chosen)
-            cut = cuts_student(options, config) or source_option == "teacher"
-            if cut and kind is not None and layers is not None:
-                check_student(options, source.config, kind)
-            if cuts_student(options, config):
-                config = student_config(config, options.student_arch, chosen, width)
-        if isinstance(options, DistillOptions):
-            for teacher in [model for option, model in inputs.items() if is_teacher(option)]:
-                same = _reads(teacher, kind) == _reads(source, kind)
-                if not same and kind is not None and not KINDS[kind].pairs:
-                    what = "image processor" if KINDS[kind].reads == "images" else "tokenizer"
-                    problems.append(
-                        f"{source_option}: its {what} is not that of {teacher.reference}, and {kind} compares what "
-                        "both read piece by piece; start from a model that reads the same"
-                    )
-                problems += comparable(options, [config, teacher.config], same_tokens=same)
-                pairs[teacher.reference] = layer_pairs(options, depth_of(config), depth_of(teacher.config))
-                problems += reading_problems(options, pairs[teacher.reference], teacher.config, config, kind)
+        made = verb.plan(step.options, inputs, data)
     except InputError as error:
         problems += error.problems
     for option, model in inputs.items():
@@ -219,74 +172,23 @@ def _plan_step(
             problems.append(
                 f"{option}: takes at most {longest} tokens, but data.max_length is {recipe.data.max_length}"
             )
-    if is_quantized(config) and getattr(options, "lora", None) is None:
+    if is_quantized(source.config) and not verb.takes_quantized(step.options):
+        option = "model" if "model" in inputs else "teacher"
         problems.append(
-            f"{source_option}: {source.reference} is quantized; start from the model it was made from, or train "
-            "adapters of it (lora: {})"
+            f"{option}: {source.reference} is quantized; start from the model it was made from, or train adapters of "
+            "it (lora: {})"
         )
-    if problems:
+    if problems or made is None:
         raise _Unplannable(problems)
-    if data is not None:
-        set_labels(config, data.task)
-    try:
-        VERBS[step.run].complete(options, config, kind)
-    except InputError as error:
-        raise _Unplannable(error.problems) from None
     return PlannedStep(
         step=step,
         folder=recipe.output_dir / step.name,
-        inputs={option: model.location for option, model in inputs.items()},
-        parents=tuple(model.reference for model in inputs.values()),
-        config=config,
-        tokenizer_location=source.tokenizer_location,
-        layers=layers,
-        layer_pairs=pairs,
+        plan=made,
         fingerprint=_fingerprint(step, {option: model.fingerprint for option, model in inputs.items()}, data),
-        code=code_fingerprint(VERBS[step.run].module),
+        code=code_fingerprint(verb.module),
         described=_described(step, inputs, sources, recipe, data),
         made_from=tuple(planned[model.reference] for model in inputs.values() if model.is_step),
-        notes=tuple(dict.fromkeys(note for model in inputs.values() for note in model.notes)),
     )
-
-
-def _reads(model: ModelInput, kind: TaskKind | None) -> str:
-    """A fingerprint of the tokens (or pixels) that a model reads of rows."""
-    return token_fingerprint(load_processor(model.tokenizer_location, kind))
-
-
-def _adapter_problems(options: FinetuneOptions | DistillOptions, source: ModelInput) -> list[str]:
-    """What keeps a step from training adapters, or from starting from what it names."""
-    problems = []
-    if options.from_scratch and options.model is None:
-        problems.append("from_scratch: needs a `model`, whose config the student gets")
-    if options.merge and options.lora is None:
-        problems.append("merge: there are no adapters to merge; say lora: {} too, or leave it out")
-    if options.lora is None:
-        return problems
-    if options.merge and is_quantized(source.config):
-        problems.append("merge: adapters merged into quantized weights would be rounded away; leave it out")
-    changed = options.model is None or options.from_scratch or cuts_student(options, source.config)
-    if not options.merge and changed:
-        problems.append(
-            "lora: the adapter alone would not tell the model that it belongs to, which is made here; name a trained "
-            "`model` and keep its layers and sizes, or say merge: true, which saves the whole model"
-        )
-    elif not options.merge and not source.has_head:
-        problems.append(
-            f"lora: {source.reference} has no head for this task, and an adapter is loaded into a model that has one; "
-            "say merge: true, which saves the whole model, or fine-tune it first"
-        )
-    return problems
-
-
-def _best_metric_problems(options: FinetuneOptions | DistillOptions, data: Data) -> list[str]:
-    """Whether evaluations compute the metric that the best checkpoint is chosen by."""
-    wanted = (options.metric_for_best_model or "loss").removeprefix("eval_")
-    parts = options.loss_weights if isinstance(options, DistillOptions) else {"hard": 1.0}
-    known = [*computed(data.task), "loss", *(f"loss/{part}" for part, weight in parts.items() if is_on(weight))]
-    if wanted in known:
-        return []
-    return [f"metric_for_best_model: {wanted!r} is not computed for {data.task.kind}; there are {', '.join(known)}"]
 
 
 def _made_by(made: PlannedStep, option: str) -> ModelInput:
@@ -295,12 +197,20 @@ def _made_by(made: PlannedStep, option: str) -> ModelInput:
     Raises:
         InputError: it is an adapter, where a whole model is needed.
     """
-    if not is_teacher(option) and is_adapter(made.step.options):
+    if not is_teacher(option) and made.plan.is_adapter:
         whole = "merge: true makes a whole model there"
-        if is_quantized(made.config):
+        if is_quantized(made.plan.config):
             whole = "it belongs to a quantized one; go on from the model before that"
         raise InputError(f"{made.step.name} makes an adapter, and this starts from a whole model; {whole}")
-    return ModelInput(made.step.name, made.config, str(made.folder), made.tokenizer_location, made.fingerprint, True)
+    return ModelInput(
+        made.step.name,
+        made.plan.config,
+        str(made.folder),
+        made.plan.source.tokenizer_location,
+        made.fingerprint,
+        is_step=True,
+        weight_bytes=made.plan.weight_bytes,
+    )
 
 
 def check_fetched(plan: Plan, planned: PlannedStep) -> None:
@@ -310,11 +220,12 @@ def check_fetched(plan: Plan, planned: PlannedStep) -> None:
         InputError: they are not those of their config, or lack a head that is needed.
     """
     problems: list[str] = []
-    for option, reference in zip(planned.inputs, planned.parents, strict=True):
+    for option, model in planned.plan.inputs.items():
+        reference = model.reference
         source = plan.sources.get(reference)
         if source is None or (option == "model" and planned.step.given.get("from_scratch")):
             continue
-        new_head = not is_teacher(option) and not VERBS[planned.step.run].needs_head
+        new_head = not needs_head(option, planned.step.run)
         fit, _ = stored_fit(source, plan.data.task, new_head=new_head)
         found = [] if fit is None else fit_problems(fit, plan.data.task.kind, new_head=new_head)
         problems += [f"steps.{planned.step.name}.{option}: {reference}: {problem}" for problem in found]
@@ -342,20 +253,32 @@ def _fingerprint(step: Step, inputs: dict[str, str], data: Data | None) -> str:
 
 def _described(
     step: Step, inputs: Mapping[str, ModelInput], sources: Mapping[str, ModelSource], recipe: Recipe, data: Data | None
-) -> dict[str, Any]:
+) -> StepRecord:
     """Options, inputs and rows as step.json says them."""
     parents = [model.reference for model in inputs.values()]
-    found: dict[str, Any] = {
-        "run": step.run,
-        "parents": parents,
-        "sources": {name: sources[name].revision for name in parents if name in sources},
-        "options": resolved_options(step),
-    }
+    found = StepRecord(
+        name=step.name,
+        run=step.run,
+        parents=parents,
+        sources={name: sources[name].revision for name in parents if name in sources},
+        options=resolved_options(step),
+    )
     if data is not None:
-        found |= {"task": data.task.name, "kind": data.task.kind, "text": data.task.text}
-        found |= {"labels": data.task.label_names, "data": asdict(recipe.data), "data_revision": data.revision}
-        found |= {"rows": {split: len(rows) for split, rows in data.splits.items()}}
-    return json.loads(json.dumps(found, default=str))
+        found = replace(found, **rows_as_recorded(recipe, data))
+    return from_json(StepRecord, json.loads(as_json(found)))
+
+
+def rows_as_recorded(recipe: Recipe, data: Data) -> dict[str, Any]:
+    """The fields of a `StepRecord` that tell of the rows."""
+    return {
+        "task": data.task.name,
+        "kind": data.task.kind,
+        "text": data.task.text,
+        "labels": data.task.label_names,
+        "data": asdict(recipe.data),
+        "data_revision": data.revision,
+        "rows": {split: len(rows) for split, rows in data.splits.items()},
+    }
 
 
 def resolved_options(step: Step) -> dict[str, Any]:

@@ -6,8 +6,6 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from distill.common.sources import repo_id_problem
 from distill.data.load import DataOptions
 from distill.errors import (
@@ -17,11 +15,11 @@ from distill.errors import (
 )
 from distill.evaluation.options import BenchmarkOptions
 from distill.recipes.trainer_options import annotations_of, read_mapping, refusal
-from distill.recipes.yaml12 import parse_yaml, read_yaml
+from distill.recipes.yaml12 import parse_value, read_yaml
 from distill.training.checkpoints import CHECKPOINTS
-from distill.training.config import TrainingConfig, checked
+from distill.training.config import checked
 from distill.verbs.all import VERBS
-from distill.verbs.options import Options
+from distill.verbs.base import Options
 
 _TOP_LEVEL = (
     *("task", "data", "output_dir", "baseline", "benchmark", "steps"),
@@ -241,7 +239,7 @@ def _parse_step(name: str, given: Any, output_dir: Path, right: dict[str, Any], 
     options_class = VERBS[verb].options
     values = _right_values(options_class, given, where, problems)
     right |= {"run": verb, **values}
-    fixed = {"output_dir": str(output_dir / name / CHECKPOINTS)} if issubclass(options_class, TrainingConfig) else {}
+    fixed = {"output_dir": str(output_dir / name / CHECKPOINTS)} if VERBS[verb].trains else {}
     missing = dict.fromkeys(_required(options_class) - values.keys())  # so that the others are checked together
     try:
         options = options_class(**missing, **values, **fixed)
@@ -311,7 +309,8 @@ def _right_values(options_class: type, given: Any, where: str, problems: list[st
 def _instead(key: str, known: Collection[str]) -> str:
     """What an unknown option was meant to be."""
     if key == "teacher":
-        return "a teacher belongs to run: distill"
+        takes_one = [name for name, verb in VERBS.items() if any(field.name == key for field in fields(verb.options))]
+        return f"a teacher belongs to run: {' or '.join(takes_one)}"
     usual = _USUAL_NAMES.get(key)
     return f"did you mean {usual!r}?" if usual in known else nearest_name(key, known)
 
@@ -319,15 +318,3 @@ def _instead(key: str, known: Collection[str]) -> str:
 def _required(options_class: type) -> set[str]:
     without = [field for field in fields(options_class) if field.default is field.default_factory is MISSING]
     return {field.name for field in without if not refusal(options_class, field.name)}
-
-
-def parse_value(text: str, flag: str) -> Any:
-    """One YAML value, as a flag of the command line gives it.
-
-    Raises:
-        InputError: it is none.
-    """
-    try:
-        return parse_yaml(text)
-    except yaml.YAMLError:
-        raise InputError(f"{flag}: {text!r} is no YAML value; quote it") from None

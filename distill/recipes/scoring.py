@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from distill.common.records import read_record
+from distill.common.records import StepRecord, read_step
 from distill.data.columns import STORED_COLUMNS
 from distill.data.load import Data, DataOptions, load_data
 from distill.errors import InputError
@@ -29,15 +29,15 @@ def rows_to_score(
     Raises:
         InputError: wrong options or rows, or none are named and the model comes from no run.
     """
-    record = read_record(Path(source.location))
+    record = read_step(Path(source.location)) or StepRecord()
     unnamed = task_name is None and not given.keys() & {"kind", "path"}
-    of_its_run = unnamed and isinstance(record.get("data"), dict) and "task" in record
+    of_its_run = unnamed and bool(record.data) and record.task is not None
     if of_its_run:
-        task_name = record["task"] if record["task"] in GLUE else None
-        of_the_run = record["data"].items()
+        task_name = record.task if record.task in GLUE else None
+        of_the_run = record.data.items()
         given = {key: each for key, each in of_the_run if key not in _OF_TRAINING and each is not None} | dict(given)
-    elif task_name is None and record.get("kind") is not None:
-        given = {"kind": record["kind"], **given}
+    elif task_name is None and record.kind:
+        given = {"kind": record.kind, **given}
     problems: list[str] = []
     options = parse_options(DataOptions, given, "--data", problems)
     if problems:
@@ -63,14 +63,12 @@ def rows_to_score(
     return replace(data, notes=(*data.notes, note))
 
 
-def _trained_on(record: Mapping[str, Any], data: Data, options: DataOptions) -> bool:
+def _trained_on(record: StepRecord, data: Data, options: DataOptions) -> bool:
     """Whether more rows are scored than the model's run held out of the same file or folder."""
-    if not {"data", "rows", "scored"} <= record.keys():
+    path = record.data.get("path")
+    if not record.scored or path is None or options.path is None or _resolved(path) != _resolved(options.path):
         return False
-    path = record["data"].get("path")
-    if path is None or options.path is None or _resolved(path) != _resolved(options.path):
-        return False
-    held_out = sum(record["rows"].get(split, 0) for split, _, _ in record["scored"])
+    held_out = sum(record.rows.get(split, 0) for split, _, _ in record.scored)
     return sum(len(data.splits[split]) for split, _, _ in data.scored_splits()) > held_out
 
 

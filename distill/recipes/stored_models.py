@@ -1,25 +1,18 @@
 """Whether a model is what a step needs, told before it runs: from the headers of its weight files, and on meta."""
 
 import copy
-from collections.abc import Mapping
 from pathlib import Path
 
-from transformers import PretrainedConfig
-
-from distill.compression.student import build_student
 from distill.errors import InputError
 from distill.models.load import (
     ModelSource,
-    from_config,
     model_class,
     set_labels,
 )
-from distill.models.structure import depth_of
 from distill.models.weights import (
     Fit,
     fit_of,
     fit_problems,
-    on_meta,
     plain_names,
     prefix_note,
     readable_on_meta,
@@ -27,15 +20,8 @@ from distill.models.weights import (
     weight_files,
     with_head_of_adapters,
 )
-from distill.tasks.base import Task, TaskKind
+from distill.tasks.base import Task
 from distill.tasks.kinds import KINDS
-from distill.training.features import FeatureExtractor, FeatureSpec
-from distill.verbs.options import (
-    DistillOptions,
-    FinetuneOptions,
-    chosen_layers,
-    width_of_student,
-)
 
 
 def has_head(source: ModelSource, task: Task) -> bool:
@@ -87,41 +73,3 @@ def weights_to_train(source: ModelSource, task: Task) -> list[str]:
     if problems:
         raise InputError(*(f"{source.reference}: {problem}" for problem in problems))
     return notes
-
-
-def check_student(options: FinetuneOptions | DistillOptions, config: PretrainedConfig, kind: TaskKind) -> None:
-    """Make the student on meta, of a source of this config: what can't be cut is told before anything is trained.
-
-    Raises:
-        InputError: blocks that don't stand in one list, as ALBERT's, or sizes that don't fit.
-    """
-    with on_meta():
-        build_student(
-            from_config(config, kind),
-            student_arch=options.student_arch,
-            layers=chosen_layers(options, depth_of(config)),
-            width=width_of_student(options),
-        )
-
-
-def reading_problems(
-    options: DistillOptions,
-    pairs: Mapping[str, list[tuple[int, int]]],
-    teacher: PretrainedConfig,
-    student: PretrainedConfig,
-    kind: TaskKind | None,
-) -> list[str]:
-    """What keeps the attention maps and relations of two models from being read."""
-    problems: list[str] = []
-    for side, config in enumerate((student, teacher)):
-        compared = {part: tuple(pair[side] for pair in pairs.get(part, ())) for part in ("attention", "relation")}
-        if kind is not None and any(compared.values()):
-            with on_meta():
-                skeleton = from_config(config, kind)
-            try:
-                FeatureExtractor(
-                    skeleton, [FeatureSpec(attention=compared["attention"], relations=compared["relation"])]
-                )
-            except InputError as error:
-                problems += error.problems
-    return problems

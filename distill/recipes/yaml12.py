@@ -49,6 +49,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
+def parse_value(text: str, flag: str) -> Any:
+    """One YAML value, as a flag of the command line gives it.
+
+    Raises:
+        InputError: it is none.
+    """
+    try:
+        return parse_yaml(text)
+    except yaml.YAMLError:
+        raise InputError(f"{flag}: {text!r} is no YAML value; quote it") from None
+
+
 def parse_yaml(text: str) -> Any:
     """The value that a YAML document holds: mappings with strings as keys, lists, strings, numbers, booleans, None.
 

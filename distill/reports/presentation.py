@@ -9,12 +9,14 @@ from rich.table import Table
 
 from distill.common.console import remark, results, styled
 from distill.common.markdown import bullets, escaped, table
+from distill.common.records import Recovery, Report
 from distill.data.load import describe_cut
 from distill.evaluation.benchmark import remarks_on
 from distill.evaluation.intervals import interval_method
 from distill.recipes.plan import Plan
 from distill.tasks.base import is_better_lower
 from distill.tasks.kinds import KINDS
+from distill.verbs.all import VERBS
 
 _TWO_LINES = {
     "95 % interval": "95 %\ninterval",
@@ -26,7 +28,7 @@ _TWO_LINES = {
 }
 
 
-def print_report(report: dict[str, Any]) -> None:
+def print_report(report: Report) -> None:
     """The report's table and remarks."""
     header, *rows = _rows(report)
     left_out = ("divergence", "params", "GFLOPs")  # so that it fits 80 columns
@@ -40,27 +42,27 @@ def print_report(report: dict[str, Any]) -> None:
         shown_table.add_row(*(row[index] for index in shown))
     results.print(shown_table)
     results.print(styled((_units(report), "dim")))
-    if is_better_lower(report["metric"]):
+    if is_better_lower(report.metric):
         results.print(styled((_metric(report), "dim")))
     for line in _comparison_lines(report):
         results.print(line)
-    if cut := describe_cut(report.get("truncated")):
+    if cut := describe_cut(report.truncated):
         results.print(f"rows {cut}")
     for said in remarks(report):
         results.print(remark(said))
 
 
-def as_markdown(plan: Plan, report: dict[str, Any]) -> str:
+def as_markdown(plan: Plan, report: Report) -> str:
     """What report.md holds."""
-    environment_line = ", ".join(f"{key} {value}" for key, value in report["environment"].items() if key != "benchmark")
+    environment_line = ", ".join(f"{key} {value}" for key, value in report.environment.items() if key != "benchmark")
     rows_scored = len(plan.data.splits[plan.data.task.validation_splits[0][0]])
-    cut = describe_cut(report.get("truncated"))
+    cut = describe_cut(report.truncated)
     lines = [
         f"# {escaped(plan.recipe.output_dir.resolve().name)}",
         f"{_metric(report)} on {rows_scored} validation rows, with its 95 % interval "
         f"({interval_method(plan.data.task)}); "
         f"retention, agreement and divergence (KL in nats; of scores the squared difference) are against "
-        f"{escaped(report['baseline'])}; {_units(report)}.",
+        f"{escaped(report.baseline)}; {_units(report)}.",
         table(_rows(report)),
         "![accuracy against size and latency](report.png)",
         *(
@@ -72,22 +74,22 @@ def as_markdown(plan: Plan, report: dict[str, Any]) -> str:
         or "No compressed model is larger than the one it was made from, and none more than 5 % slower.",
         *([f"Rows {cut}."] if cut else []),
         *([f"Data: {escaped('; '.join(plan.data.notes))}."] if plan.data.notes else []),
-        f"Measured on {report['models'][0]['device']} in alternating rounds, medians: {escaped(environment_line)}.",
+        f"Measured on {report.models[0].device} in alternating rounds, medians: {escaped(environment_line)}.",
     ]
     return "\n\n".join(lines) + "\n"
 
 
-def draw(report: dict[str, Any], path: Path | BinaryIO) -> None:
+def draw(report: Report, path: Path | BinaryIO) -> None:
     """The metric against bytes and against latency, as a PNG image."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    models = report["models"]
+    models = report.models
     panels = [
-        ("weights on disk, MB", [(model["size_on_disk_bytes"] or math.nan) / 1e6 for model in models]),
-        (f"median latency on {models[0]['device']}, ms", [model["latency_ms"]["p50"] for model in models]),
+        ("weights on disk, MB", [(model.size_on_disk_bytes or math.nan) / 1e6 for model in models]),
+        (f"median latency on {models[0].device}, ms", [model.latency_ms.p50 for model in models]),
     ]
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
     panel_labels: list[list[tuple[float, float, str]]] = []
@@ -95,14 +97,13 @@ def draw(report: dict[str, Any], path: Path | BinaryIO) -> None:
         labels = []
         for model, value in zip(models, values, strict=True):
             score, low, high = (
-                math.nan if number is None else number
-                for number in (model["metrics"][report["metric"]], *model["interval"])
+                math.nan if number is None else number for number in (model.metrics[report.metric], *model.interval)
             )
             reach = [[max(score - low, 0)], [max(high - score, 0)]]
-            marker = "*" if model["name"] == report["baseline"] else "o"
+            marker = "*" if model.name == report.baseline else "o"
             axis.errorbar(value, score, yerr=reach, fmt=marker, markersize=9, capsize=3, elinewidth=1)
             if not math.isnan(value + score):
-                labels.append((value, score, model["name"]))
+                labels.append((value, score, model.name))
         axis.set_xlabel(label)
         axis.set_xlim(0, 1.3 * max(value for value in values if not math.isnan(value)) if any(values) else 1)
         axis.grid(alpha=0.3)
@@ -136,76 +137,75 @@ def _write_apart(axis: Any, labels: list[tuple[float, float, str]]) -> None:
         axis.annotate(name, (x, y), xytext=(6, offset), textcoords="offset points", fontsize=8, parse_math=False)
 
 
-def remarks(report: dict[str, Any]) -> list[str]:
+def remarks(report: Report) -> list[str]:
     """What a reader must not overlook: compressed models that are no smaller, or slower, than their parent;
     quantized ones that are slower than its plain bfloat16 weights."""
-    by_name = {model["name"]: model for model in report["models"]}
     said = []
-    for model in report["models"]:
-        parent = by_name.get(model["parents"][0]) if model["parents"] else None  # a distill step's is its teacher
-        # One of as many parameters was trained on, and not compressed.
-        trained_on = parent and model["run"] == "distill" and model["num_parameters"] == parent["num_parameters"]
-        if parent is not None and model["run"] != "finetune" and not trained_on:
-            said += remarks_on(model, parent, report["variants"])
+    for model in report.models:
+        parent = report.entry(model.parents[0]) if model.parents else None  # a distill step's is its teacher
+        if parent is None or model.run is None:
+            continue
+        if VERBS[model.run].is_smaller(model.num_parameters, parent.num_parameters):
+            said += remarks_on(model, parent, report.variants)
     return said
 
 
-def _metric(report: dict[str, Any]) -> str:
+def _metric(report: Report) -> str:
     """The primary metric, and which way is better where it is not the usual one."""
-    name = report["metric"].replace("_", " ")
-    return f"{name} (lower is better)" if is_better_lower(report["metric"]) else name
+    name = report.metric.replace("_", " ")
+    return f"{name} (lower is better)" if is_better_lower(report.metric) else name
 
 
-def _rows(report: dict[str, Any]) -> list[list[str]]:
+def _rows(report: Report) -> list[list[str]]:
     """The table of the report: a header and one row per model."""
-    header = ["model", report["metric"].replace("_", " "), "95 % interval", "retention", "agreement", "divergence"]
+    header = ["model", report.metric.replace("_", " "), "95 % interval", "retention", "agreement", "divergence"]
     header += ["params", "MB on disk", "MB loaded", "ms", "rows/s", "GFLOPs", "train s"]
     rows = [header]
-    for model in report["models"]:
+    for model in report.models:
         row = [
-            model["name"],
-            _shown(model["metrics"][report["metric"]], ".4f"),
-            "–" if None in model["interval"] else "–".join(f"{bound:.3f}" for bound in model["interval"]),
-            _shown(model["retention"], ".3f"),
-            _shown(model["agreement"], ".3f"),
-            _shown((model["divergence"] or {}).get("mean"), ".4f"),
-            f"{model['num_parameters'] / 1e6:.1f} M",
-            _shown(model["size_on_disk_bytes"], ".1f", 1e-6),
-            _shown(model["memory_bytes"], ".1f", 1e-6),
-            _shown(model["latency_ms"]["p50"], ".1f"),
-            _shown(model["throughput_samples_per_second"], ".1f"),
-            _shown(model["flops_per_sample"], ".2f", 1e-9),
-            _shown(model["train_seconds"], ".0f"),
+            model.name,
+            _shown(model.metrics[report.metric], ".4f"),
+            "–" if None in model.interval else "–".join(f"{bound:.3f}" for bound in model.interval),
+            _shown(model.retention, ".3f"),
+            _shown(model.agreement, ".3f"),
+            _shown((model.divergence or {}).get("mean"), ".4f"),
+            f"{model.num_parameters / 1e6:.1f} M",
+            _shown(model.size_on_disk_bytes, ".1f", 1e-6),
+            _shown(model.memory_bytes, ".1f", 1e-6),
+            _shown(model.latency_ms.p50, ".1f"),
+            _shown(model.throughput_samples_per_second, ".1f"),
+            _shown(model.flops_per_sample, ".2f", 1e-9),
+            _shown(model.train_seconds, ".0f"),
         ]
         rows.append(row)
     return rows
 
 
-def _comparison_lines(report: dict[str, Any]) -> list[str]:
+def _comparison_lines(report: Report) -> list[str]:
     """One sentence for each comparison."""
     lines = []
-    for each in report["comparisons"]:
-        low, high = each["interval"]
-        if None in (each["difference"], low, high):
-            lines.append(f"{each['model']} − {each['over']}: no number, as the metric of one of them is none")
+    for each in report.comparisons:
+        low, high = each.interval
+        if each.difference is None or low is None or high is None:
+            lines.append(f"{each.model} − {each.over}: no number, as the metric of one of them is none")
             continue
-        is_better = (high < 0) if is_better_lower(report["metric"]) else (low > 0)
+        is_better = (high < 0) if is_better_lower(report.metric) else (low > 0)
         verdict = "a tie" if low <= 0 <= high else "better" if is_better else "worse"
         interval = f"95 % interval {low:+.4f} to {high:+.4f}"
-        lines.append(f"{each['model']} − {each['over']}: {each['difference']:+.4f}, {interval} ({verdict})")
-    return lines + [_recovery_line(each, report["baseline"]) for each in report["recoveries"]]
+        lines.append(f"{each.model} − {each.over}: {each.difference:+.4f}, {interval} ({verdict})")
+    return lines + [_recovery_line(each, report.baseline) for each in report.recoveries]
 
 
-def _recovery_line(recovery: dict[str, Any], baseline: str) -> str:
-    low, high = recovery["interval"]
+def _recovery_line(recovery: Recovery, baseline: str) -> str:
+    low, high = recovery.interval
     verdict = " (a tie)" if low <= 0 <= high else ""
-    won = f"{recovery['share']:.0%} of {recovery['over']}'s divergence from {baseline} won back"
-    return f"{recovery['model']}: {won}, 95 % interval {low:.0%} to {high:.0%}{verdict}"
+    won = f"{recovery.share:.0%} of {recovery.over}'s divergence from {baseline} won back"
+    return f"{recovery.model}: {won}, 95 % interval {low:.0%} to {high:.0%}{verdict}"
 
 
-def _units(report: dict[str, Any]) -> str:
-    bench, device = report["environment"]["benchmark"], report["models"][0]["device"]
-    of_images = report["task"] in KINDS and KINDS[report["task"]].reads == "images"
+def _units(report: Report) -> str:
+    bench, device = report.environment["benchmark"], report.models[0].device
+    of_images = report.task in KINDS and KINDS[report.task].reads == "images"
     each = "images" if of_images else f"rows of {bench['sequence_length']} tokens"
     return (
         f"on {device}: ms for {bench['latency_batch_size']} and rows/s for {bench['throughput_batch_size']} {each} at "

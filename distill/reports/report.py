@@ -8,10 +8,21 @@ from typing import Any
 
 from distill.common.console import log, remark
 from distill.common.folders import write_atomically
-from distill.common.records import SCHEMA, finite, json_text, read_record
+from distill.common.records import (
+    Comparison,
+    Measurement,
+    ModelEntry,
+    Recovery,
+    Report,
+    StepRecord,
+    as_json,
+    finite,
+    from_json,
+    read_step,
+)
 from distill.data.load import Truncated, tokenizer_fingerprint
 from distill.errors import InputError
-from distill.evaluation.benchmark import as_row, benchmark_models, environment
+from distill.evaluation.benchmark import benchmark_models, environment, measurement
 from distill.evaluation.evaluate import Evaluation, evaluate_model
 from distill.evaluation.intervals import (
     agreement,
@@ -28,19 +39,19 @@ from distill.reports.presentation import as_markdown, draw
 from distill.runs.card import write_model_card
 from distill.runs.run import lineage
 from distill.tasks.base import is_better_lower
-from distill.verbs.options import QuantizeOptions
+from distill.verbs.all import VERBS
 
 _SAME_BYTES = 0.1
 """Models within this share of another's bytes take as many; adapters of rank 8 add less than that."""
 
 
-def write_report(plan: Plan) -> dict[str, Any]:
+def write_report(plan: Plan) -> Report:
     """Score and measure the run's finished models and its baseline, and write report.json, report.md and the plot.
 
     What was measured before stays valid while models, rows and code are the same: a second report measures nothing.
 
     Returns:
-        The content of report.json (schema 1).
+        What report.json holds.
 
     Raises:
         InputError: no step is finished.
@@ -48,7 +59,7 @@ def write_report(plan: Plan) -> dict[str, Any]:
     finished = [name for name, planned in plan.steps.items() if is_finished(planned)]
     if not finished:
         raise InputError(f"{plan.recipe.output_dir}: no step of the recipe is finished there; `distill run` it first")
-    stale = [name for name, planned in plan.steps.items() if name not in finished and read_record(planned.folder)]
+    stale = [name for name, planned in plan.steps.items() if name not in finished and read_step(planned.folder)]
     if stale:
         said = f"left out, as they are not what the recipe would make now: {', '.join(stale)}; "
         log.print(remark(f"{said}`distill run` makes them anew"))
@@ -64,26 +75,25 @@ def write_report(plan: Plan) -> dict[str, Any]:
     evaluations = {name: _evaluation(plan, name, locations[name], fingerprints[name], cache) for name in names}
     benchmarks = _benchmarks(plan, locations, fingerprints, cache)
     models = [_entry(plan, name, evaluations, benchmarks[name]) for name in names]
-    report: dict[str, Any] = {
-        "schema": SCHEMA,
-        "task": plan.recipe.task or plan.data.task.kind,
-        "metric": plan.data.task.primary_metric,
-        "environment": environment() | {"benchmark": asdict(plan.recipe.benchmark)},
-        "baseline": plan.baseline,
-        "models": models,
-        "variants": [row for name, row in benchmarks.items() if name not in names],
-        "comparisons": _comparisons(plan, evaluations, fingerprints, cache),
-        "recoveries": _recoveries(plan, evaluations, benchmarks),
-        "truncated": _truncated(models),
-    }
-    report = finite(report)  # a correlation with constant predictions is no number
-    write_atomically(plan.recipe.output_dir / "report.json", json_text(report) + "\n")
+    found = Report(
+        task=plan.recipe.task or plan.data.task.kind,
+        metric=plan.data.task.primary_metric,
+        environment=environment() | {"benchmark": asdict(plan.recipe.benchmark)},
+        baseline=plan.baseline,
+        models=models,
+        variants=[each for name, each in benchmarks.items() if name not in names],
+        comparisons=_comparisons(plan, evaluations, fingerprints, cache),
+        recoveries=_recoveries(plan, evaluations, benchmarks),
+        truncated=_truncated(models),
+    )
+    report = from_json(Report, finite(asdict(found)))  # a correlation with constant predictions is no number
+    write_atomically(plan.recipe.output_dir / "report.json", as_json(report))
     draw(report, plan.recipe.output_dir / "report.png")
     write_atomically(plan.recipe.output_dir / "report.md", as_markdown(plan, report))
     for entry in models:
-        if entry["name"] in plan.steps:
-            folder = plan.steps[entry["name"]].folder
-            write_model_card(folder, read_record(folder), report)
+        record = read_step(plan.steps[entry.name].folder) if entry.name in plan.steps else None
+        if record is not None:
+            write_model_card(plan.steps[entry.name].folder, record, report)
     return report
 
 
@@ -101,8 +111,13 @@ def _location(plan: Plan, name: str) -> str:
 def _model_fingerprint(plan: Plan, name: str) -> str:
     if name in plan.steps:
         # The weights of a rerun with --force may differ: its start is part of what it is.
-        return f"{plan.steps[name].fingerprint} {read_record(plan.steps[name].folder).get('started')}"
+        return f"{plan.steps[name].fingerprint} {_record_of(plan, name).started}"
     return plan.sources[name].fingerprint
+
+
+def _record_of(plan: Plan, name: str) -> StepRecord:
+    """What step.json of a model says; nothing of one from outside."""
+    return (read_step(plan.steps[name].folder) if name in plan.steps else None) or StepRecord()
 
 
 def _evaluation(plan: Plan, name: str, location: str, fingerprint: str, cache: Path) -> Evaluation:
@@ -133,27 +148,27 @@ def _scored_with() -> dict[str, Any]:
 
 def _benchmarks(
     plan: Plan, locations: dict[str, str], fingerprints: dict[str, str], cache: Path
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Measurement]:
     """All models together in alternating rounds, or none: timings of different runs don't compare."""
     options = plan.recipe.benchmark
     key = _key(fingerprints, asdict(options), environment(), code_fingerprint("evaluation.benchmark"))
     known = _read_cache(cache / "benchmark.json", key)
     if known is None:
-        quantized = [each for each in plan.steps.values() if each.step.run == "quantize"]
-        measured = benchmark_models(
-            locations, options, made_from={each.step.name: each.parents[0] for each in quantized}
-        )
-        known = {name: as_row(name, result) for name, result in measured.items()}
+        with_variants = [each for each in plan.steps.values() if VERBS[each.step.run].has_variants]
+        made_from = {each.step.name: each.parents[0] for each in with_variants}
+        measured = benchmark_models(locations, options, made_from=made_from)
+        known = {name: asdict(measurement(name, result)) for name, result in measured.items()}
         _write_cache(cache / "benchmark.json", key, known)
-    return known
+    return {name: from_json(Measurement, each) for name, each in known.items()}
 
 
 def _comparisons(
     plan: Plan, evaluations: dict[str, Evaluation], fingerprints: dict[str, str], cache: Path
-) -> list[dict[str, Any]]:
+) -> list[Comparison]:
     """What the first distilled model gained over every other trained one, on the same rows."""
-    trained = [name for name in evaluations if name in plan.steps and plan.steps[name].step.run != "quantize"]
-    student = next((name for name in trained if plan.steps[name].step.run == "distill"), None)
+    verbs = {name: VERBS[plan.steps[name].step.run] for name in evaluations if name in plan.steps}
+    trained = [name for name, verb in verbs.items() if verb.trains]
+    student = next((name for name in trained if verbs[name].is_compared), None)
     if student is None:
         return []
     key = _key(fingerprints, plan.data.fingerprint, _scored_with(), code_fingerprint("evaluation.evaluate"))
@@ -166,12 +181,10 @@ def _comparisons(
             difference, interval = paired_difference(plan.data.task, *predictions, labels)
             known.append({"model": student, "over": other, "difference": difference, "interval": list(interval)})
         _write_cache(cache / "comparisons.json", key, known)
-    return known
+    return [from_json(Comparison, each) for each in known]
 
 
-def _recoveries(
-    plan: Plan, evaluations: dict[str, Evaluation], benchmarks: dict[str, dict[str, Any]]
-) -> list[dict[str, Any]]:
+def _recoveries(plan: Plan, evaluations: dict[str, Evaluation], benchmarks: dict[str, Measurement]) -> list[Recovery]:
     """What GPTQ, training or mixing formats won back of a plain quantization's divergence from the baseline.
 
     Each such model made from the baseline is held against the plainly quantized baseline that takes the same bytes,
@@ -179,8 +192,10 @@ def _recoveries(
     """
     if plan.baseline not in evaluations:
         return []
-    quantized = [name for name, planned in plan.steps.items() if name in evaluations and is_quantized(planned.config)]
-    sizes = {name: benchmarks[name]["size_on_disk_bytes"] for name in quantized}
+    quantized = [
+        name for name, planned in plan.steps.items() if name in evaluations and is_quantized(planned.plan.config)
+    ]
+    sizes = {name: benchmarks[name].size_on_disk_bytes or 0 for name in quantized}
     plain = [name for name in quantized if _is_plain(plan.steps[name], plan.baseline)]
     found = []
     for name in quantized:
@@ -191,16 +206,13 @@ def _recoveries(
         logits = [evaluations[each].logits for each in (plan.baseline, over, name)]
         won = won_back(plan.data.task, *(each for each in logits if each is not None)) if all(logits) else None
         if won is not None:
-            found.append({"model": name, "over": over, "share": won[0], "interval": won[1]})
+            found.append(Recovery(name, over, won[0], list(won[1])))
     return found
 
 
 def _is_plain(planned: PlannedStep, baseline: str) -> bool:
     """Whether a step does nothing but quantize the baseline to one format."""
-    options = planned.step.options
-    if not isinstance(options, QuantizeOptions) or options.model != baseline:
-        return False
-    return not (options.reads_rows or options.overrides or options.skip)
+    return planned.parents == (baseline,) and VERBS[planned.step.run].is_plain(planned.step.options)
 
 
 def _key(*parts: Any) -> str:
@@ -220,39 +232,32 @@ def _write_cache(file: Path, key: str, value: Any) -> None:
     write_atomically(file, json.dumps({"key": key, "value": value}))
 
 
-def _entry(plan: Plan, name: str, evaluations: dict[str, Evaluation], benchmark: dict[str, Any]) -> dict[str, Any]:
-    """One model of report.json; every key is there, null where it does not apply."""
-    planned = plan.steps.get(name)
-    record = read_record(planned.folder) if planned else {}
+def _entry(plan: Plan, name: str, evaluations: dict[str, Evaluation], measured: Measurement) -> ModelEntry:
+    """One model of report.json."""
+    planned, record = plan.steps.get(name), _record_of(plan, name)
     evaluation, metric = evaluations[name], plan.data.task.primary_metric
     baseline = evaluations.get(plan.baseline)
-    return {
-        "name": name,
-        "run": planned.step.run if planned else None,
-        "path": name,
-        "parents": list(planned.parents) if planned else [],
-        "metrics": evaluation.metrics,
-        "interval": list(evaluation.interval),
-        "retention": retention(metric, evaluation.metrics[metric], baseline.metrics[metric]) if baseline else None,
-        "agreement": agreement(plan.data.task, evaluation.predictions, baseline.predictions) if baseline else None,
-        "divergence": _divergence(plan, evaluation, baseline),
-        **{key: value for key, value in benchmark.items() if key != "name"},
-        "train_seconds": record.get("train_seconds"),
-        "samples_per_second": record.get("samples_per_second"),
-        "truncated": _of_its_splits(record, evaluation),
-    }
+    return ModelEntry(
+        run=planned.step.run if planned else None,
+        path=name,
+        parents=list(planned.parents) if planned else [],
+        metrics=dict(evaluation.metrics),
+        interval=list(evaluation.interval),
+        retention=retention(metric, evaluation.metrics[metric], baseline.metrics[metric]) if baseline else None,
+        agreement=agreement(plan.data.task, evaluation.predictions, baseline.predictions) if baseline else None,
+        divergence=_divergence(plan, evaluation, baseline),
+        **vars(measured),
+        train_seconds=record.train_seconds,
+        samples_per_second=record.samples_per_second,
+        truncated={**(record.truncated or {}), **(evaluation.truncated or {})} or None,
+    )
 
 
-def _of_its_splits(record: dict[str, Any], evaluation: Evaluation) -> Truncated | None:
-    """How many rows of each split a model's tokenizer cut, in its training and when it was scored."""
-    return {**(record.get("truncated") or {}), **(evaluation.truncated or {})} or None
-
-
-def _truncated(models: list[dict[str, Any]]) -> Truncated | None:
+def _truncated(models: list[ModelEntry]) -> Truncated | None:
     """Of each split the counts of the model whose tokenizer cut the most rows."""
     most: Truncated = {}
-    for counts in [model["truncated"] or {} for model in models]:
-        for split, each in counts.items():
+    for model in models:
+        for split, each in (model.truncated or {}).items():
             most[split] = max(most.get(split, each), each, key=lambda counted: counted["cut"])
     return most or None
 

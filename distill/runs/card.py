@@ -1,6 +1,7 @@
 """The model card (README.md) of a run folder, from what the run wrote there: step.json, recipe.yaml, report.*."""
 
 import json
+from functools import partial
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -11,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from distill.common.folders import write_atomically
 from distill.common.local_names import base_name
 from distill.common.markdown import code, escaped
-from distill.common.records import read_record
+from distill.common.records import ModelEntry, Report, Root, StepRecord, read_step
 from distill.common.sources import reason_of, split_revision
 from distill.data.files.readers import GLUE_ON_THE_HUB
 from distill.data.load import Truncated, describe_cut
@@ -22,7 +23,6 @@ from distill.models.replacements import STRUCTURAL
 from distill.recipes.yaml12 import dump_yaml, read_yaml
 from distill.tasks.kinds import KINDS, usage_code
 from distill.verbs.all import VERBS
-from distill.verbs.options import holds_adapter
 
 TAG = "distill"
 """In the front matter of every card that is written here."""
@@ -36,21 +36,21 @@ _HUB_METRICS = {
 }
 
 
-def write_model_card(folder: Path, record: dict[str, Any], report: dict[str, Any] | None = None) -> None:
+def write_model_card(folder: Path, record: StepRecord, report: Report | None = None) -> None:
     """Write a run folder's README.md.
 
     Args:
         record: what step.json holds, or will.
         report: what report.json holds, once the model was measured.
     """
-    card = model_card(folder, record, report, name=record["name"], plots="../")
+    card = model_card(folder, record, report, name=record.name, plots="../")
     write_atomically(folder / "README.md", card)
 
 
 def model_card(
     folder: Path,
-    record: dict[str, Any],
-    report: dict[str, Any] | None,
+    record: StepRecord,
+    report: Report | None,
     *,
     name: str,
     plots: str = "",
@@ -67,7 +67,7 @@ def model_card(
         adapted: for a folder of adapters, the repository of the model that they adapt.
     """
     recipe = read_yaml(folder.parent / "recipe.yaml")
-    entry = next((each for each in (report or {}).get("models", []) if each["name"] == record["name"]), None)
+    entry = None if report is None else report.entry(record.name)
     is_adapter = base_of(folder) is not None
     data = _metadata(record, recipe, entry, name=name, is_adapter=is_adapter, adapted=adapted)
     replaced = _replaced(folder)
@@ -76,10 +76,10 @@ def model_card(
         front_matter=dump_yaml(data.to_dict()).strip(),
         title=escaped(name.rpartition("/")[2]),
         summary=f"A model for {escaped(_task_sentence(record, recipe))}, {_what(record)}.",
-        usage=usage_code(record["kind"], name, pairs=len(record["text"]) == 2, needs_import=bool(replaced)),
+        usage=usage_code(record.kind, name, pairs=len(record.text) == 2, needs_import=bool(replaced)),
         making=_making(record, folder.parent),
         results=_results(record, report, folder.parent, plots) if report and entry else _UNMEASURED,
-        limits=_limits(record, (entry or record).get("truncated"), replaced=replaced),
+        limits=_limits(record, (entry or record).truncated, replaced=replaced),
     )
 
 
@@ -99,34 +99,34 @@ def inherited(folder: Path) -> dict[str, Any]:
 
 
 def _metadata(
-    record: dict[str, Any],
+    record: StepRecord,
     recipe: dict[str, Any],
-    entry: dict[str, Any] | None,
+    entry: ModelEntry | None,
     *,
     name: str,
     is_adapter: bool,
     adapted: str | None,
 ) -> ModelCardData:
     """The front matter, by the Hub's specification (hub-docs, modelcard.md and model-cards.md)."""
-    root, is_glue = record["root"], "task" in recipe
-    base_model = adapted or recipe.get("base_model") or root["hub_id"]
-    verb = VERBS[record["run"]]
+    root, is_glue = record.root or Root(""), "task" in recipe
+    base_model = adapted or recipe.get("base_model") or root.hub_id
+    verb = VERBS[record.run]
     relation = "adapter" if is_adapter else verb.relation
-    license = {key: root.get(key) for key in ("license", "license_name", "license_link")}
+    license = {key: getattr(root, key) for key in ("license", "license_name", "license_link")}
     if "license" in recipe:
         license = {"license": recipe["license"]}
-    tags = [tag for each in (verb.name, *record["ancestors"].values()) for tag in VERBS[each].lineage_tags]
-    tags = [*dict.fromkeys(tags), TAG, verb.name, *["lora"] * is_adapter, *verb.tags(record["options"])]
-    datasets = [GLUE_ON_THE_HUB] if is_glue else [split_revision(record["data"]["path"])[0]]
+    tags = [tag for each in (verb.name, *record.ancestors.values()) for tag in VERBS[each].lineage_tags]
+    tags = [*dict.fromkeys(tags), TAG, verb.name, *["lora"] * is_adapter, *verb.tags(record.options)]
+    datasets = [GLUE_ON_THE_HUB] if is_glue else [split_revision(record.data["path"])[0]]
     results = [] if entry is None else _eval_results(record, recipe, entry)
     known = {
         "base_model": base_model,
         "base_model_relation": relation if base_model else None,
-        "datasets": datasets if is_glue or record["data_revision"] else None,
-        "language": recipe.get("language") or (["en"] if is_glue else root.get("language")),
+        "datasets": datasets if is_glue or record.data_revision else None,
+        "language": recipe.get("language") or (["en"] if is_glue else root.language),
         **license,
         "library_name": "peft" if is_adapter else "transformers",
-        "pipeline_tag": KINDS[record["kind"]].pipeline_tag,
+        "pipeline_tag": KINDS[record.kind].pipeline_tag,
         "tags": tags,
         "metrics": list(dict.fromkeys(each.metric_type for each in results)) or None,
         "model_name": name.rpartition("/")[2],
@@ -135,33 +135,33 @@ def _metadata(
     return ModelCardData(**known)
 
 
-def _eval_results(record: dict[str, Any], recipe: dict[str, Any], entry: dict[str, Any]) -> list[EvalResult]:
+def _eval_results(record: StepRecord, recipe: dict[str, Any], entry: ModelEntry) -> list[EvalResult]:
     """Every measured metric, under the split that it was measured on."""
-    task, path = recipe.get("task"), record["data"]["path"]
+    task, path = recipe.get("task"), record.data["path"]
     if task:
         of_a_copy = "" if path is None else " (rows of a copy)"
         data = {"dataset_type": GLUE_ON_THE_HUB, "dataset_name": f"GLUE {task}{of_a_copy}", "dataset_config": task}
-    elif record["data_revision"]:
+    elif record.data_revision:
         name = split_revision(path)[0]
-        data = {"dataset_type": name, "dataset_name": name, "dataset_config": record["data"]["name"]}
+        data = {"dataset_type": name, "dataset_name": name, "dataset_config": record.data["name"]}
     else:
         data = {"dataset_type": "local", "dataset_name": _base_name(path)}
     found = []
-    for key, value in entry["metrics"].items():
+    for key, value in entry.metrics.items():
         if value is None:  # no number
             continue
         # A key belongs to the split whose prefix and suffix are the longest that fit.
         split, prefix, suffix = max(
-            (each for each in record["scored"] if key.startswith(each[1]) and key.endswith(each[2])),
+            (each for each in record.scored if key.startswith(each[1]) and key.endswith(each[2])),
             key=lambda each: len(each[1]) + len(each[2]),
         )
         metric = key[len(prefix) : len(key) - len(suffix)]
         found.append(
             EvalResult(
                 **data,
-                task_type=KINDS[record["kind"]].pipeline_tag,
+                task_type=KINDS[record.kind].pipeline_tag,
                 dataset_split=split,
-                dataset_revision=record["data_revision"],
+                dataset_revision=record.data_revision,
                 metric_type=_HUB_METRICS.get(metric, metric),
                 metric_name=metric.replace("_", " "),
                 metric_value=round(value, 6),
@@ -173,23 +173,23 @@ def _eval_results(record: dict[str, Any], recipe: dict[str, Any], entry: dict[st
 # --- text -----------------------------------------------------------------------------------------------------------
 
 
-def _task_sentence(record: dict[str, Any], recipe: dict[str, Any]) -> str:
-    path = record["data"]["path"]
+def _task_sentence(record: StepRecord, recipe: dict[str, Any]) -> str:
+    path = record.data["path"]
     if "task" in recipe:
         name = f"GLUE {recipe['task']}"
     else:
-        name = f"{record['kind']} of {path if record['data_revision'] else _base_name(path)}"
-    return f"{name} ({', '.join(record['labels'])})" if record["labels"] else name
+        name = f"{record.kind} of {path if record.data_revision else _base_name(path)}"
+    return f"{name} ({', '.join(record.labels)})" if record.labels else name
 
 
-def _what(record: dict[str, Any]) -> str:
-    parents = [_shown(record, each) for each in record["parents"]]
-    return VERBS[record["run"]].summary(record["options"], parents)
+def _what(record: StepRecord) -> str:
+    parents = [_shown(record, each) for each in record.parents]
+    return VERBS[record.run].summary(record.options, parents)
 
 
-def _shown(record: dict[str, Any], reference: str) -> str:
+def _shown(record: StepRecord, reference: str) -> str:
     """A model as a card names it: one from a local folder by the folder's name alone."""
-    is_local = record["sources"].get(reference, reference) is None
+    is_local = record.sources.get(reference, reference) is None
     return code(_base_name(reference) if is_local else reference)
 
 
@@ -205,61 +205,35 @@ def _replaced(folder: Path) -> set[str]:
     return {entry.kind for entry in entries_in(config.get("quantization_config"))}
 
 
-def _making(record: dict[str, Any], output_dir: Path) -> str:
+def _making(record: StepRecord, output_dir: Path) -> str:
     """What it was distilled from and how: the lineage, then each step of it."""
-    chain = [f"`{record['name']}` ({record['run']})"]
-    chain += [f"`{name}` ({verb})" for name, verb in record["ancestors"].items()]
-    chain += [f"{_shown(record, name)}{_at(revision)}" for name, revision in record["sources"].items()]
-    versions = ", ".join(f"{key} {record['environment'][key]}" for key in ("torch", "transformers", "bitsandbytes"))
+    chain = [f"`{record.name}` ({record.run})"]
+    chain += [f"`{name}` ({verb})" for name, verb in record.ancestors.items()]
+    chain += [f"{_shown(record, name)}{_at(revision)}" for name, revision in record.sources.items()]
+    versions = ", ".join(f"{key} {record.environment[key]}" for key in ("torch", "transformers", "bitsandbytes"))
     parts = [f"Lineage: {' ← '.join(chain)}. Made with {versions}; `recipe.yaml` has every option."]
-    for each in [record, *(read_record(output_dir / name) for name in record["ancestors"])]:
-        lines = _of_one_step(each) if each else []  # an ancestor's folder may be gone
+    for each in [record, *(read_step(output_dir / name) for name in record.ancestors)]:
+        if each is None:  # an ancestor's folder may be gone
+            continue
+        lines = VERBS[each.run].details(each, partial(_shown, each))
         if lines:
-            parts.append("\n".join([f"### {each['name']}", "", *(f"- {line}" for line in lines)]))
+            parts.append("\n".join([f"### {each.name}", "", *(f"- {line}" for line in lines)]))
     return "\n\n".join(parts)
-
-
-def _of_one_step(record: dict[str, Any]) -> list[str]:
-    """Formats, layers, losses and training."""
-    options = record["options"]
-    lines = []
-    if record["layers"] is not None and not holds_adapter(options):
-        lines.append(f"Layers taken from the source (from 0): {', '.join(map(str, record['layers']))}")
-    lines += VERBS[record["run"]].details(options)
-    for teacher, maps in record["layer_pairs"].items():
-        for part, pairs in maps.items():
-            shown = ", ".join(f"{student}→{source}" for student, source in pairs)
-            lines.append(
-                f"Layers matched by the {part} loss (student→{_shown(record, teacher)}, 0: embeddings): {shown}"
-            )
-    if options.get("lora") is not None:
-        lines.append(f"Adapters (LoRA): rank {options['lora'].get('r', 8)}{', merged' if options['merge'] else ''}")
-    if record["train_seconds"] is not None:
-        length = (
-            f"{options['max_steps']} steps" if options["max_steps"] > 0 else f"{options['num_train_epochs']} epochs"
-        )
-        batch = f"{options['per_device_train_batch_size']} rows a batch and process"
-        rate = options["learning_rate"]
-        lines.append(
-            f"Training: {record['rows']['train']} rows, {length}, {batch}, "
-            f"{f'learning rate {rate:g}, ' if rate else ''}seed {options['seed']}, {record['train_seconds']:.0f} s"
-        )
-    return lines
 
 
 def _at(revision: str | None) -> str:
     return f" at {revision[:12]}" if revision else ""
 
 
-def _results(record: dict[str, Any], report: dict[str, Any], output_dir: Path, plots: str) -> str:
+def _results(record: StepRecord, report: Report, output_dir: Path, plots: str) -> str:
     """report.md without its title and what it says of other models below the table.
 
     Models from local folders appear by their folders' names alone.
     """
     text = _read_markdown(output_dir / "report.md").partition("\n\n")[2].strip()
-    others = {escaped(model["name"]) for model in report["models"] if model["name"] != record["name"]}
+    others = {escaped(model.name) for model in report.models if model.name != record.name}
     text = "\n".join(line for line in text.splitlines() if not _is_of_others(line, others))
-    for reference, revision in record["sources"].items():
+    for reference, revision in record.sources.items():
         if revision is None:
             text = text.replace(escaped(reference), escaped(_base_name(reference)))
     return text.replace("](report.png)", f"]({plots}report.png)")
@@ -280,12 +254,12 @@ def _is_of_others(line: str, others: set[str]) -> bool:
     return words[2] != "−" or words[3].rstrip(":") in others
 
 
-def _limits(record: dict[str, Any], truncated: Truncated | None, *, replaced: set[str]) -> str:
-    scored = ", ".join(f"{record['rows'][split]} {split} rows" for split, _, _ in record["scored"])
-    root = _shown(record, record["root"]["reference"])
+def _limits(record: StepRecord, truncated: Truncated | None, *, replaced: set[str]) -> str:
+    scored = ", ".join(f"{record.rows[split]} {split} rows" for split, _, _ in record.scored)
+    root = _shown(record, record.root.reference if record.root else "")
     lines = [f"Scored on {scored}; how it does on other input was not measured."]
-    if KINDS[record["kind"]].reads != "images":
-        lines.append(f"Input beyond {record['data']['max_length']} tokens is cut (`truncation=True` cuts there).")
+    if KINDS[record.kind].reads != "images":
+        lines.append(f"Input beyond {record.data['max_length']} tokens is cut (`truncation=True` cuts there).")
         if cut := describe_cut(truncated):
             lines.append(f"Of the rows that it was trained and scored on, these were {cut}.")
     lines.append(f"What {root} learned, biases too, is passed on; nothing here measured them.")

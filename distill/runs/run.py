@@ -26,7 +26,7 @@ from distill.common.folders import (
     written_whole,
 )
 from distill.common.hardware import allocator
-from distill.common.records import SCHEMA, json_text, read_record
+from distill.common.records import Root, StepRecord, as_json, read_step
 from distill.errors import InputError, nearest_name
 from distill.evaluation.benchmark import environment
 from distill.models.load import fetch_weights
@@ -42,16 +42,14 @@ from distill.recipes.plan import (
     PlannedStep,
     check_fetched,
     resolved_options,
+    rows_as_recorded,
 )
 from distill.recipes.recipe import Recipe
 from distill.recipes.yaml12 import dump_yaml
 from distill.runs.card import inherited, write_model_card
 from distill.training.checkpoints import CHECKPOINTS, drop_half_made, last_checkpoint
-from distill.training.config import TrainingConfig
-from distill.training.features import show_pairs
 from distill.verbs.all import VERBS
 from distill.verbs.base import StepResult
-from distill.verbs.options import StudentOptions
 
 _BEGUN = ".begun"
 """In a step's folder: what its checkpoints are of."""
@@ -101,8 +99,9 @@ def run_plan(
                 _say("\n      ".join([f"{place} {name}: finished already", *remarks_on(planned)]))
                 on_main_process(partial(_drop_checkpoints, planned.folder))
                 continue
-            _say(f"{place} {name}: {planned.step.run}{_parameters(planned)}")
-            if read_record(planned.folder).get("status") == "finished":
+            lines = VERBS[planned.step.run].lines(planned.step.options, planned.plan)
+            _say("\n      ".join([f"{place} {name}: {planned.step.run}", *lines]))
+            if _holds_model(planned.folder):
                 reason = "as --rerun asked" if name in reruns else "as its options, inputs or rows have changed since"
                 _say(f"      made anew, {reason}; the model that is there stays until this one is whole")
             clock = time.perf_counter()
@@ -120,7 +119,7 @@ def _run(plan: Plan, planned: PlannedStep, *, profile: bool) -> None:
     folder = unfinished(planned.folder)
     with written_whole(planned.folder) if process_state().is_main_process else nullcontext():
         wait_for_everyone()
-        made = VERBS[planned.step.run].run(planned.step.options, planned.inputs, plan.data, folder, profile=profile)
+        made = VERBS[planned.step.run].run(planned.step.options, planned.plan, plan.data, folder, profile=profile)
         wait_for_everyone()
         seconds = time.perf_counter() - clock
         finish = partial(_finish, plan, replace(planned, folder=folder), made)
@@ -215,9 +214,9 @@ def _check_folders(output_dir: Path, steps: list[PlannedStep]) -> None:
 def _fetch_weights(plan: Plan, steps: list[PlannedStep]) -> None:
     """Have what the steps start from, all of it before the first one runs."""
     needed = {
-        parent
+        model.reference
         for planned in steps
-        for option, parent in zip(planned.inputs, planned.parents, strict=True)
+        for option, model in planned.plan.inputs.items()
         if not (option == "model" and planned.step.given.get("from_scratch"))
     }
     for source in plan.sources.values():
@@ -227,78 +226,94 @@ def _fetch_weights(plan: Plan, steps: list[PlannedStep]) -> None:
         check_fetched(plan, planned)
 
 
-def _prepare_folder(planned: PlannedStep) -> str:
+def _prepare_folder(planned: PlannedStep) -> str | None:
     """A folder that a training writes its checkpoints into, beside the finished model if there is one.
 
     Returns:
         The hash of the code that the step was begun with, if it goes on from a checkpoint; else of this one.
     """
     folder, checkpoints = planned.folder, planned.folder / CHECKPOINTS
-    if not isinstance(planned.step.options, TrainingConfig):
+    if not VERBS[planned.step.run].trains:
         return planned.code
-    begun = read_record(folder, _BEGUN)
-    if [begun.get(key) for key in ("fingerprint", "fingerprint_version")] != [planned.fingerprint, FINGERPRINT_VERSION]:
+    begun = read_step(folder, _BEGUN) or StepRecord()
+    if (begun.fingerprint, begun.fingerprint_version) != (planned.fingerprint, FINGERPRINT_VERSION):
         if last_checkpoint(checkpoints) is not None:
             _say("      begun anew: the checkpoints are of other options, inputs or rows, or of an earlier version")
         shutil.rmtree(checkpoints, ignore_errors=True)
     drop_half_made(checkpoints)
     resumes = last_checkpoint(checkpoints) is not None
-    code = begun["code"] if resumes else planned.code
+    code = begun.code if resumes else planned.code
     if code != planned.code:
         _say(f"      begun by other code; `distill run … --rerun {planned.step.name}` begins it anew")
     folder.mkdir(parents=True, exist_ok=True)
-    record = {"name": planned.step.name, "fingerprint": planned.fingerprint, "fingerprint_version": FINGERPRINT_VERSION}
-    record |= {"code": code, "status": "running"}
-    if read_record(folder).get("status") != "finished":  # first, as a folder without it is taken for somebody else's
-        _write_record(folder / "step.json", record)
-    _write_record(folder / _BEGUN, record)
+    record = as_json(
+        StepRecord(
+            name=planned.step.name,
+            run=planned.step.run,
+            fingerprint=planned.fingerprint,
+            fingerprint_version=FINGERPRINT_VERSION,
+            code=code,
+            status="running",
+        )
+    )
+    if not _holds_model(folder):  # first, as a folder without it is taken for somebody else's
+        write_atomically(folder / "step.json", record)
+    write_atomically(folder / _BEGUN, record)
     return code
+
+
+def _holds_model(folder: Path) -> bool:
+    """Whether a run folder holds a finished model, of whatever plan."""
+    record = read_step(folder)
+    return record is not None and record.status == "finished"
 
 
 def _finish(
     plan: Plan, planned: PlannedStep, made: StepResult, *, code: str | None, started: datetime, seconds: float
 ) -> None:
     """A folder as others may take it: a card, and the record that says it is finished."""
-    record = _record(plan, planned) | {"code": code} | asdict(made)
-    record |= {"started": started.isoformat(timespec="milliseconds"), "wall_seconds": round(seconds, 2)}
+    record = replace(
+        _record(plan, planned),
+        code=code,
+        **vars(made),
+        started=started.isoformat(timespec="milliseconds"),
+        wall_seconds=round(seconds, 2),
+        status="finished",
+    )
     if made.learning_rate is not None:
-        record["options"]["learning_rate"] = made.learning_rate
+        record.options["learning_rate"] = made.learning_rate
     write_model_card(planned.folder, record)
-    _write_record(planned.folder / "step.json", {**record, "status": "finished"})
+    write_atomically(planned.folder / "step.json", as_json(record))
     for weights in planned.folder.glob("*.safetensors"):  # safetensors writes them for the owner alone
         shutil.copymode(planned.folder / "step.json", weights)
 
 
-def _write_record(file: Path, record: dict[str, Any]) -> None:
-    write_atomically(file, json_text(record) + "\n")
-
-
-def _record(plan: Plan, planned: PlannedStep) -> dict[str, Any]:
-    return {
-        "schema": SCHEMA,
-        "name": planned.step.name,
-        "run": planned.step.run,
-        "fingerprint": planned.fingerprint,
-        "fingerprint_version": FINGERPRINT_VERSION,
-        "made_from": {parent.step.name: read_record(parent.folder)["started"] for parent in planned.made_from},
-        "parents": list(planned.parents),
-        "lineage": lineage(plan, planned),
-        "ancestors": {name: plan.steps[name].step.run for name in lineage(plan, planned) if name in plan.steps},
-        "sources": {name: plan.sources[name].revision for name in lineage(plan, planned) if name in plan.sources},
-        "root": _root(plan, planned),
-        "layers": planned.layers,
-        "layer_pairs": planned.layer_pairs,
-        "task": plan.data.task.name,
-        "kind": plan.data.task.kind,
-        "text": plan.data.task.text,
-        "labels": plan.data.task.label_names,
-        "scored": plan.data.scored_splits(),
-        "data": asdict(plan.recipe.data),
-        "data_revision": plan.data.revision,
-        "rows": {split: len(rows) for split, rows in plan.data.splits.items()},
-        "options": resolved_options(planned.step),
-        "environment": {**environment(), "allocator": allocator()},
-    }
+def _record(plan: Plan, planned: PlannedStep) -> StepRecord:
+    """What is known of a step before it runs."""
+    models, layers = lineage(plan, planned), planned.plan.layers
+    return StepRecord(
+        name=planned.step.name,
+        run=planned.step.run,
+        fingerprint=planned.fingerprint,
+        fingerprint_version=FINGERPRINT_VERSION,
+        made_from={
+            parent.step.name: (read_step(parent.folder) or StepRecord()).started for parent in planned.made_from
+        },
+        parents=list(planned.parents),
+        lineage=models,
+        ancestors={name: plan.steps[name].step.run for name in models if name in plan.steps},
+        sources={name: plan.sources[name].revision for name in models if name in plan.sources},
+        root=_root(plan, planned),
+        layers=None if layers is None else list(layers),
+        layer_pairs={
+            teacher: {part: [list(pair) for pair in pairs] for part, pairs in matched.items()}
+            for teacher, matched in planned.plan.layer_pairs.items()
+        },
+        scored=[list(each) for each in plan.data.scored_splits()],
+        options=resolved_options(planned.step),
+        environment={**environment(), "allocator": allocator()},
+        **rows_as_recorded(plan.recipe, plan.data),
+    )
 
 
 def lineage(plan: Plan, planned: PlannedStep) -> list[str]:
@@ -313,25 +328,13 @@ def lineage(plan: Plan, planned: PlannedStep) -> list[str]:
     return found
 
 
-def _root(plan: Plan, planned: PlannedStep) -> dict[str, Any]:
+def _root(plan: Plan, planned: PlannedStep) -> Root:
     """The model outside the recipe that the weights come from in the end, with what its card says."""
-    reference = planned.parents[-1 if "model" in planned.inputs else 0]
+    reference = planned.plan.source.reference
     if reference in plan.steps:
         return _root(plan, plan.steps[reference])
     source = plan.sources[reference]
-    found = {"reference": reference, "hub_id": source.hub_id, "revision": source.revision}
-    return found | inherited(Path(source.location))
-
-
-def _parameters(planned: PlannedStep) -> str:
-    parts = []
-    if planned.layers is not None:
-        parts.append(f"source layers {', '.join(map(str, planned.layers))}")
-    elif isinstance(planned.step.options, StudentOptions):
-        parts.append("new weights")
-    for teacher, pairs in planned.layer_pairs.items():
-        parts += [f"{part} {show_pairs(layers)} of {teacher}" for part, layers in pairs.items()]
-    return f" ({'; '.join(parts)})" if parts else ""
+    return Root(reference, source.hub_id, source.revision, **inherited(Path(source.location)))
 
 
 def _say(text: str) -> None:

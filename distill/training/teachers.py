@@ -16,7 +16,7 @@ from distill.errors import InputError
 from distill.models.adapters import has_prompts
 from distill.models.modes import evaluating
 from distill.models.replacements import structure_of
-from distill.models.structure import depth_of, input_names, width_of
+from distill.models.structure import LayerPairs, depth_of, input_names, width_of
 from distill.tasks.base import STORED_COLUMNS, STORED_LOGITS, STORED_PROBABILITIES
 from distill.tasks.kinds import targets_of
 from distill.tasks.outputs import all_finite, head_at_mask, plain_model
@@ -154,12 +154,14 @@ def match_teachers(
     *,
     columns: Sequence[str] = (),
     vocabulary: int | None = None,
+    pairs: Sequence[LayerPairs | None] | None = None,
 ) -> list[Teacher]:
     """Each teacher with the layers, widths and heads that are compared.
 
     Args:
         columns: of the training rows; `teacher1_input_ids` are the first teacher's own tokens.
         vocabulary: words of the tokenizer, if it is known; a language model's outputs beyond them are padding.
+        pairs: of each teacher, as `layer_pairs` found them before; by default they are found here.
 
     Raises:
         InputError: no teacher where one is needed, or one that doesn't fit the student; every problem at once.
@@ -196,6 +198,7 @@ def match_teachers(
                     prefix=prefix if f"{prefix}input_ids" in own else "",
                     more=prefix if own and f"{prefix}input_ids" not in own else "",
                     vocabulary=vocabulary,
+                    pairs=None if pairs is None else pairs[len(matched)],
                 )
             )  # fmt: skip
         except InputError as error:
@@ -235,16 +238,14 @@ def stored_logits(batch: Mapping[str, Tensor], targets: Targets) -> Tensor:
     return targets.from_probabilities(batch[STORED_PROBABILITIES].float())
 
 
-def layer_pairs(
-    config: DistillationConfig, num_student_layers: int, num_teacher_layers: int
-) -> dict[str, list[tuple[int, int]]]:
+def layer_pairs(config: DistillationConfig, num_student_layers: int, num_teacher_layers: int) -> LayerPairs:
     """For each loss that is on and matches layers, its (student, teacher) pairs.
 
     Raises:
         InputError: with every layer map that is out of range.
     """
     maps = {"hidden": ("layer_map", 0), "attention": ("attention_layer_map", 1), "relation": ("relation_layer_map", 1)}
-    pairs: dict[str, list[tuple[int, int]]] = {}
+    pairs: LayerPairs = {}
     problems: list[str] = []
     for part, (name, lowest) in maps.items():
         if is_on(config.loss_weights[part]):
@@ -305,6 +306,7 @@ def _match(
     prefix: str,
     more: str,
     vocabulary: int | None,
+    pairs: LayerPairs | None,
 ) -> Teacher:
     problems = comparable(config, [model.config for model in (student, teacher)], same_tokens=not prefix)
     inside = [f"{part}_weight" for part in on if part not in ("soft", "hard")]
@@ -314,7 +316,10 @@ def _match(
             "its predictions of whole rows alone can be compared"
         )
     inside_fits = not problems
-    pairs = {} if problems else layer_pairs(config, depth_of(student.config), depth_of(teacher.config))
+    if problems:
+        pairs = {}
+    elif pairs is None:
+        pairs = layer_pairs(config, depth_of(student.config), depth_of(teacher.config))
     if "attention" in on and inside_fits:
         heads = [model.config.num_attention_heads for model in (student, teacher)]
         if heads[0] != heads[1]:

@@ -34,7 +34,7 @@ from distill.training.config import DistillationConfig, is_on
 from distill.training.features import ProjectedStudent, tokens_of_image
 from distill.training.objective import Objective, evaluated_in_parts
 from distill.training.rows import TrainingRows, length_loader, made_as_read, pooled_negatives
-from distill.training.teachers import AnyTeacher, Teacher, match_teachers, projected_student
+from distill.training.teachers import AnyTeacher, LayerPairs, Teacher, match_teachers, projected_student
 
 _LOGITS_AT_ONCE = 2**24
 """Of a language model that is evaluated: 64 MB in float32."""
@@ -63,8 +63,8 @@ class DistillationTrainer(transformers.Trainer):
             `teacher_probabilities` (for the soft loss). None trains on labels alone (fine-tuning), with a plain
             `TrainingConfig`.
         args: a `DistillationConfig`; of plain `TrainingArguments` every value is kept. The trainer has its own copy.
-        peft_config: train adapters (PEFT) of the model alone; what is saved is then the adapter. A model that has
-            adapters already (`get_peft_model`) will do as well.
+        peft_config: train adapters (PEFT) of the model alone, and save these; a model that has some will do too.
+        layer_pairs: what was planned for each teacher with `teachers.layer_pairs`; by default found by `args`.
         trainer_arguments: the others of `transformers.Trainer`, but for `model_init` and `compute_loss_func`.
 
     Raises:
@@ -79,6 +79,7 @@ class DistillationTrainer(transformers.Trainer):
         teacher: AnyTeacher | Sequence[AnyTeacher] | None = None,
         args: TrainingArguments | None = None,
         peft_config: PeftConfig | None = None,
+        layer_pairs: Sequence[LayerPairs | None] | None = None,
         **trainer_arguments: Any,
     ):
         alone = isinstance(teacher, str | nn.Module)
@@ -98,8 +99,8 @@ class DistillationTrainer(transformers.Trainer):
         tokenizer = trainer_arguments.get("processing_class")
         if isinstance(args, DistillationConfig):
             columns = getattr(trainer_arguments.get("train_dataset"), "column_names", None) or []
-            vocabulary = len(tokenizer) if isinstance(tokenizer, PreTrainedTokenizerBase) else None
-            self.teachers = match_teachers(model, teachers, args, columns=columns, vocabulary=vocabulary)
+            words = len(tokenizer) if isinstance(tokenizer, PreTrainedTokenizerBase) else None
+            self.teachers = match_teachers(model, teachers, args, columns=columns, vocabulary=words, pairs=layer_pairs)
             transformers.set_seed(args.seed)  # projections are drawn here
         self.quantization = QuantizationAwareness(model, args)
         uses_logits = is_on(self.weights["hard"]) or is_on(self.weights.get("soft", 0))

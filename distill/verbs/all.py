@@ -1,8 +1,10 @@
 """The verbs that a recipe's steps can run, by name."""
 
+from typing import Any
+
 from distill.verbs.base import Verb
 from distill.verbs.distill import DISTILL
 from distill.verbs.finetune import FINETUNE
 from distill.verbs.quantize import QUANTIZE
 
-VERBS: dict[str, Verb] = {verb.name: verb for verb in (FINETUNE, DISTILL, QUANTIZE)}
+VERBS: dict[str, Verb[Any, Any]] = {verb.name: verb for verb in (FINETUNE, DISTILL, QUANTIZE)}

@@ -1,59 +1,169 @@
 """The verb `quantize`: store a model's weights in fewer bits."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+import copy
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from distill.common.console import log
 from distill.common.distributed import on_main_process
 from distill.common.hardware import compute_device
-from distill.compression.quantization.formats import Format, choose_formats
+from distill.common.records import StepRecord
+from distill.compression.quantization.formats import Format, QuantizationSettings, choose_formats, model_size
 from distill.compression.quantization.gptq import compensate
 from distill.compression.quantization.mixed import (
+    Mix,
     budget_in_bytes,
     calibration_logits,
+    check_budget,
     choose_mix,
     write_sensitivity,
 )
 from distill.compression.quantization.quantize import apply_formats
+from distill.compression.replacements import quantized_as
 from distill.data.load import Data
 from distill.data.tokenized import Processor
+from distill.errors import InputError
 from distill.evaluation.evaluate import input_batches
-from distill.models.description import Entry, describe
+from distill.models.description import describe, grouped
+from distill.models.labels import set_labels
 from distill.models.load import from_config, load_classifier, load_processor
 from distill.models.replacements import structure_of
-from distill.tasks.base import TaskKind
 from distill.tasks.kinds import targets_of
-from distill.verbs.base import StepResult, Verb
-from distill.verbs.options import QuantizeOptions
+from distill.verbs.base import Estimate, Memory, ModelInput, StepPlan, StepResult, Verb
+
+_SETTINGS = {field.name for field in fields(QuantizationSettings)}
+
+
+@dataclass(kw_only=True)
+class QuantizeOptions(QuantizationSettings):
+    """Quantize a model with bitsandbytes, embeddings included."""
+
+    model: str = field(metadata={"help": "What to quantize: a Hub id, a folder, package:…, or an earlier step."})
+    bits_budget: Annotated[float, Field(gt=0)] | Annotated[str, Field(pattern=r"^\d+(\.\d+)?[kMG]B$")] | None = field(
+        default=None,
+        metadata={
+            "help": "Instead of format: pick one for every module by measuring what each costs, within this many bits "
+            "per quantizable weight on average (5.2), or bytes of the whole model (15.3MB). Measured with plain "
+            "rounding, whatever gptq says."
+        },
+    )
+    gptq: bool = field(
+        default=False,
+        metadata={
+            "help": "Round 4-bit weights so that their errors cancel out on calibration rows: as many bytes, and less "
+            "of a change."
+        },
+    )
+    calibration_rows: Annotated[int, Field(ge=1)] | None = field(
+        default=None,
+        metadata={
+            "help": "Training rows that bits_budget (by default 256) and gptq (as many as hold 65,536 tokens; 512 "
+            "images) measure on."
+        },
+    )
+    label_map: dict[str, str] | None = field(
+        default=None, metadata={"help": "The model's label names → the task's, where they differ."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.bits_budget is not None and self.format is not None:
+            raise InputError("format: is picked by bits_budget; leave one of them out (overrides fix single modules)")
+        in_four_bits = {self.format, *self.overrides.values()} & {"nf4", "fp4"} or self.bits_budget is not None
+        if self.gptq and not in_four_bits:
+            raise InputError("gptq: is for weights in 4 bit; say format: nf4, or leave it out")
+        if self.calibration_rows is not None and not self.reads_rows:
+            raise InputError("calibration_rows: has no effect without bits_budget or gptq; leave it out")
+
+    @property
+    def reads_rows(self) -> bool:
+        """Whether the model depends on training rows."""
+        return self.gptq or self.bits_budget is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizePlan(StepPlan):
+    """The plan of a quantization."""
+
+    formats: dict[str, Format] | None
+    """Of every module that will be quantized, by its full name; None where the step picks them within the budget."""
+    budget: int | None
+    """Bytes of the whole model that the picked formats may take; None without a budget."""
+    num_parameters: int
+
+
+def _plan(options: QuantizeOptions, inputs: dict[str, ModelInput], data: Data | None) -> QuantizePlan:
+    """The formats where the options say them, from a skeleton of the model; else the bytes that bound the step's pick.
+
+    Raises:
+        InputError: patterns that match nothing, or a budget that can't be kept.
+    """
+    config = copy.deepcopy(inputs["model"].config)
+    formats: dict[str, Format] | None = None
+    budget, weight_bytes, num_parameters = None, None, 0
+    if data is not None:
+        set_labels(config, data.task)
+        with torch.device("meta"):
+            skeleton = from_config(config, data.task.kind)
+        num_parameters = sum(parameter.numel() for parameter in skeleton.parameters())
+        settings = {name: getattr(options, name) for name in _SETTINGS}
+        settings["format"] = options.format or "nf4"  # as most that a budget picks
+        if options.bits_budget is None:
+            formats = choose_formats(skeleton, options)
+            weight_bytes = model_size(skeleton, formats, options)
+            likely = formats
+        else:
+            budget = budget_in_bytes(options.bits_budget, skeleton, options)
+            weight_bytes = check_budget(skeleton, options, budget)
+            likely = choose_formats(skeleton, QuantizationSettings(**settings))
+        if likely:
+            as_settings = QuantizationSettings(**settings)
+            replaced = {name: quantized_as(each, as_settings) for name, each in likely.items()}
+            config.quantization_config = describe([*structure_of(config), *grouped(replaced)])
+    return QuantizePlan(
+        inputs=inputs,
+        config=config,
+        layers=None,
+        layer_pairs={},
+        weight_bytes=weight_bytes,
+        is_adapter=False,
+        formats=formats,
+        budget=budget,
+        num_parameters=num_parameters,
+    )
 
 
 def quantize(
-    options: QuantizeOptions, inputs: dict[str, str], data: Data, folder: Path, *, profile: bool = False
+    options: QuantizeOptions, plan: QuantizePlan, data: Data, folder: Path, *, profile: bool = False
 ) -> StepResult:
-    """Quantize `inputs["model"]`; on the main process alone. It trains nothing, so there is nothing to profile."""
+    """Quantize its model; on the main process alone. It trains nothing, so there is nothing to profile."""
+    decided: dict[str, Any] = {}
 
     def work() -> None:
-        model = load_classifier(inputs["model"], data.task, label_map=options.label_map, dtype=torch.float32)
-        processor = load_processor(inputs["model"], data.task.kind, data.max_length)
+        location = plan.source.location
+        model = load_classifier(location, data.task, label_map=options.label_map, dtype=torch.float32)
+        processor = load_processor(location, data.task.kind, data.max_length)
         model.to(compute_device() if options.reads_rows else "cpu")
-        if options.bits_budget is None:
-            formats = choose_formats(model, options)
-        else:
-            formats = _pick_formats(model, options, _calibration(data, processor, options, rows=256), folder)
+        formats = plan.formats
+        if formats is None:
+            mix = _pick_mix(model, options, plan, _calibration(data, processor, options, rows=256), folder)
+            decided.update(formats=mix.formats, weight_bytes=mix.size)
+            formats = {name: each for name, each in mix.formats.items() if each != "none"}  # type: ignore[misc]
         if options.gptq:
             compensate(model, formats, options, _calibration(data, processor, options, rows=512, tokens=65536))
         apply_formats(model.to("cpu"), formats, options).save_pretrained(folder)
         processor.save_pretrained(folder)
 
     on_main_process(work)
-    return StepResult()
+    return StepResult(decided=decided or None)
 
 
 def _calibration(
@@ -73,11 +183,15 @@ def _calibration(
     return [batch for _, batch in input_batches(found, processor, batch_size=64)]
 
 
-def _pick_formats(
-    model: PreTrainedModel, options: QuantizeOptions, batches: list[dict[str, Tensor]], folder: Path
-) -> dict[str, Format]:
+def _pick_mix(
+    model: PreTrainedModel,
+    options: QuantizeOptions,
+    plan: QuantizePlan,
+    batches: list[dict[str, Tensor]],
+    folder: Path,
+) -> Mix:
     """The formats that keep closest to the model within its budget; what was measured goes into the folder."""
-    budget = budget_in_bytes(options.bits_budget or 0, model, options)
+    budget = plan.budget or 0
     mixes, measured = choose_mix(
         model,
         options,
@@ -88,29 +202,36 @@ def _pick_formats(
     write_sensitivity(folder, budget, mixes, measured)
     for mix in mixes:
         log.print(f"      {mix.name}: {mix.size / 1e6:.2f} MB, divergence {mix.divergence:.3g}")
-    return {name: format for name, format in mixes[0].formats.items() if format != "none"}  # type: ignore[misc]
+    return mixes[0]
 
 
-def _complete(options: QuantizeOptions, config: PretrainedConfig, kind: TaskKind | None) -> None:
-    if kind is not None:
-        with torch.device("meta"):
-            skeleton = from_config(config, kind)
-        options.planned_size(skeleton)  # its patterns match modules, and its budget can be kept
-    if options.format != "bf16":
-        made = Entry(options.format or "mixed", {}, ())  # which modules is known when their weights are
-        config.quantization_config = describe([*structure_of(config), made])
+def _estimate(options: QuantizeOptions, plan: QuantizePlan, data: Data) -> Estimate:
+    weights = plan.weight_bytes or 0
+    return Estimate(plan.num_parameters, weights, Memory(weights=4 * plan.num_parameters + weights))
+
+
+def _lines(options: QuantizeOptions, plan: QuantizePlan) -> list[str]:
+    if plan.formats is None:
+        return [f"a format for each module, picked within {(plan.budget or 0) / 1e6:.2f} MB"]
+    counts = Counter(plan.formats.values())
+    told = [f"{count} module{'s' * (count > 1)} in {each}" for each, count in counts.items()]
+    return [", ".join(told) or "all weights in bf16"]
 
 
 def _rows(options: QuantizeOptions, data: Data) -> list[Any]:
     return [data.task.label_names, data.max_length, *([data.train_fingerprint] if options.reads_rows else [])]
 
 
+def _is_plain(options: QuantizeOptions) -> bool:
+    return not (options.reads_rows or options.overrides or options.skip)
+
+
 def _summary(options: Mapping[str, Any], parents: Sequence[str]) -> str:
     return f"{' and '.join(parents)} {_formats(options)}"
 
 
-def _details(options: Mapping[str, Any]) -> list[str]:
-    formats = _formats(options)
+def _details(record: StepRecord, named: Callable[[str], str]) -> list[str]:
+    formats = _formats(record.options)
     return [formats[0].upper() + formats[1:]] if formats else []
 
 
@@ -132,12 +253,22 @@ def _formats(options: Mapping[str, Any]) -> str:
 QUANTIZE = Verb(
     name="quantize",
     options=QuantizeOptions,
+    plan=_plan,
     run=quantize,
-    needs_head=True,
-    complete=_complete,
+    trains=False,
+    needs_head=("model",),
+    label_map="label_map",
+    takes_quantized=lambda _: False,
+    problems=lambda options, plan, data: [],
+    estimate=_estimate,
+    lines=_lines,
     rows=_rows,
     splits=lambda options, _: {"train", "unlabelled"} if options.reads_rows else set(),
     resolved=asdict,
+    is_smaller=lambda _, of_parent: True,
+    is_compared=False,
+    has_variants=True,
+    is_plain=_is_plain,
     relation="quantized",
     tags=lambda options: [options["format"] or "mixed-precision"],
     lineage_tags=(),

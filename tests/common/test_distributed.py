@@ -19,9 +19,9 @@ from distill.common.distributed import (
     process_state,
     runs_on_cpu,
 )
+from distill.common.records import read_record
 from distill.common.sources import locate
 from distill.errors import InputError
-from distill.runs.run import read_record
 from tests.conftest import missing, tiny_bert
 
 ROOT = Path(__file__).parents[2]

@@ -132,7 +132,7 @@ steps:
     print_plan(made)
     assert said in capsys.readouterr().out
     run_plan(made)
-    assert f"student: distill ({said}" in capsys.readouterr().err
+    assert f"student: distill\n      {said}" in capsys.readouterr().err
     folder = tmp_path / "run" / "student"
     assert json.loads((folder / "step.json").read_text())["layers"] == layers
     config = AutoModelForSequenceClassification.from_pretrained(folder).config

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from distill.recipes.plan import make_plan
 from distill.recipes.recipe import load_recipe
 from distill.reports.report import write_report
 from distill.runs.run import run_plan
-from distill.verbs.training import read_rows
+from distill.verbs.training.train import read_rows
 from tests.conftest import make_tokenizer, sentences, tiny_bert, write_rows
 
 RECIPE = """
@@ -59,7 +60,7 @@ def test_whole_rows_are_compared(tmp_path, sst2_folder, pretrained, roberta, cap
     print_plan(made)  # times a few batches with random models
     run_plan(made)
     assert re.search(r"step 60/\d+, validation: loss \d.*, accuracy \d", capsys.readouterr().err)
-    by_name = {model["name"]: model for model in write_report(made)["models"]}
+    by_name = {model["name"]: model for model in asdict(write_report(made))["models"]}
     assert by_name["teacher"]["metrics"]["accuracy"] > 0.9
     assert by_name["student"]["agreement"] > 0.9
 
@@ -188,4 +189,4 @@ steps:
   teacher: {{run: finetune, model: {pairs}/bert, max_steps: 1}}
   student: {{run: distill, teacher: teacher, model: {pairs}/distilbert, hidden_weight: 1.0, max_steps: 1}}
 """)
-    assert make_plan(load_recipe(path, {"data.max_length": "32"})).steps["student"].layer_pairs
+    assert make_plan(load_recipe(path, {"data.max_length": "32"})).steps["student"].plan.layer_pairs

@@ -17,6 +17,7 @@ from distill.experiments.leaderboard import (
     make_leaderboard,
 )
 from tests.conftest import sentences, write_rows
+from tests.records import report_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,13 +30,11 @@ def model(name, latency, rate, parameters, **metrics):
 
 
 def report(teacher, student, latency=10.0):
-    return {
-        "baseline": "teacher",
-        "models": [
-            model("teacher", latency, 50.0, 2_000_000, **teacher),
-            model("student", latency / 2, 100.0, 1_000_000, **student),
-        ],
-    }
+    models = [
+        model("teacher", latency, 50.0, 2_000_000, **teacher),
+        model("student", latency / 2, 100.0, 1_000_000, **student),
+    ]
+    return report_of({"models": models})
 
 
 def mrpc(f1, accuracy):

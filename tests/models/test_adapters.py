@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import asdict
 
 import pytest
 import safetensors.torch
@@ -159,7 +160,7 @@ def test_an_adapter_goes_from_recipe_to_report_and_pipeline(tmp_path, sst2_folde
     folder = tmp_path / "run" / "adapter"
     assert (folder / "adapter_model.safetensors").is_file()
     assert not (folder / "model.safetensors").exists()
-    report = write_report(plan)
+    report = asdict(write_report(plan))
     entries = {model["name"]: model for model in report["models"]}
     own = (folder / "adapter_model.safetensors").stat().st_size
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"].startswith("/")
@@ -275,7 +276,7 @@ steps:
     plan = make_plan(load_recipe(path))
     print_plan(plan)
     run_plan(plan)
-    baseline, student = write_report(plan)["models"]
+    baseline, student = asdict(write_report(plan))["models"]
     assert baseline["num_parameters"] > student["num_parameters"]
     assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "student").config.num_labels == 3
 

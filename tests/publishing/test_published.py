@@ -11,6 +11,7 @@ from distill.common.local_names import LocalNames, base_name
 from distill.errors import InputError
 from distill.publishing.published import left_out, published, without_text_chunks
 from distill.recipes.yaml12 import read_yaml
+from tests.records import report_of
 from tests.reports.test_presentation import entry
 
 TOKENS = {
@@ -61,7 +62,7 @@ def run(tmp_path, of_erika):
 
 
 def sent(run):
-    report = json.loads((run / "report.json").read_text())
+    report = report_of(json.loads((run / "report.json").read_text()))
     names = LocalNames(run / "student", read_yaml(run / "recipe.yaml"), report)
     content = published(run / "student", names, report)
     return {name: it if isinstance(it, bytes) else it.read_bytes() for name, it in content.items()}
@@ -207,5 +208,5 @@ def test_usual_users_tell_of_nobody(monkeypatch):
     ],
 )
 def test_paths_in_sentences_become_names_too(run, text, shown):
-    report = json.loads((run / "report.json").read_text())
+    report = report_of(json.loads((run / "report.json").read_text()))
     assert LocalNames(run / "student", read_yaml(run / "recipe.yaml"), report).in_markdown(text) == shown

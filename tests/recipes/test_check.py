@@ -4,14 +4,14 @@ import torch
 from distill.compression.quantization.quantize import quantize_model
 from distill.errors import InputError
 from distill.recipes.check import (
-    Memory,
     estimate_step,
-    kept_for_backward,
     print_plan,
 )
 from distill.recipes.plan import make_plan
 from distill.recipes.recipe import load_recipe
 from distill.training.trainer import DistillationTrainer
+from distill.verbs.base import Memory
+from distill.verbs.training.timing import kept_for_backward
 from tests.conftest import WORDS, make_tokenizer, tiny_bert
 
 
@@ -108,7 +108,7 @@ def test_steps_under_fsdp_are_not_timed(tmp_path, sst2_folder, pretrained, monke
             super().__init__(*arguments, **options)
             self.is_fsdp_enabled = True
 
-    monkeypatch.setattr("distill.recipes.check.DistillationTrainer", Sharded)
+    monkeypatch.setattr("distill.verbs.training.timing.DistillationTrainer", Sharded)
     path = tmp_path / "r.yaml"
     path.write_text(f"""
 task: sst2

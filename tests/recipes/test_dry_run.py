@@ -12,8 +12,9 @@ from transformers.training_args import OptimizerNames
 from distill.cli import main
 from distill.errors import InputError
 from distill.models.load import from_config
-from distill.recipes.dry_run import _with_small_weights, push_problems, runnable_plan
+from distill.recipes.dry_run import push_problems, runnable_plan
 from distill.recipes.recipe import load_recipe
+from distill.verbs.training.rehearsal import _with_small_weights
 
 LOGGERS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "comet_ml": "comet_ml"}
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from distill.recipes.inputs import needs_head
 from distill.recipes.plan import FINGERPRINT_VERSION, _fingerprint
 from distill.recipes.recipe import load_recipe
 from distill.verbs.all import VERBS
@@ -73,5 +74,8 @@ def test_the_splits_that_change_a_model_follow_from_its_options(steps, name, spl
     assert VERBS[step.run].splits(step.options, ["train", "validation"]) == splits
 
 
-def test_only_the_verbs_that_train_draw_a_missing_head():
-    assert [name for name, verb in VERBS.items() if verb.needs_head] == ["quantize"]
+def test_only_what_is_trained_gets_a_head_drawn_anew():
+    of_the_task = {
+        (name, option) for name in VERBS for option in ("teacher", "teacher 2", "model") if needs_head(option, name)
+    }
+    assert of_the_task == {("distill", "teacher"), ("distill", "teacher 2"), ("quantize", "model")}

@@ -11,7 +11,9 @@ from distill.recipes.recipe import load_recipe
 from distill.recipes.yaml12 import parse_yaml
 from distill.runs.launch import find_config
 from distill.training.config import TrainingConfig
-from distill.verbs.options import DistillOptions, FinetuneOptions, QuantizeOptions
+from distill.verbs.distill import DistillOptions
+from distill.verbs.finetune import FinetuneOptions
+from distill.verbs.quantize import QuantizeOptions
 
 RECIPE = """
 task: sst2
@@ -74,7 +76,7 @@ def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch, pretrai
     assert first.fsdp_config["min_num_params"] == 7
     assert second.cache_dir == str(tmp_path / "cache")
     made = make_plan(recipe)
-    assert made.steps["a"].inputs["model"] == str(tmp_path / "model")
+    assert made.steps["a"].plan.inputs["model"].location == str(tmp_path / "model")
     for command, folder in (("report", "~/run"), ("push", "~/run/a"), ("run", "~/no.yaml")):
         assert main([command, folder, *(["--repo-id", "me/it"] if command == "push" else [])]) == 2
         assert str(tmp_path) in "".join(capsys.readouterr().err.split())

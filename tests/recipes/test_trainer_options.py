@@ -10,7 +10,8 @@ from transformers import TrainingArguments
 from distill.errors import InputError
 from distill.recipes.recipe import load_recipe
 from distill.recipes.trainer_options import annotations_of, refusal
-from distill.verbs.options import FinetuneOptions, QuantizeOptions
+from distill.verbs.finetune import FinetuneOptions
+from distill.verbs.quantize import QuantizeOptions
 
 OF_THE_HUB = [
     field.name for field in fields(TrainingArguments) if field.name.startswith(("hub_", "push_to_hub", "trackio_"))

@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ from distill.common.records import finite, json_text, read_record
 from distill.reports import presentation
 from distill.reports.presentation import as_markdown, draw, print_report
 from distill.tasks.base import GLUE
+from tests import records
 
 ODD = "models/[v2] $a_b$|<i>*x*"
 
@@ -34,7 +36,7 @@ def report():
         entry("flat", math.nan, [math.nan] * 2),
     ]
     options = {"sequence_length": 8, "latency_batch_size": 1, "throughput_batch_size": 2}
-    return finite(
+    content = finite(
         {
             "task": "sst2", "metric": "accuracy", "baseline": ODD, "models": models, "variants": [], "recoveries": [],
             "environment": {"torch": "2", "benchmark": options},
@@ -44,6 +46,7 @@ def report():
             ],
         }
     )  # fmt: skip
+    return records.report_of(content)
 
 
 def test_a_report_with_odd_names_and_no_numbers_is_shown(report, monkeypatch, tmp_path):
@@ -64,9 +67,8 @@ def test_a_report_with_odd_names_and_no_numbers_is_shown(report, monkeypatch, tm
 
 
 def test_names_are_drawn_as_they_are_and_not_as_mathematics(report, tmp_path):
-    for model in report["models"]:
-        model["name"] += "$\\nocommand$ $^$"  # which mathtext can't parse
-    draw(report, tmp_path / "report.png")
+    models = [replace(model, name=model.name + "$\\nocommand$ $^$") for model in report.models]  # no mathtext
+    draw(replace(report, models=models), tmp_path / "report.png")
     assert (tmp_path / "report.png").is_file()
 
 
@@ -91,18 +93,14 @@ def test_what_is_no_record_is_none(tmp_path, content):
 
 
 def report_of(metric, difference, interval):
-    model = {
-        "name": "student", "metrics": {metric: 10.0}, "interval": [9.0, 11.0], "retention": None, "agreement": None,
-        "divergence": None, "num_parameters": 1, "size_on_disk_bytes": 4, "memory_bytes": 4, "device": "cpu",
-        "latency_ms": {"p50": 1.0}, "throughput_samples_per_second": 1.0, "flops_per_sample": None,
-        "train_seconds": None, "parents": [], "run": "distill",
-    }  # fmt: skip
+    model = {"name": "student", "metrics": {metric: 10.0}, "interval": [9.0, 11.0]}
     around = {"sequence_length": 8, "latency_batch_size": 1, "throughput_batch_size": 2}
-    return {
-        "metric": metric, "task": "own", "baseline": "teacher", "environment": {"benchmark": around}, "models": [model],
+    content = {
+        "metric": metric, "task": "own", "environment": {"benchmark": around}, "models": [model],
         "comparisons": [{"model": "student", "over": "alone", "difference": difference, "interval": interval}],
-        "recoveries": [], "variants": [], "truncated": {"train": {"rows": 1200, "cut": 1100}},
+        "truncated": {"train": {"rows": 1200, "cut": 1100}},
     }  # fmt: skip
+    return records.report_of(content)
 
 
 @pytest.mark.parametrize(

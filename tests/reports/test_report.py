@@ -1,6 +1,7 @@
 """What a report says of rows that were cut, from check to card."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 
@@ -41,7 +42,7 @@ def test_cut_rows_are_told_from_check_to_card(recipe, capsys):
     assert f"cut at max_length: {', '.join(cut)}" in capsys.readouterr().out
     run_plan(plan)
     assert f"cut at max_length: {', '.join(cut)}" in " ".join(capsys.readouterr().err.split())
-    report = write_report(plan)
+    report = asdict(write_report(plan))
     folder = plan.recipe.output_dir
     assert json.loads((folder / "report.json").read_text())["truncated"] == report["truncated"] == counts
     assert report["models"][1]["truncated"] == {"validation": counts["validation"]}  # quantizing read no rows

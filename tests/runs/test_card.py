@@ -6,9 +6,11 @@ import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
+from distill.common.records import StepRecord, from_json
 from distill.recipes.yaml12 import parse_yaml
 from distill.runs.card import inherited, model_card
 from distill.verbs.all import VERBS
+from tests.records import report_of
 
 REPORT = """# run
 
@@ -69,9 +71,9 @@ def card(tmp_path):
 
     def write(recipe=None, metrics=None, name="me/it", form=ModelCard, **changes):
         (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe or {}))
-        step = record(**changes)
-        models = [{"name": name, "metrics": metrics or {"accuracy": 0.8}} for name in (step["name"], *OTHERS)]
-        report = {"models": models}
+        step = from_json(StepRecord, record(**changes))
+        models = [{"name": name, "metrics": metrics or {"accuracy": 0.8}} for name in (step.name, *OTHERS)]
+        report = report_of({"models": models})
         return form(model_card(tmp_path / "student", step, report, name=name))
 
     return write

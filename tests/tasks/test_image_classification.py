@@ -1,6 +1,7 @@
 """Image classification: folders of images, vision transformers and convolutional students, and a whole run."""
 
 import json
+from dataclasses import asdict
 
 import datasets
 import numpy as np
@@ -171,7 +172,7 @@ def test_a_whole_run(folder, tmp_path):
     steps += "\n  resnet-bf16: {run: quantize, model: resnet, format: bf16}"
     made = plan_of(folder, tmp_path, steps)
     run_plan(made)
-    by_name = {model["name"]: model for model in write_report(made)["models"]}
+    by_name = {model["name"]: model for model in asdict(write_report(made))["models"]}
     assert by_name["teacher"]["metrics"]["accuracy"] == 1.0
     assert by_name["student"]["metrics"]["accuracy"] == 1.0
     assert by_name["resnet"]["metrics"]["accuracy"] > 0.8

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict
 
 import datasets
 import numpy as np
@@ -253,7 +254,7 @@ steps:
         estimate_step(made, made.steps["student"])  # `distill check` times masked rows too
     assert len(masked) > 1
     run_plan(made)
-    report = write_report(made)
+    report = asdict(write_report(made))
     by_name = {model["name"]: model for model in report["models"]}
     assert by_name["student"]["metrics"]["perplexity"] < 0.8 * by_name["untrained"]["metrics"]["perplexity"]
     assert by_name["student"]["retention"] == pytest.approx(
@@ -293,7 +294,7 @@ steps:
 """)
     made = make_plan(load_recipe(path))
     run_plan(made)
-    by_name = {model["name"]: model for model in write_report(made)["models"]}
+    by_name = {model["name"]: model for model in asdict(write_report(made))["models"]}
     assert by_name["teacher"]["metrics"]["perplexity"] < 24
     assert by_name["student"]["metrics"]["perplexity"] < 1.3 * by_name["teacher"]["metrics"]["perplexity"]
     write = pipeline("text-generation", str(made.steps["student"].folder))

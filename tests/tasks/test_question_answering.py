@@ -3,6 +3,7 @@
 import json
 import re
 import string
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -210,7 +211,7 @@ steps:
 """)
     made = make_plan(load_recipe(path))
     run_plan(made)
-    by_name = {model["name"]: model for model in write_report(made)["models"]}
+    by_name = {model["name"]: model for model in asdict(write_report(made))["models"]}
     assert by_name["teacher"]["metrics"]["exact_match"] > 0.9
     assert by_name["student"]["metrics"]["f1"] > 0.85
     assert by_name["student"]["agreement"] > 0.85

@@ -1,6 +1,7 @@
 """Token classification from files to pipeline, on tiny models."""
 
 import json
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import numpy as np
@@ -258,7 +259,7 @@ steps:
 """)
     made = make_plan(load_recipe(path))
     run_plan(made)
-    report = write_report(made)
+    report = asdict(write_report(made))
     by_name = {model["name"]: model for model in report["models"]}
     assert report["metric"] == "entity_f1"
     assert by_name["teacher"]["metrics"]["entity_f1"] > 0.9

@@ -16,6 +16,7 @@ from distill import (
     load_data,
     quantize_model,
 )
+from distill.common.records import read_record
 from distill.compression.quantization.formats import QuantizationSettings
 from distill.data.load import DataOptions
 from distill.evaluation.evaluate import evaluate_model
@@ -25,7 +26,7 @@ from distill.recipes.check import print_plan
 from distill.recipes.plan import make_plan
 from distill.recipes.recipe import load_recipe
 from distill.reports.report import write_report
-from distill.runs.run import read_record, run_plan
+from distill.runs.run import run_plan
 from distill.training.config import PARTS, TrainingConfig
 from tests.conftest import make_tokenizer, tiny_bert
 from tests.training.test_cache import SGD, count_forwards, losses

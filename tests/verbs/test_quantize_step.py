@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import AutoModelForSequenceClassification
 
 import distill  # noqa: F401  (registers the quantized formats)
 from distill.common.folders import settle, written_whole
+from distill.common.records import read_record
 from distill.errors import InputError
 from distill.models.load import size_on_disk
 from distill.recipes.check import estimate_step
@@ -17,7 +19,7 @@ from distill.recipes.plan import make_plan
 from distill.recipes.recipe import load_recipe
 from distill.reports.presentation import print_report
 from distill.reports.report import write_report
-from distill.runs.run import read_record, run_plan
+from distill.runs.run import run_plan
 from tests.conftest import tiny_bert
 
 STEPS = """
@@ -100,8 +102,9 @@ def test_a_budget_is_kept_and_what_was_measured_is_left_in_the_folder(finished):
 
 
 def test_the_report_says_what_a_mix_wins_back(finished, capsys):
-    entries = {model["name"]: model for model in write_report(finished)["models"]}
-    report = write_report(finished)
+    entries = {model["name"]: model for model in asdict(write_report(finished))["models"]}
+    shown = write_report(finished)
+    report = asdict(shown)
     assert report["baseline"] == finished.baseline
     recoveries = {each["model"]: each for each in report["recoveries"]}
     assert recoveries["gptq"]["over"] == "small"
@@ -114,7 +117,7 @@ def test_the_report_says_what_a_mix_wins_back(finished, capsys):
         means = [entries[other]["divergence"]["mean"] for other in (name, each["over"])]
         assert each["share"] == pytest.approx(1 - means[0] / means[1])
         assert each["interval"][0] <= each["share"] <= each["interval"][1]
-    print_report(report)
+    print_report(shown)
     assert "of small's divergence from" in " ".join(capsys.readouterr().out.split())
     assert entries["plain"]["divergence"]["mean"] < entries["small"]["divergence"]["mean"]
 

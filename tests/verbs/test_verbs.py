@@ -5,6 +5,7 @@ from dataclasses import fields
 import pytest
 
 from distill.recipes.fingerprint import modules_behind
+from distill.training.config import DistillationConfig, TrainingConfig
 from distill.verbs.all import VERBS
 from distill.verbs.base import Verb
 
@@ -21,6 +22,15 @@ def test_what_a_verb_leaves_out_is_an_error(left_out):
     del given[left_out]
     with pytest.raises(TypeError, match=left_out):
         Verb(**given)
+
+
+@pytest.mark.parametrize(("name", "trained"), [("finetune", TrainingConfig), ("distill", DistillationConfig)])
+def test_a_training_has_the_defaults_of_its_config(name, trained):
+    given = {field.name: field for field in fields(VERBS[name].options)}
+    for field in fields(trained):
+        own = given[field.name]
+        assert (own.default, own.default_factory) == (field.default, field.default_factory), field.name
+    assert (TrainingConfig.num_train_epochs, DistillationConfig.num_train_epochs) == (3.0, 8.0)
 
 
 def test_a_verbs_code_is_that_of_its_own_module():

@@ -1,10 +1,9 @@
-"""How a verb that trains makes its model: the student, the rows that it and its teachers read, and the training."""
+"""How a verb that trains makes its model as planned: the student, the rows that are read, and the training."""
 
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import datasets
 from transformers import PreTrainedModel, PrinterCallback
@@ -23,7 +22,6 @@ from distill.data.tokenized import Processor, beside
 from distill.evaluation.evaluate import metrics_while_training
 from distill.models.adapters import in_float32, lora_config, merged
 from distill.models.load import load_processor
-from distill.models.structure import depth_of
 from distill.tasks.kinds import KINDS
 from distill.training.callbacks import ProgressLines, StepProfile
 from distill.training.checkpoints import (
@@ -35,55 +33,52 @@ from distill.training.checkpoints import (
 from distill.training.teachers import AnyTeacher, own_columns
 from distill.training.trainer import DistillationTrainer
 from distill.verbs.base import StepResult
-from distill.verbs.options import (
-    DistillOptions,
-    FinetuneOptions,
-    chosen_layers,
-    cuts_student,
-    width_of_student,
-)
+from distill.verbs.training.options import TrainingOptions
+from distill.verbs.training.planning import TrainingPlan
 
 
-def cut_student(source: PreTrainedModel, options: FinetuneOptions | DistillOptions) -> PreTrainedModel:
-    """The student that a step trains; `source` itself where it is to be trained as it is."""
-    source_is_teacher = isinstance(options, DistillOptions) and options.model is None
-    if not source_is_teacher and not cuts_student(options, source.config):
+def built_student(source: PreTrainedModel, options: TrainingOptions, plan: TrainingPlan) -> PreTrainedModel:
+    """The student that was planned; `source` itself where it is to be trained as it is."""
+    if not plan.is_built:
         return source
-    return build_student(
-        source,
-        student_arch=options.student_arch,
-        layers=chosen_layers(options, depth_of(source.config)),
-        width=width_of_student(options),
-    )
+    return build_student(source, student_arch=options.student_arch, layers=list(plan.seeds), width=options.width)
 
 
 def train(
     model: PreTrainedModel,
-    teachers: list[tuple[AnyTeacher, str | None]],
-    options: FinetuneOptions | DistillOptions,
+    teachers: Sequence[AnyTeacher],
+    options: TrainingOptions,
+    plan: TrainingPlan,
     data: Data,
-    processor_from: str,
     folder: Path,
+    *,
     profile: bool,
 ) -> StepResult:
     """Train and save.
 
     Args:
-        teachers: each with the folder or Hub id of its tokenizer; None for one that stands in the rows.
+        model: the student.
+        teachers: as many as the plan has.
+        options: of the step.
+        plan: of the step.
+        data: the rows.
+        folder: that the model goes into.
+        profile: whether to leave a `StepProfile` of the training there.
     """
-    kind = data.task.kind
-    rows = read_rows(data, processor_from, [location for _, location in teachers])
+    kind, started_from = data.task.kind, plan.source.location
+    rows = read_rows(data, started_from, [None if each is None else each.location for each in plan.teachers])
     clock = Clock()
     checkpoint = _checkpoint_to_go_on_from(options)
     trained = options
     if checkpoint is not None:
         trained = with_step_counts(options, checkpoint)
-    if options.lora is not None and Path(processor_from).is_dir():
-        model.name_or_path = str(Path(processor_from).resolve())  # where the adapter will look for it, from anywhere
+    if options.lora is not None and Path(started_from).is_dir():
+        model.name_or_path = str(Path(started_from).resolve())  # where the adapter will look for it, from anywhere
     trainer = DistillationTrainer(
         model=model,
-        teacher=[teacher for teacher, _ in teachers],
+        teacher=list(teachers),
         args=trained,
+        layer_pairs=plan.pairs_of_teachers,
         peft_config=None if options.lora is None else lora_config(options.lora, kind),
         train_dataset=rows.train,
         eval_dataset=rows.validation,
@@ -99,7 +94,7 @@ def train(
         if trainer.is_world_process_zero():
             log.print(f"      resuming from {checkpoint.name}")
     rows_of_a_step, said = batch_of(trainer)
-    truncated = rows_cut(data, rows.processor, options)
+    truncated = rows_cut(data, rows.processor, plan)
     if trainer.is_world_process_zero():
         log.print(f"      {said}")
         if cut := describe_cut(truncated):
@@ -126,7 +121,7 @@ def train(
     )
 
 
-def _checkpoint_to_go_on_from(options: FinetuneOptions | DistillOptions) -> Path | None:
+def _checkpoint_to_go_on_from(options: TrainingOptions) -> Path | None:
     """The last one, if rows were dealt to its steps as they are now; with others in place the step starts anew."""
     folder = Path(options.output_dir)
     checkpoint = last_checkpoint(folder)
@@ -143,19 +138,9 @@ def _checkpoint_to_go_on_from(options: FinetuneOptions | DistillOptions) -> Path
     return None
 
 
-def rows_of_training(options: FinetuneOptions | DistillOptions, data: Data) -> Any:
-    """What the fingerprint of a training says of the data: all rows where the best checkpoint is chosen by some."""
-    return data.fingerprint if options.load_best_model_at_end else data.train_fingerprint
-
-
-def splits_of_training(options: FinetuneOptions | DistillOptions, splits: Iterable[str]) -> set[str]:
-    """The splits whose rows change what a training makes."""
-    return set(splits) if options.load_best_model_at_end else {"train", "unlabelled"}
-
-
-def rows_cut(data: Data, processor: Processor, options: FinetuneOptions | DistillOptions) -> Truncated | None:
+def rows_cut(data: Data, processor: Processor, plan: TrainingPlan) -> Truncated | None:
     """The rows of each split that a training reads or its model is scored on, and how many of them are cut."""
-    return data.truncated(processor, unlabelled=isinstance(options, DistillOptions))
+    return data.truncated(processor, unlabelled=bool(plan.teachers))
 
 
 @dataclass(frozen=True)
