@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification
 import distill  # noqa: F401  (registers the quantized formats)
 from distill.common.folders import settle, written_whole
 from distill.common.records import read_record
+from distill.compression.replacements import formats_of
 from distill.errors import InputError
 from distill.models.load import size_on_disk
 from distill.recipes.check import estimate_step
@@ -72,18 +73,22 @@ def test_each_step_makes_what_check_said_it_would(finished):
             assert not hasattr(loaded.config, "quantization_config")
             assert {weight.dtype for weight in loaded.parameters()} == {torch.bfloat16}
             continue
-        formats = loaded.config.quantization_config.formats
-        assert formats == read_config(planned.folder)["formats"]
+        assert formats_of(loaded.config)[0] == read_formats(planned.folder)
     assert str(loaded.dtype) == "torch.bfloat16"
-    assert read_config(finished.steps["int8"].folder)["threshold"] == 6.0
-    fixed = read_config(finished.steps["fixed"].folder)["formats"]
+    (entry,) = read_entries(finished.steps["int8"].folder)
+    assert entry["threshold"] == 6.0
+    fixed = read_formats(finished.steps["fixed"].folder)
     assert "bert.encoder.layer.1.output.dense" not in fixed
     assert fixed["bert.encoder.layer.0.output.dense"] == "int8"
     assert fixed["bert.encoder.layer.1.intermediate.dense"] == "nf4"
 
 
-def read_config(folder):
-    return json.loads((folder / "config.json").read_text())["quantization_config"]
+def read_entries(folder):
+    return json.loads((folder / "config.json").read_text())["quantization_config"]["replacements"]
+
+
+def read_formats(folder):
+    return {name: entry["kind"] for entry in read_entries(folder) for name in entry["names"]}
 
 
 def test_a_budget_is_kept_and_what_was_measured_is_left_in_the_folder(finished):
@@ -92,7 +97,7 @@ def test_a_budget_is_kept_and_what_was_measured_is_left_in_the_folder(finished):
         table = json.loads((folder / "sensitivity.json").read_text())
         assert budget in (None, table["budget_bytes"])
         assert table["mixes"][0]["size"] <= table["budget_bytes"]
-        assert read_config(folder)["formats"] == {
+        assert read_formats(folder) == {
             module: format for module, format in table["mixes"][0]["formats"].items() if format != "none"
         }
         assert (folder / "sensitivity.png").is_file()
