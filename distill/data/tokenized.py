@@ -69,7 +69,7 @@ def tokenize(
         for found in _one_ahead(made, progress(starts, "Tokenizing", total=len(starts))):
             writer.write_batch(_as_arrow(found, tokenizer))
 
-    chosen = [asdict(task), max_length, stride, scored, _source_of(its.encode)]
+    chosen = [asdict(task), max_length, stride, scored, type(tokenizer).__qualname__, _source_of(its.encode)]
     encoded = stored_rows(fingerprint and rows_fingerprint(rows, fingerprint, chosen), write)
     if its.labels.one_class and task.label_names and "labels" in encoded.column_names:
         # What the ids mean goes along, to be compared with what a model takes them for.
