@@ -1,0 +1,1 @@
+"""Removing attention heads and feed-forward neurons from a model."""
