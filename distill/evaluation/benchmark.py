@@ -1,11 +1,11 @@
 """Size, memory, FLOPs, latency and throughput of models, measured side by side."""
 
 import copy
+import functools
 import importlib.metadata
 import math
 import os
 import platform
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PretrainedConfig, PreTrainedModel
 
 from distill.common.console import progress
-from distill.common.hardware import accelerator_name, compute_device, wait_for
+from distill.common.hardware import accelerator_name, compute_device
 from distill.common.private_names import model_from_config, set_attention_of_config
 from distill.common.records import Measurement, ModelEntry, from_json
 from distill.compression.quantization.layers import Int8Linear
@@ -33,11 +33,10 @@ from distill.models.load import (
     size_on_disk,
 )
 from distill.models.replacements import is_quantized, put_structure, structure_of, without_replacements
-from distill.models.structure import input_names
+from distill.models.timing import random_inputs, seconds_of
 from distill.models.weights import load_weights
 
 Measured = Measurement | ModelEntry
-_IMAGE_SIZE = 224  # of networks that take any size
 
 
 @dataclass(frozen=True)
@@ -78,15 +77,16 @@ def benchmark_models(
     if device.type == "cpu":
         models |= _variants(models, made_from or {})
     refuse_too_short({name: model.config for name, model in models.items()}, options)
-    short = {name: _random_inputs(m, options.latency_batch_size, options, device) for name, m in models.items()}
-    long = {name: _random_inputs(m, options.throughput_batch_size, options, device) for name, m in models.items()}
+    length = options.sequence_length
+    short = {name: random_inputs(m, options.latency_batch_size, length, device) for name, m in models.items()}
+    long = {name: random_inputs(m, options.throughput_batch_size, length, device) for name, m in models.items()}
     latencies: dict[str, list[float]] = {name: [] for name in models}
     throughputs: dict[str, list[float]] = {name: [] for name in models}
     with torch.inference_mode():
         for round_number in progress(range(options.rounds + 1), "Benchmarking"):
             for name, model in models.items():
-                latency = [_seconds(model, short[name], device) for _ in range(8)]
-                throughput = _seconds(model, long[name], device)
+                latency = [seconds_of(functools.partial(model, **short[name]), device) for _ in range(8)]
+                throughput = seconds_of(functools.partial(model, **long[name]), device)
                 if round_number > 0:  # the first one warms up
                     latencies[name] += latency
                     throughputs[name].append(options.throughput_batch_size / throughput)
@@ -231,27 +231,6 @@ def _count_flops(skeleton: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> 
     except (RuntimeError, NotImplementedError):  # a forward that looks at values can't run on meta
         return None
     return counter.get_total_flops()
-
-
-def _random_inputs(
-    model: PreTrainedModel, batch_size: int, options: BenchmarkOptions, device: torch.device
-) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    if "pixel_values" in input_names(model):
-        size = getattr(model.config, "image_size", _IMAGE_SIZE)
-        sides = (size, size) if isinstance(size, int) else tuple(size)
-        pixels = torch.rand(batch_size, model.config.num_channels, *sides, generator=generator)
-        return {"pixel_values": pixels.to(device, model.dtype)}
-    ids = torch.randint(model.config.vocab_size, (batch_size, options.sequence_length), generator=generator)
-    return {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids, device=device)}
-
-
-def _seconds(model: PreTrainedModel, inputs: dict[str, torch.Tensor], device: torch.device) -> float:
-    wait_for(device)
-    start = time.perf_counter()
-    model(**inputs)
-    wait_for(device)
-    return time.perf_counter() - start
 
 
 def _cpu_name() -> str:
