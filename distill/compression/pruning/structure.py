@@ -39,6 +39,9 @@ class Sublayer:
     width: int
     """Columns of the output layer for each unit."""
     removable: bool
+    """Whether none may be left."""
+    module: str
+    """Of heads, the module that holds them."""
 
 
 @dataclass(frozen=True)
@@ -103,9 +106,17 @@ def prunable_sublayers(model: PreTrainedModel, kinds: Sequence[Kind] = ("heads",
     return found
 
 
-def block_sizes(sublayers: Sequence[Sublayer]) -> BlockSizes:
-    """What a model's blocks have now."""
-    return BlockSizes(*(tuple(each.units for each in sublayers if each.kind == kind) for kind in ("heads", "neurons")))
+def block_sizes(sublayers: Sequence[Sublayer], units: Sequence[int] | None = None) -> BlockSizes:
+    """What a model's blocks have, or are left with.
+
+    Args:
+        units: of each sublayer; by default those it has now.
+    """
+    units = [each.units for each in sublayers] if units is None else units
+    of_kinds: dict[Kind, list[int]] = {"heads": [], "neurons": []}
+    for sublayer, count in zip(sublayers, units, strict=True):
+        of_kinds[sublayer.kind].append(count)
+    return BlockSizes(tuple(of_kinds["heads"]), tuple(of_kinds["neurons"]))
 
 
 def keep_units(model: PreTrainedModel, sublayer: Sublayer, kept: Tensor) -> None:
@@ -113,7 +124,11 @@ def keep_units(model: PreTrainedModel, sublayer: Sublayer, kept: Tensor) -> None
 
     The weights, biases and sizes of its linear layers change; what the other units gave its output is left out.
     """
-    block: Any = model.get_submodule(sublayer.block)
+    cut_block(model.get_submodule(sublayer.block), sublayer, kept)
+
+
+def cut_block(block: Any, sublayer: Sublayer, kept: Tensor) -> None:
+    """`keep_units` for the block alone that holds the sublayer, or a copy of it."""
     for name in sublayer.inputs:
         layer = block.get_submodule(name)
         width = layer.nf if isinstance(layer, Conv1D) else layer.out_features
@@ -122,7 +137,7 @@ def keep_units(model: PreTrainedModel, sublayer: Sublayer, kept: Tensor) -> None
         _select(layer, "outputs", (offsets[:, None] + columns_of(kept, per_unit)).flatten())
     _select(block.get_submodule(sublayer.output), "inputs", columns_of(kept, sublayer.width))
     if sublayer.kind == "heads":
-        _tell_heads(model, sublayer, len(kept))
+        _tell_heads(block, sublayer, len(kept))
 
 
 def cut_to_sizes(model: PreTrainedModel, sizes: BlockSizes) -> None:
@@ -167,10 +182,11 @@ def columns_of(units: Tensor, width: int) -> Tensor:
 
 
 def _attention(name: str, block: nn.Module, layout: Layout, config: Any) -> Sublayer:
-    module: Any = block.get_submodule(layout.attention_module)
+    place = layout.attention_module
+    module: Any = block.get_submodule(place)
     output: Any = block.get_submodule(layout.attention_output)
     if isinstance(module, NoHeads):
-        return Sublayer(name, "heads", (), 1, layout.attention_output, 0, 1, layout.removable)
+        return Sublayer(name, "heads", (), 1, layout.attention_output, 0, 1, layout.removable, place)
     head_size = getattr(module, "attention_head_size", None) or module.head_dim
     key_value_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = head_size * (config.num_attention_heads // key_value_heads)
@@ -178,7 +194,7 @@ def _attention(name: str, block: nn.Module, layout: Layout, config: Any) -> Subl
     inputs = (*layout.attention, *(position for position in _POSITIONS if position in names))
     parts = 3 if len(layout.attention) == 1 else 1
     units = _inputs_of(output) // width
-    return Sublayer(name, "heads", inputs, parts, layout.attention_output, units, width, layout.removable)
+    return Sublayer(name, "heads", inputs, parts, layout.attention_output, units, width, layout.removable, place)
 
 
 def _feed_forward(name: str, block: nn.Module, layout: Layout) -> Sublayer:
@@ -186,7 +202,9 @@ def _feed_forward(name: str, block: nn.Module, layout: Layout) -> Sublayer:
     first: Any = block.get_submodule(layout.feed_forward[0])
     made = first.nf if isinstance(first, Conv1D) else first.out_features
     parts = made // units if units else 1  # two: a gated network whose halves are one matrix
-    return Sublayer(name, "neurons", layout.feed_forward, parts, layout.feed_forward_output, units, 1, layout.removable)
+    return Sublayer(
+        name, "neurons", layout.feed_forward, parts, layout.feed_forward_output, units, 1, layout.removable, ""
+    )
 
 
 def _inputs_of(layer: Any) -> int:
@@ -205,15 +223,14 @@ def _select(layer: Any, side: Literal["inputs", "outputs"], indices: Tensor) -> 
     setattr(layer, size, len(indices))
 
 
-def _tell_heads(model: PreTrainedModel, sublayer: Sublayer, units: int) -> None:
+def _tell_heads(block: Any, sublayer: Sublayer, units: int) -> None:
     """Let an attention module know how many heads it has, or put one in its place that has none."""
-    layout = LAYOUTS[model.config.model_type]
-    place = f"{sublayer.block}.{layout.attention_module}"
-    module: Any = model.get_submodule(place)
+    module: Any = block.get_submodule(sublayer.module)
     if units == 0:
-        inside = sublayer.output.startswith(f"{layout.attention_module}.")
-        name = sublayer.output.removeprefix(f"{layout.attention_module}.") if inside else None
-        model.set_submodule(place, NoHeads(name, module.get_submodule(name) if name else None).train(module.training))
+        inside = sublayer.output.startswith(f"{sublayer.module}.")
+        name = sublayer.output.removeprefix(f"{sublayer.module}.") if inside else None
+        empty = NoHeads(name, module.get_submodule(name) if name else None)
+        block.set_submodule(sublayer.module, empty.train(module.training))
         return
     for name in (*_COUNTS, *_WIDTHS):
         if isinstance(before := getattr(module, name, None), int):
