@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from distill.compression.registration import register_when_needed
 
 if TYPE_CHECKING:
+    from distill.compression.pruning.prune import prune_model
     from distill.compression.quantization.formats import QuantizationSettings
     from distill.compression.quantization.quantize import quantize_model
     from distill.compression.student import build_student
@@ -28,6 +29,7 @@ __all__ = [
     "QuantizationSettings",
     "build_student",
     "load_data",
+    "prune_model",
     "quantize_model",
     "trim_vocabulary",
 ]
@@ -40,6 +42,7 @@ _MODULES = {
     "QuantizationSettings": "distill.compression.quantization.formats",
     "build_student": "distill.compression.student",
     "load_data": "distill.data.load",
+    "prune_model": "distill.compression.pruning.prune",
     "quantize_model": "distill.compression.quantization.quantize",
     "trim_vocabulary": "distill.compression.vocabulary",
 }

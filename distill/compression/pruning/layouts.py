@@ -10,78 +10,87 @@ class Layout:
     One name alone in `attention` is a layer whose outputs are queries, keys and values one after the other.
     """
 
+    attention_module: str
+    """What is left out, its output layer too, where no head is left."""
     attention: tuple[str, ...]
     attention_output: str
+    feed_forward_module: str
+    """The same where no neuron is left."""
     feed_forward: tuple[str, ...]
     feed_forward_output: str
-    attention_module: str
-    """What is replaced where no head is left: it returns what it computes, and attention weights or None."""
     removable: bool = True
-    """Whether a block works without any head or neuron; one that many layers share, or that keeps a cache, does not."""
+    """Whether all heads or neurons of a block may go; not where all layers are one block."""
     own_heads: bool = True
     """Whether heads of one block can go alone; a position bias that all blocks share has a column for each head."""
+    size_name: str = "intermediate_size"
+    """What the config calls the number of neurons."""
 
 
 _BERT = Layout(
+    "attention.self",
     ("attention.self.query", "attention.self.key", "attention.self.value"),
     "attention.output.dense",
+    "intermediate",
     ("intermediate.dense",),
     "output.dense",
-    attention_module="attention.self",
 )
 _VIT = Layout(
+    "attention",
     ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
     "attention.o_proj",
+    "mlp",
     ("mlp.fc1",),
     "mlp.fc2",
-    attention_module="attention",
 )
 _LLAMA = Layout(
+    "self_attn",
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "self_attn.o_proj",
+    "mlp",
     ("mlp.gate_proj", "mlp.up_proj"),
     "mlp.down_proj",
-    attention_module="self_attn",
-    removable=False,
 )
 LAYOUTS = {
     "albert": Layout(
+        "attention",
         ("attention.query", "attention.key", "attention.value"),
         "attention.dense",
+        "ffn",
         ("ffn",),
         "ffn_output",
-        attention_module="attention",
         removable=False,
     ),
     "bert": _BERT,
     "camembert": _BERT,
     "deberta-v2": Layout(
+        "attention.self",
         ("attention.self.query_proj", "attention.self.key_proj", "attention.self.value_proj"),
         "attention.output.dense",
+        "intermediate",
         ("intermediate.dense",),
         "output.dense",
-        attention_module="attention.self",
     ),
     "deit": _VIT,
     "distilbert": Layout(
+        "attention",
         ("attention.q_lin", "attention.k_lin", "attention.v_lin"),
         "attention.out_lin",
+        "ffn",
         ("ffn.lin1",),
         "ffn.lin2",
-        attention_module="attention",
+        size_name="hidden_dim",
     ),
     "electra": _BERT,
-    "gpt2": Layout(
-        ("attn.c_attn",), "attn.c_proj", ("mlp.c_fc",), "mlp.c_proj", attention_module="attn", removable=False
-    ),
+    "gpt2": Layout("attn", ("attn.c_attn",), "attn.c_proj", "mlp", ("mlp.c_fc",), "mlp.c_proj", size_name="n_inner"),
     "llama": _LLAMA,
-    "modernbert": Layout(("attn.Wqkv",), "attn.Wo", ("mlp.Wi",), "mlp.Wo", attention_module="attn"),
+    "modernbert": Layout("attn", ("attn.Wqkv",), "attn.Wo", "mlp", ("mlp.Wi",), "mlp.Wo"),
     "mpnet": Layout(
+        "attention.attn",
         ("attention.attn.q", "attention.attn.k", "attention.attn.v"),
         "attention.attn.o",
+        "intermediate",
         ("intermediate.dense",),
         "output.dense",
-        attention_module="attention.attn",
         own_heads=False,
     ),
     "qwen2": _LLAMA,

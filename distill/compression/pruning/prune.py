@@ -21,6 +21,7 @@ from distill.compression.pruning.structure import (
     block_sizes,
     keep_units,
     prunable_sublayers,
+    record_sizes,
     wanted_units,
 )
 from distill.errors import InputError
@@ -156,7 +157,7 @@ def prune_to_sizes(
                 refit_output(model, sublayer, kept, each)
         for sublayer, kept in cut:
             keep_units(model, sublayer, kept)
-    _record_sizes(model)
+    record_sizes(model)
     return model
 
 
@@ -204,11 +205,3 @@ def _by_importance(
                 left[kind][number] -= count
                 spare -= count
     return BlockSizes(tuple(left["heads"]), tuple(left["neurons"]))
-
-
-def _record_sizes(model: PreTrainedModel) -> None:
-    """Let the config say what it can of a model's sizes."""
-    neurons = set(block_sizes(prunable_sublayers(model, ("neurons",))).neurons)
-    if len(neurons) == 1:
-        name = "n_inner" if model.config.model_type == "gpt2" else "intermediate_size"
-        setattr(model.config, name, neurons.pop())

@@ -1,7 +1,7 @@
 """Which attention heads and feed-forward neurons a model has, and how each is cut."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -9,8 +9,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from distill.common.private_names import model_from_config
 from distill.compression.pruning.layouts import LAYOUTS, Layout
 from distill.errors import InputError
+from distill.models.description import describe, grouped
+from distill.models.replacements import (
+    Removed,
+    RemovedModule,
+    Resized,
+    is_quantized,
+    structure_of,
+    without_replacements,
+)
 
 Kind = Literal["heads", "neurons"]
 
@@ -41,7 +51,7 @@ class Sublayer:
     removable: bool
     """Whether none may be left."""
     module: str
-    """Of heads, the module that holds them."""
+    """What is left out, with the output layer, where none is."""
 
 
 @dataclass(frozen=True)
@@ -52,26 +62,6 @@ class BlockSizes:
     """Attention heads; of grouped-query attention the key-value heads, each with its queries."""
     neurons: tuple[int, ...]
     """Of the feed-forward networks."""
-
-
-class NoHeads(nn.Module):
-    """Attention without any head: what is left is the bias of its output layer."""
-
-    def __init__(self, output_name: str | None = None, output: nn.Module | None = None):
-        """Take the place of an attention module.
-
-        Args:
-            output_name: of the output layer, where it stands inside the attention module; and that layer.
-        """
-        super().__init__()
-        self.output_name = output_name
-        if output_name is not None:
-            self.add_module(output_name, output)
-
-    def forward(self, hidden_states: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, None]:
-        """Give what attention would, and no attention weights."""
-        empty = hidden_states.new_empty(*hidden_states.shape[:-1], 0)
-        return (empty if self.output_name is None else self.get_submodule(self.output_name)(empty)), None
 
 
 def prunable_sublayers(model: PreTrainedModel, kinds: Sequence[Kind] = ("heads", "neurons")) -> list[Sublayer]:
@@ -89,7 +79,7 @@ def prunable_sublayers(model: PreTrainedModel, kinds: Sequence[Kind] = ("heads",
         raise InputError(
             f"model: heads and neurons of {config.model_type} can't be cut; those of these can: {', '.join(LAYOUTS)}"
         )
-    if getattr(config, "quantization_config", None) is not None:
+    if is_quantized(config):
         raise InputError("model: it is quantized, and its weights can't be cut; prune the model it was made from")
     if getattr(config, "add_cross_attention", False):
         raise InputError("model: it attends to an encoder too, and such blocks can't be cut")
@@ -120,18 +110,18 @@ def block_sizes(sublayers: Sequence[Sublayer], units: Sequence[int] | None = Non
 
 
 def keep_units(model: PreTrainedModel, sublayer: Sublayer, kept: Tensor) -> None:
-    """Cut a sublayer, in place, to the units of these indices.
-
-    The weights, biases and sizes of its linear layers change; what the other units gave its output is left out.
-    """
+    """Cut a sublayer, in place, to the units of these indices; without any, the bias of its output is what is left."""
     cut_block(model.get_submodule(sublayer.block), sublayer, kept)
 
 
 def cut_block(block: Any, sublayer: Sublayer, kept: Tensor) -> None:
     """`keep_units` for the block alone that holds the sublayer, or a copy of it."""
+    if not len(kept):
+        _remove(block, sublayer)
+        return
     for name in sublayer.inputs:
         layer = block.get_submodule(name)
-        width = layer.nf if isinstance(layer, Conv1D) else layer.out_features
+        width = _features(layer)[1]
         per_unit = width // (sublayer.parts * sublayer.units)
         offsets = torch.arange(sublayer.parts) * (width // sublayer.parts)
         _select(layer, "outputs", (offsets[:, None] + columns_of(kept, per_unit)).flatten())
@@ -151,6 +141,39 @@ def cut_to_sizes(model: PreTrainedModel, sizes: BlockSizes) -> None:
     for sublayer, units in zip(sublayers, wanted, strict=True):
         if units < sublayer.units:
             keep_units(model, sublayer, torch.arange(units))
+
+
+def record_sizes(model: PreTrainedModel) -> None:
+    """Let a model's config say the sizes of its blocks, so that the model loads again.
+
+    Where all blocks have the same number of neurons, and all their heads, plain transformers can read it.
+    """
+    config, sublayers = model.config, prunable_sublayers(model, ("neurons",))
+    neurons = set(block_sizes(sublayers).neurons) - {0}
+    if len(neurons) == 1:
+        setattr(config, LAYOUTS[config.model_type].size_name, neurons.pop())
+    with torch.device("meta"):
+        plain = model_from_config(type(model), without_replacements(config))
+    own: set[str] = set()
+    replacements: dict[str, Resized | Removed] = {}
+    for sublayer in sublayers:
+        block = model.get_submodule(sublayer.block)
+        removed = removal(block, sublayer)
+        names = [f"{sublayer.block}.{name}" for name in (*sublayer.inputs, sublayer.output)]
+        own |= {*names, *(f"{sublayer.block}.{name}" for name in removed)}
+        if not sublayer.units:
+            replacements |= {f"{sublayer.block}.{name}": each for name, each in removed.items()}
+            continue
+        sizes = {name: _features(model.get_submodule(name)) for name in names}
+        replacements |= {
+            name: Resized(*each) for name, each in sizes.items() if each != _features(plain.get_submodule(name))
+        }
+    entries = [replace(entry, names=tuple(set(entry.names) - own)) for entry in structure_of(config)]
+    entries = [*(entry for entry in entries if entry.names), *grouped(replacements)]
+    if entries:
+        config.quantization_config = describe(entries)
+    elif hasattr(config, "quantization_config"):
+        del config.quantization_config
 
 
 def wanted_units(sublayers: Sequence[Sublayer], sizes: BlockSizes) -> list[int]:
@@ -182,33 +205,34 @@ def columns_of(units: Tensor, width: int) -> Tensor:
 
 
 def _attention(name: str, block: nn.Module, layout: Layout, config: Any) -> Sublayer:
-    place = layout.attention_module
-    module: Any = block.get_submodule(place)
-    output: Any = block.get_submodule(layout.attention_output)
-    if isinstance(module, NoHeads):
-        return Sublayer(name, "heads", (), 1, layout.attention_output, 0, 1, layout.removable, place)
+    module: Any = block.get_submodule(layout.attention_module)
+    place, output, removable = layout.attention_module, layout.attention_output, layout.removable
+    if isinstance(module, RemovedModule):
+        return Sublayer(name, "heads", (), 1, output, 0, 1, removable, place)
     head_size = getattr(module, "attention_head_size", None) or module.head_dim
     key_value_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = head_size * (config.num_attention_heads // key_value_heads)
     names = {inside for inside, _ in block.named_modules()}
     inputs = (*layout.attention, *(position for position in _POSITIONS if position in names))
     parts = 3 if len(layout.attention) == 1 else 1
-    units = _inputs_of(output) // width
-    return Sublayer(name, "heads", inputs, parts, layout.attention_output, units, width, layout.removable, place)
+    units = _features(block.get_submodule(output))[0] // width
+    return Sublayer(name, "heads", inputs, parts, output, units, width, removable, place)
 
 
 def _feed_forward(name: str, block: nn.Module, layout: Layout) -> Sublayer:
-    units = _inputs_of(block.get_submodule(layout.feed_forward_output))
-    first: Any = block.get_submodule(layout.feed_forward[0])
-    made = first.nf if isinstance(first, Conv1D) else first.out_features
-    parts = made // units if units else 1  # two: a gated network whose halves are one matrix
-    return Sublayer(
-        name, "neurons", layout.feed_forward, parts, layout.feed_forward_output, units, 1, layout.removable, ""
-    )
+    place, output, removable = layout.feed_forward_module, layout.feed_forward_output, layout.removable
+    if isinstance(block.get_submodule(place), RemovedModule):
+        return Sublayer(name, "neurons", (), 1, output, 0, 1, removable, place)
+    units = _features(block.get_submodule(output))[0]
+    parts = (
+        _features(block.get_submodule(layout.feed_forward[0]))[1] // units
+    )  # two: a gated network whose halves are one matrix
+    return Sublayer(name, "neurons", layout.feed_forward, parts, output, units, 1, removable, place)
 
 
-def _inputs_of(layer: Any) -> int:
-    return layer.weight.shape[0] if isinstance(layer, Conv1D) else layer.in_features
+def _features(layer: Any) -> tuple[int, int]:
+    """Of a linear layer, how many go in and come out."""
+    return (layer.nx, layer.nf) if isinstance(layer, Conv1D) else (layer.in_features, layer.out_features)
 
 
 def _select(layer: Any, side: Literal["inputs", "outputs"], indices: Tensor) -> None:
@@ -223,15 +247,37 @@ def _select(layer: Any, side: Literal["inputs", "outputs"], indices: Tensor) -> 
     setattr(layer, size, len(indices))
 
 
-def _tell_heads(block: Any, sublayer: Sublayer, units: int) -> None:
-    """Let an attention module know how many heads it has, or put one in its place that has none."""
+def _tell_heads(block: nn.Module, sublayer: Sublayer, units: int) -> None:
+    """Let an attention module know how many heads it has."""
     module: Any = block.get_submodule(sublayer.module)
-    if units == 0:
-        inside = sublayer.output.startswith(f"{sublayer.module}.")
-        name = sublayer.output.removeprefix(f"{sublayer.module}.") if inside else None
-        empty = NoHeads(name, module.get_submodule(name) if name else None)
-        block.set_submodule(sublayer.module, empty.train(module.training))
-        return
     for name in (*_COUNTS, *_WIDTHS):
         if isinstance(before := getattr(module, name, None), int):
             setattr(module, name, before // sublayer.units * units)
+
+
+def _remove(block: Any, sublayer: Sublayer) -> None:
+    """Leave a sublayer out of its block, but for the bias of its output layer."""
+    for name, removed in removal(block, sublayer).items():
+        before = block.get_submodule(name)
+        trained = all(parameter.requires_grad for parameter in before.parameters())
+        bias = None if removed.bias is None else before.get_parameter(removed.bias)
+        like = next(before.parameters())
+        removed.put(block, name)
+        after = block.get_submodule(name).to(like.device).train(before.training)
+        if bias is not None:
+            after.get_parameter(removed.bias).data = bias.detach().clone()
+        after.requires_grad_(trained)
+
+
+def removal(block: nn.Module, sublayer: Sublayer) -> dict[str, Removed]:
+    """What stands in place of which modules of a block where a sublayer is left out."""
+    output: Any = block.get_submodule(sublayer.output)
+    is_attention = sublayer.kind == "heads"
+    has_bias = "bias" in output.state_dict()
+    if sublayer.output.startswith(f"{sublayer.module}."):
+        bias = f"{sublayer.output.removeprefix(f'{sublayer.module}.')}.bias" if has_bias else None
+        return {sublayer.module: Removed(attention=is_attention, bias=bias)}
+    return {
+        sublayer.module: Removed(attention=is_attention),
+        sublayer.output: Removed(bias="bias" if has_bias else None),
+    }

@@ -98,8 +98,8 @@ def test_sizes_that_are_tried():
     assert sizes_to_try(neurons) == [160, 128, 96, 64, 32, 0]
     large = prunable_sublayers(tiny_bert(intermediate_size=3072, num_hidden_layers=1))[1]
     assert sizes_to_try(large) == [3072, *range(2880, 0, -192), 0]
-    decoder = prunable_sublayers(model_of("LlamaConfig")[0])
-    assert [sizes_to_try(each) for each in decoder[:2]] == [[2, 1], [64, 32]]
+    shared = prunable_sublayers(model_of("AlbertConfig")[0])
+    assert [sizes_to_try(each) for each in shared] == [[4, 3, 2, 1], [64, 32]]
 
 
 def test_noise_in_times_is_levelled():
