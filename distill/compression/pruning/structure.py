@@ -168,7 +168,9 @@ def record_sizes(model: PreTrainedModel) -> None:
         replacements |= {
             name: Resized(*each) for name, each in sizes.items() if each != _features(plain.get_submodule(name))
         }
-    entries = [replace(entry, names=tuple(set(entry.names) - own)) for entry in structure_of(config)]
+    entries = [
+        replace(entry, names=tuple(name for name in entry.names if name not in own)) for entry in structure_of(config)
+    ]
     entries = [*(entry for entry in entries if entry.names), *grouped(replacements)]
     if entries:
         config.quantization_config = describe(entries)
