@@ -13,9 +13,12 @@ from transformers.pytorch_utils import Conv1D
 
 from distill.common.console import progress
 from distill.compression.pruning.structure import Sublayer
+from distill.losses import per_label
 from distill.models.modes import evaluating
 from distill.models.structure import accepted_inputs
-from distill.tasks.targets import OF_ROWS, ProblemType, counted_logits, logits_of, problem_type
+from distill.tasks.kinds import targets_of
+from distill.tasks.outputs import logits_of
+from distill.tasks.targets import Targets, logits_under_mask
 
 Importance = Literal["fisher", "taylor", "magnitude"]
 
@@ -62,12 +65,12 @@ def fisher_information(
     Returns:
         Float64, one value for each unit.
     """
-    problem = problem_type(model)
+    targets = targets_of(model)
     generator = torch.Generator().manual_seed(0)
 
     def directions(batch: Mapping[str, Tensor], logits: Tensor) -> Iterator[Tensor]:
-        exact = problem in OF_ROWS and logits.shape[-1] <= _MOST_EXACT
-        yield from _factors(problem, logits) if exact else _signed_factors(problem, logits, generator)
+        exact = targets.per_row and logits.shape[-1] <= _MOST_EXACT
+        yield from _factors(targets, logits) if exact else _signed_factors(targets, logits, generator)
 
     return _squared_derivatives(model, sublayers, batches, directions)
 
@@ -89,12 +92,12 @@ def taylor_of_divergence(
     Returns:
         Float64, one value for each unit.
     """
-    problem = problem_type(model)
+    targets = targets_of(model)
 
     def directions(batch: Mapping[str, Tensor], logits: Tensor) -> Iterator[Tensor]:
         with torch.no_grad():
-            wanted = _predictions(problem, batch, logits_of(reference(**batch)))
-        yield _expected(problem, logits) - _expected(problem, wanted)
+            wanted = _predictions(targets, batch, logits_of(reference(**batch)))
+        yield _expected(targets, logits) - _expected(targets, wanted)
 
     return _squared_derivatives(model, sublayers, batches, directions, power=1)
 
@@ -112,7 +115,7 @@ def _squared_derivatives(
     Args:
         directions: from a batch and the logits N×C of its predictions to directions N×C.
     """
-    problem = problem_type(model)
+    targets = targets_of(model)
     found = [torch.zeros(each.units, dtype=torch.float64) for each in sublayers]
     with evaluating(model), _frozen(model):
         for batch in progress(batches, "Reading what heads and neurons do"):
@@ -120,7 +123,7 @@ def _squared_derivatives(
             rows = len(next(iter(inputs.values())))
             masks = [torch.ones(rows, each.units, device=model.device, dtype=model.dtype) for each in sublayers]
             with _masked(model, sublayers, [mask.requires_grad_() for mask in masks]):
-                logits = _predictions(problem, inputs, logits_of(model(**inputs)))
+                logits = _predictions(targets, inputs, logits_of(model(**inputs)))
             for direction in directions(inputs, logits.detach()):
                 derivatives = torch.autograd.grad((logits * direction).sum(), masks, retain_graph=True)
                 for sums, derivative in zip(found, derivatives, strict=True):
@@ -128,11 +131,11 @@ def _squared_derivatives(
     return found
 
 
-def _factors(problem: ProblemType, logits: Tensor) -> Iterator[Tensor]:
+def _factors(targets: Targets, logits: Tensor) -> Iterator[Tensor]:
     """Directions N×C whose outer products add up to the Fisher information of predictions N×C in their logits."""
-    if problem == "regression":
+    if targets.distributions is None:
         yield torch.ones_like(logits)
-    elif problem == "multi_label_classification":
+    elif targets.distributions is per_label:
         deviation = (logits.sigmoid() * (-logits).sigmoid()).sqrt()
         for label in range(logits.shape[-1]):
             yield deviation * F.one_hot(torch.tensor(label), logits.shape[-1]).to(deviation)
@@ -143,13 +146,13 @@ def _factors(problem: ProblemType, logits: Tensor) -> Iterator[Tensor]:
             yield probabilities[:, label : label + 1].sqrt() * (chosen - probabilities)
 
 
-def _signed_factors(problem: ProblemType, logits: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
+def _signed_factors(targets: Targets, logits: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
     """Sums N×C of the directions of `_factors` with random signs, for every prediction its own."""
     for _ in range(_SIGNS):
         signs = (torch.randint(2, logits.shape, generator=generator) * 2 - 1).to(logits) / math.sqrt(_SIGNS)
-        if problem == "regression":
+        if targets.distributions is None:
             yield signs
-        elif problem == "multi_label_classification":
+        elif targets.distributions is per_label:
             yield signs * (logits.sigmoid() * (-logits).sigmoid()).sqrt()
         else:
             probabilities = logits.softmax(-1)
@@ -157,17 +160,17 @@ def _signed_factors(problem: ProblemType, logits: Tensor, generator: torch.Gener
             yield signed - signed.sum(-1, keepdim=True) * probabilities
 
 
-def _expected(problem: ProblemType, logits: Tensor) -> Tensor:
+def _expected(targets: Targets, logits: Tensor) -> Tensor:
     """The gradient of a divergence in its logits is the difference of these: probabilities, or scores."""
-    if problem == "regression":
+    if targets.distributions is None:
         return logits
-    return logits.sigmoid() if problem == "multi_label_classification" else logits.softmax(-1)
+    return logits.sigmoid() if targets.distributions is per_label else logits.softmax(-1)
 
 
-def _predictions(problem: ProblemType, batch: Mapping[str, Tensor], logits: Tensor) -> Tensor:
+def _predictions(targets: Targets, batch: Mapping[str, Tensor], logits: Tensor) -> Tensor:
     """The logits N×C, at least in float32, of a batch's predictions that count; of a language model's some."""
-    counted = counted_logits(problem, batch, logits)
-    if problem in ("masked_lm", "causal_lm"):
+    counted = logits_under_mask(targets, batch, logits)
+    if targets.over_vocabulary:
         counted = counted[:: 1 + len(counted) // _PREDICTIONS]
     return counted if counted.dtype == torch.float64 else counted.float()
 
