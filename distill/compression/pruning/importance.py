@@ -54,7 +54,7 @@ def fisher_information(
 ) -> list[Tensor]:
     """For each sublayer the Fisher information of a mask over its units: to second order, twice the divergence.
 
-    Σ over rows and classes of p (∂ log p/∂ mask)², p being the model's own predictions (Kwon et al. 2022, section 4.2,
+    Σ over rows and classes of p (∂ log p/∂ mask)², p being the model's own predictions (Kwon et al. 2022,
     with the expectation over labels taken, since there are none); of scores the squared derivative. A row with one
     prediction among at most 16 classes is exact. For tokens, spans and more classes the squares of 8 sums with random
     signs are averaged, which are right in expectation (Hutchinson 1990).

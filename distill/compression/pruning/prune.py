@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from distill.compression.pruning.importance import Importance, fisher_information, magnitudes, taylor_of_divergence
-from distill.compression.pruning.reconstruction import output_moments, refit_output
+from distill.compression.pruning.reconstruction import Moments, contributions, output_moments, refit_output
 from distill.compression.pruning.settings import STEP, PruningSettings, planned_sizes, units_left
 from distill.compression.pruning.speedup import choose_sizes, corrected, measure_times, measured_speedup
 from distill.compression.pruning.structure import (
@@ -146,19 +146,31 @@ def prune_to_sizes(
             before.units - round((before.units - after) * number / settings.rounds)
             for before, after in zip(whole, wanted, strict=True)
         ]
-        cut = [
-            (sublayer, importance.topk(units).indices.sort().values)
-            for sublayer, importance, units in zip(now, importances, left, strict=True)
-            if units < sublayer.units
-        ]
-        if settings.reconstruct and cut:
-            moments = output_moments(model, reference, [sublayer for sublayer, _ in cut], batches)
-            for (sublayer, kept), each in zip(cut, moments, strict=True):
-                refit_output(model, sublayer, kept, each)
+        less = {each: units for each, units in zip(now, left, strict=True) if units < each.units}
+        scores = dict(zip(now, importances, strict=True))
+        moments: dict[Sublayer, Moments] = {}
+        if settings.reconstruct and less:
+            moments = dict(zip(less, output_moments(model, reference, list(less), batches), strict=True))
+        if settings.importance != "magnitude":
+            scores |= {each: _with_contributions(model, each, scores[each], its) for each, its in moments.items()}
+        cut = [(each, scores[each].topk(units).indices.sort().values) for each, units in less.items()]
+        for sublayer, kept in cut if settings.reconstruct else ():
+            refit_output(model, sublayer, kept, moments[sublayer])
         for sublayer, kept in cut:
             keep_units(model, sublayer, kept)
     record_sizes(model)
     return model
+
+
+def _with_contributions(model: PreTrainedModel, sublayer: Sublayer, importance: Tensor, moments: Moments) -> Tensor:
+    """What ranks the units of a sublayer that is refitted: their importance and what they add, each over its mean.
+
+    Refitting makes up for what the others added, on all tokens alike: if much of it goes because no prediction depended
+    on it, that spoils what predictions do depend on (K-prune: Park et al. 2024).
+    """
+    added = contributions(model, sublayer, moments)
+    least = torch.finfo(torch.float64).tiny
+    return importance / importance.mean().clamp(min=least) + added / added.mean().clamp(min=least)
 
 
 def _importances(

@@ -56,10 +56,23 @@ def output_moments(
     return [found[name] for name in names]
 
 
+def contributions(model: PreTrainedModel, sublayer: Sublayer, moments: Moments) -> Tensor:
+    """For each unit Σ over tokens of the squared norm of what it adds to the sublayer's output: float64.
+
+    What is called representational knowledge (K-prune: Park et al. 2024, arXiv 2308.03449).
+    """
+    layer: Any = model.get_submodule(f"{sublayer.block}.{sublayer.output}")
+    weight = layer.weight.detach().double().cpu()
+    weight = weight if isinstance(layer, Conv1D) else weight.T
+    shape = sublayer.units, sublayer.width
+    of_units = moments.inputs[:-1, :-1].view(*shape, *shape).diagonal(dim1=0, dim2=2)  # width×width×units
+    return torch.einsum("iju,uio,ujo->u", of_units, weight.view(*shape, -1), weight.view(*shape, -1))
+
+
 def refit_output(model: PreTrainedModel, sublayer: Sublayer, kept: Tensor, moments: Moments) -> None:
     """Set the output layer's weights, in place, to those that reproduce the wanted outputs best from the kept units.
 
-    W', b' = argmin Σ ‖y − W' x_kept − b'‖² + λ ‖W' − W_kept‖² (Kwon et al. 2022, section 4.3, but whole weights; λ
+    W', b' = argmin Σ ‖y − W' x_kept − b'‖² + λ ‖W' − W_kept‖² (as Kwon et al. 2022 tune masks, but whole weights; λ
     holds them where the calibration tokens say nothing). Weights of the other units stay, to be cut. A layer without a
     bias gets none.
 

@@ -58,7 +58,10 @@ class PruningSettings:
     )
     reconstruct: bool = field(
         default=True,
-        metadata={"help": "Refit the output layers of what is left, by least squares on calibration rows."},
+        metadata={
+            "help": "Refit the output layers of what is left, by least squares on calibration rows; fisher and taylor "
+            "then also keep what adds most to a block."
+        },
     )
 
     def __post_init__(self) -> None:

@@ -121,7 +121,7 @@ def choose_sizes(
     """The sizes that lose the least importance among those that the tables say are fast enough.
 
     A sublayer loses the sum of the importances of the units that go, as if units were independent: the multiple-choice
-    knapsack, as an integer programme (ZipLM: Kurtic et al. 2023, section 3.2).
+    knapsack, as an integer programme (ZipLM: Kurtic et al. 2023, arXiv 2302.04089).
 
     Args:
         importances: of each sublayer's units.

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from distill.compression.pruning.reconstruction import Moments, output_moments, refit_output
+from distill.compression.pruning.reconstruction import Moments, contributions, output_moments, refit_output
 from distill.compression.pruning.structure import columns_of, keep_units, prunable_sublayers
 from tests.compression.pruning.test_structure import BATCH, PIXELS, model_of
 
@@ -54,6 +54,22 @@ def test_it_is_the_least_squares_solution(family):
         torch.testing.assert_close(layer.bias.data, expected[-1], rtol=1e-7, atol=1e-9)
     others = [column for column in range(64) if column not in kept.tolist()]
     assert torch.equal(weight[:, others], rest[:, others])
+
+
+@pytest.mark.parametrize("family", ["BertConfig", "GPT2Config", "Qwen2Config"])
+def test_what_units_add_is_the_norm_of_their_part_of_the_output(family):
+    model, _ = model_of(family)
+    model.config.pad_token_id = 0
+    for sublayer in prunable_sublayers(model)[:2]:
+        layer = model.get_submodule(f"{sublayer.block}.{sublayer.output}")
+        x = tokens_of(model, layer, MORE)[0]
+        weight = layer.weight.data if isinstance(layer, Conv1D) else layer.weight.data.T
+        expected = []
+        for unit in range(sublayer.units):
+            columns = slice(unit * sublayer.width, (unit + 1) * sublayer.width)
+            expected.append((x[:, columns] @ weight[columns]).square().sum())
+        found = contributions(model, sublayer, output_moments(model, model, [sublayer], [MORE])[0])
+        torch.testing.assert_close(found, torch.stack(expected))
 
 
 def test_heads_and_what_is_left_of_a_sublayer_without_any():
