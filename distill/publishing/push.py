@@ -175,8 +175,11 @@ def _finished(folder: Path) -> tuple[StepRecord, Report]:
         raise InputError(f"{folder}: its run has no report.json; {remedy}")
     report = read_report(file.parent)
     if report is None:
-        problem = "no report of this version of distill" if read_record(file.parent, file.name) else "cannot be read"
-        raise InputError(f"{file}: {problem}; {remedy}")
+        try:
+            json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{file}: cannot be read ({reason_of(error)}); {remedy}") from None
+        raise InputError(f"{file}: no report of this version of distill; {remedy}")
     missing = [key for key in _READ_OF_A_RECORD if key not in read_record(folder)]
     if missing:
         raise InputError(
