@@ -368,10 +368,7 @@ class DistillationTrainer(transformers.Trainer):
         super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Write the student alone, in plain form, no pickled arguments.
-
-        A checkpoint has the projections and the activations' ranges beside it.
-        """
+        """Write the student alone, nothing pickled; in a checkpoint with its projections and ranges of activations."""
         folder = Path(output_dir or self.args.output_dir)
         model = self.accelerator.unwrap_model(self.model)
         writes, ranges = self.args.should_save, self.quantization.ranges
