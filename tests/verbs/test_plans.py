@@ -5,8 +5,10 @@ import re
 
 import pytest
 from safetensors import safe_open
+from transformers import AutoConfig
 
 from distill.common.records import read_step
+from distill.compression.replacements import formats_of
 from distill.models.load import size_on_disk
 from distill.recipes.check import print_plan
 from distill.recipes.plan import make_plan
@@ -96,7 +98,7 @@ def test_layers_and_pairs_are_those_that_check_told(made):
 def test_formats_are_those_that_check_told(made):
     plan, said = made
     folder = plan.steps["small"].folder
-    formats = json.loads((folder / "config.json").read_text())["quantization_config"]["formats"]
+    formats = formats_of(AutoConfig.from_pretrained(folder))[0]
     assert formats == plan.steps["small"].plan.formats
     counts = {each: list(formats.values()).count(each) for each in ("int8", "nf4")}
     assert counts == {"int8": 2, "nf4": 11}  # an override and the word embeddings; else 2 blocks of 6 linear layers
@@ -112,7 +114,7 @@ def test_a_budget_is_a_bound_and_the_step_records_what_it_decided(made):
     assert decided.keys() == {"formats", "weight_bytes"}
     assert decided["weight_bytes"] <= planned.plan.budget == pytest.approx(told * 1e6, abs=5e3)
     kept = {name: each for name, each in decided["formats"].items() if each != "none"}
-    assert kept == json.loads((planned.folder / "config.json").read_text())["quantization_config"]["formats"]
+    assert kept == formats_of(AutoConfig.from_pretrained(planned.folder))[0]
     with safe_open(planned.folder / "model.safetensors", "pt") as file:
         names = set(file.keys())
     assert {f"{name}.weight" for name in decided["formats"]} <= names
