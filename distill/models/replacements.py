@@ -53,7 +53,7 @@ class Resized:
         else:
             module = nn.Linear(self.in_features, self.out_features, bias=before.bias is not None)
         model.set_submodule(name, module.to(before.weight.dtype))
-        _count_heads(model.get_submodule(name.rpartition(".")[0]))
+        count_heads(model.get_submodule(name.rpartition(".")[0]))
 
 
 @dataclass(frozen=True)
@@ -254,7 +254,7 @@ def _note(config: PretrainedConfig, replacements: Mapping[str, Resized | Removed
     config.quantization_config = describe([*kept, *grouped(replacements)])
 
 
-def _count_heads(attention: nn.Module) -> None:
+def count_heads(attention: nn.Module) -> None:
     """Set what an attention says of its number of heads, after one of its layers has another width.
 
     Most families reshape by the size of a head alone; DeBERTa's by their number, GPT-2's cut three parts of one width,

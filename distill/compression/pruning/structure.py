@@ -17,6 +17,7 @@ from distill.models.replacements import (
     Removed,
     RemovedModule,
     Resized,
+    count_heads,
     is_quantized,
     structure_of,
     without_replacements,
@@ -24,12 +25,8 @@ from distill.models.replacements import (
 
 Kind = Literal["heads", "neurons"]
 
-
 _POSITIONS = ("attention.self.pos_key_proj", "attention.self.pos_query_proj")
 """More that DeBERTa makes for each head, unless positions share the keys of words."""
-_COUNTS = ("num_attention_heads", "num_heads", "n_heads")
-_WIDTHS = ("all_head_size", "split_size")
-"""Attributes of attention modules that say how many heads there are, and how wide they are together."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +124,7 @@ def cut_block(block: Any, sublayer: Sublayer, kept: Tensor) -> None:
         _select(layer, "outputs", (offsets[:, None] + columns_of(kept, per_unit)).flatten())
     _select(block.get_submodule(sublayer.output), "inputs", columns_of(kept, sublayer.width))
     if sublayer.kind == "heads":
-        _tell_heads(block, sublayer, len(kept))
+        count_heads(block.get_submodule(sublayer.module))
 
 
 def cut_to_sizes(model: PreTrainedModel, sizes: BlockSizes) -> None:
@@ -226,9 +223,8 @@ def _feed_forward(name: str, block: nn.Module, layout: Layout) -> Sublayer:
     if isinstance(block.get_submodule(place), RemovedModule):
         return Sublayer(name, "neurons", (), 1, output, 0, 1, removable, place)
     units = _features(block.get_submodule(output))[0]
-    parts = (
-        _features(block.get_submodule(layout.feed_forward[0]))[1] // units
-    )  # two: a gated network whose halves are one matrix
+    made = _features(block.get_submodule(layout.feed_forward[0]))[1]
+    parts = made // units  # two: a gated network whose halves are one matrix
     return Sublayer(name, "neurons", layout.feed_forward, parts, output, units, 1, removable, place)
 
 
@@ -247,14 +243,6 @@ def _select(layer: Any, side: Literal["inputs", "outputs"], indices: Tensor) -> 
         layer.bias = nn.Parameter(layer.bias.detach().index_select(0, indices), layer.bias.requires_grad)
     size = {"inputs": "nx" if transposed else "in_features", "outputs": "nf" if transposed else "out_features"}[side]
     setattr(layer, size, len(indices))
-
-
-def _tell_heads(block: nn.Module, sublayer: Sublayer, units: int) -> None:
-    """Let an attention module know how many heads it has."""
-    module: Any = block.get_submodule(sublayer.module)
-    for name in (*_COUNTS, *_WIDTHS):
-        if isinstance(before := getattr(module, name, None), int):
-            setattr(module, name, before // sublayer.units * units)
 
 
 def _remove(block: Any, sublayer: Sublayer) -> None:
