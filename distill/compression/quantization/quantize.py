@@ -21,7 +21,6 @@ from distill.compression.quantization.formats import (
     FormatOrBf16,
     QuantizationSettings,
     choose_formats,
-    model_size,
 )
 from distill.compression.quantization.gptq import compensate
 from distill.compression.quantization.modules import DTYPES, empty_module, tie_output
@@ -129,15 +128,6 @@ def quantized_module(module: Any, format: Format, settings: QuantizationSettings
     weight = module.weight.detach()
     quantized.fill(weight.T if isinstance(module, Conv1D) else weight)
     return quantized.requires_grad_(False)
-
-
-def quantized_size(model: PreTrainedModel, settings: QuantizationSettings) -> int:
-    """Bytes of weights that `quantize_model` will leave, from a float model that may lie on meta; right to 1 %.
-
-    Raises:
-        InputError: as `choose_formats`.
-    """
-    return model_size(model, choose_formats(model, settings), settings)
 
 
 def weight_memory(model: nn.Module) -> int:

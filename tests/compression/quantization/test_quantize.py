@@ -9,9 +9,9 @@ from transformers import (
 )
 
 from distill.compression.quantization.embeddings import Nf4Embedding
-from distill.compression.quantization.formats import QuantizationSettings
+from distill.compression.quantization.formats import QuantizationSettings, choose_formats, model_size
 from distill.compression.quantization.layers import FourBitLinear, Int8Linear, dequantized
-from distill.compression.quantization.quantize import quantize_model, quantized_size, weight_memory
+from distill.compression.quantization.quantize import quantize_model, weight_memory
 from distill.compression.student import build_student
 from distill.errors import InputError
 from distill.models.load import size_on_disk
@@ -43,7 +43,8 @@ def test_sizes_are_predicted_measured_and_smaller(format, tmp_path):
     model = tiny_bert(hidden_size=256, intermediate_size=512, vocab_size=4000)
     model.save_pretrained(tmp_path / "float")
     with torch.device("meta"):
-        predicted = quantized_size(type(model)(model.config), QuantizationSettings(format=format))
+        skeleton, settings = type(model)(model.config), QuantizationSettings(format=format)
+    predicted = model_size(skeleton, choose_formats(skeleton, settings), settings)
     quantized = quantize_model(model, format=format)
     quantized.save_pretrained(tmp_path / "quantized")
     size = size_on_disk(tmp_path / "quantized")
@@ -123,7 +124,7 @@ def test_a_three_layer_minilm_is_as_small_as_promised(settings, megabytes, tmp_p
     with torch.device("meta"):
         skeleton = BertForSequenceClassification(config)
     assert sum(4 * parameter.numel() for parameter in skeleton.parameters()) == pytest.approx(69.6e6, rel=0.001)
-    predicted = quantized_size(skeleton, settings)
+    predicted = model_size(skeleton, choose_formats(skeleton, settings), settings)
     model = quantize_model(BertForSequenceClassification(config), settings)
     model.save_pretrained(tmp_path)
     size = size_on_disk(tmp_path)
