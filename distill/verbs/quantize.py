@@ -114,8 +114,7 @@ def _plan(options: QuantizeOptions, inputs: dict[str, ModelInput], data: Data | 
         with torch.device("meta"):
             skeleton = from_config(config, data.task.kind)
         num_parameters = sum(parameter.numel() for parameter in skeleton.parameters())
-        settings = {name: getattr(options, name) for name in _SETTINGS}
-        settings["format"] = options.format or "nf4"  # as most that a budget picks
+        settings = QuantizationSettings(**{name: getattr(options, name) for name in _SETTINGS})
         if options.bits_budget is None:
             formats = choose_formats(skeleton, options)
             weight_bytes = model_size(skeleton, formats, options)
@@ -123,10 +122,10 @@ def _plan(options: QuantizeOptions, inputs: dict[str, ModelInput], data: Data | 
         else:
             budget = budget_in_bytes(options.bits_budget, skeleton, options)
             weight_bytes = check_budget(skeleton, options, budget)
-            likely = choose_formats(skeleton, QuantizationSettings(**settings))
+            settings.format = "nf4"  # as most that a budget picks
+            likely = choose_formats(skeleton, settings)
         if likely:
-            as_settings = QuantizationSettings(**settings)
-            replaced = {name: quantized_as(each, as_settings) for name, each in likely.items()}
+            replaced = {name: quantized_as(each, settings) for name, each in likely.items()}
             config.quantization_config = describe([*structure_of(config), *grouped(replaced)])
     return QuantizePlan(
         inputs=inputs,
