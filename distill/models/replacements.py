@@ -106,7 +106,7 @@ class RemovedModule(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """…×in to …×out, zeros or the bias; beside them None where weights of an attention are expected."""
-        cache = kwargs.get("cache")
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))  # as transformers 5.21 calls it
         if cache is not None:  # a decoder asks any of its layers how many tokens there were
             one = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
             cache.update(one, one, self.layer_idx)

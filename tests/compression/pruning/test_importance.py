@@ -108,7 +108,7 @@ def test_information_in_other_families(family):
     batch = PIXELS if family == "ViTConfig" else BATCH
     model.config.pad_token_id = 0
     in_float32 = family in ("Qwen2Config", "ModernBertConfig")  # norms or positions
-    step, tolerance = (1e-3, 1e-3) if in_float32 else (1e-5, 1e-6)
+    step, tolerance = (1e-3, 1e-2) if in_float32 else (1e-5, 1e-6)
     sublayers = prunable_sublayers(model)[:2]
     found = fisher_information(model, sublayers, [batch])
     for sublayer, of_sublayer in zip(sublayers, found, strict=True):
