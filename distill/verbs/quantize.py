@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -30,15 +29,14 @@ from distill.compression.quantization.mixed import (
 from distill.compression.quantization.quantize import apply_formats
 from distill.compression.replacements import quantized_as
 from distill.data.load import Data
-from distill.data.tokenized import Processor
 from distill.errors import InputError
-from distill.evaluation.evaluate import input_batches
 from distill.models.description import describe, grouped
 from distill.models.labels import set_labels
 from distill.models.load import from_config, load_classifier, load_processor
 from distill.models.replacements import structure_of
 from distill.tasks.kinds import targets_of
 from distill.verbs.base import Estimate, Memory, ModelInput, StepPlan, StepResult, Verb
+from distill.verbs.calibration import calibration_batches
 
 _SETTINGS = {field.name for field in fields(QuantizationSettings)}
 
@@ -134,6 +132,7 @@ def _plan(options: QuantizeOptions, inputs: dict[str, ModelInput], data: Data | 
         layer_pairs={},
         weight_bytes=weight_bytes,
         is_adapter=False,
+        is_bound=options.bits_budget is not None,
         formats=formats,
         budget=budget,
         num_parameters=num_parameters,
@@ -153,33 +152,20 @@ def quantize(
         model.to(compute_device() if options.reads_rows else "cpu")
         formats = plan.formats
         if formats is None:
-            mix = _pick_mix(model, options, plan, _calibration(data, processor, options, rows=256), folder)
+            mix = _pick_mix(
+                model, options, plan, calibration_batches(data, processor, rows=options.calibration_rows or 256), folder
+            )
             decided.update(formats=mix.formats, weight_bytes=mix.size)
             formats = {name: each for name, each in mix.formats.items() if each != "none"}  # type: ignore[misc]
         if options.gptq:
-            compensate(model, formats, options, _calibration(data, processor, options, rows=512, tokens=65536))
+            rows = options.calibration_rows
+            batches = calibration_batches(data, processor, rows=rows or 512, tokens=None if rows else 65536)
+            compensate(model, formats, options, batches)
         apply_formats(model.to("cpu"), formats, options).save_pretrained(folder)
         processor.save_pretrained(folder)
 
     on_main_process(work)
     return StepResult(decided=decided or None)
-
-
-def _calibration(
-    data: Data, processor: Processor, options: QuantizeOptions, *, rows: int, tokens: int | None = None
-) -> list[dict[str, Tensor]]:
-    """The model inputs of a random part of the training rows, in batches of like length.
-
-    Args:
-        rows: how many, where the options don't say.
-        tokens: as many rows instead as hold these, where rows are texts.
-    """
-    found = data.tokenized("train", processor).shuffle(seed=0, keep_in_memory=True)
-    if tokens is not None and "length" in found.column_names:
-        rows = int(np.searchsorted(np.cumsum(found["length"]), tokens)) + 1
-    found = found.select(range(min(options.calibration_rows or rows, len(found))))
-    log.print(f"      measuring on {len(found):,} training rows")
-    return [batch for _, batch in input_batches(found, processor, batch_size=64)]
 
 
 def _pick_mix(
