@@ -7,6 +7,8 @@ from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig, PretrainedConfig
+
 from distill.common.records import StepRecord, as_json, from_json
 from distill.data.load import Data, load_data
 from distill.errors import InputError
@@ -211,6 +213,39 @@ def _made_by(made: PlannedStep, option: str) -> ModelInput:
         is_step=True,
         weight_bytes=made.plan.weight_bytes,
     )
+
+
+def settled(planned: PlannedStep, data: Data) -> PlannedStep:
+    """A step whose plan is of the models that the steps before it made, where these decided sizes themselves.
+
+    Args:
+        planned: a step whose inputs are finished.
+        data: of the recipe.
+
+    Raises:
+        InputError: no such model can be made of what was decided.
+    """
+    if not any(_is_open(each) for each in planned.made_from):
+        return planned
+    made = {each.step.name: each for each in planned.made_from}
+    inputs = {
+        option: replace(model, config=_made_config(made[model.reference])) if model.is_step else model
+        for option, model in planned.plan.inputs.items()
+    }
+    return replace(planned, plan=VERBS[planned.step.run].plan(planned.step.options, inputs, data))
+
+
+def _is_open(planned: PlannedStep) -> bool:
+    """Whether the config of what a step makes hangs on what a step decided."""
+    return planned.plan.is_bound or any(_is_open(each) for each in planned.made_from)
+
+
+def _made_config(planned: PlannedStep) -> PretrainedConfig:
+    """The config of the model that a finished step made; an adapter's is that of the model beneath it."""
+    if not planned.plan.is_adapter:
+        return AutoConfig.from_pretrained(planned.folder)
+    beneath = {each.step.name: each for each in planned.made_from}.get(planned.plan.source.reference)
+    return planned.plan.config if beneath is None else _made_config(beneath)
 
 
 def check_fetched(plan: Plan, planned: PlannedStep) -> None:

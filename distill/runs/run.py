@@ -43,6 +43,7 @@ from distill.recipes.plan import (
     check_fetched,
     resolved_options,
     rows_as_recorded,
+    settled,
 )
 from distill.recipes.recipe import Recipe
 from distill.recipes.yaml12 import dump_yaml
@@ -99,6 +100,7 @@ def run_plan(
                 _say("\n      ".join([f"{place} {name}: finished already", *remarks_on(planned)]))
                 on_main_process(partial(_drop_checkpoints, planned.folder))
                 continue
+            planned = settled(planned, plan.data)
             lines = VERBS[planned.step.run].lines(planned.step.options, planned.plan)
             _say("\n      ".join([f"{place} {name}: {planned.step.run}", *lines]))
             if _holds_model(planned.folder):

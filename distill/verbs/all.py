@@ -5,6 +5,7 @@ from typing import Any
 from distill.verbs.base import Verb
 from distill.verbs.distill import DISTILL
 from distill.verbs.finetune import FINETUNE
+from distill.verbs.prune import PRUNE
 from distill.verbs.quantize import QUANTIZE
 
-VERBS: dict[str, Verb[Any, Any]] = {verb.name: verb for verb in (FINETUNE, DISTILL, QUANTIZE)}
+VERBS: dict[str, Verb[Any, Any]] = {verb.name: verb for verb in (FINETUNE, DISTILL, PRUNE, QUANTIZE)}

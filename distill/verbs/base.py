@@ -60,6 +60,9 @@ class StepPlan:
     """Of a model that is quantized, at most where the step decides it; None of one in float32."""
     is_adapter: bool
     """Whether the step leaves an adapter, and not a whole model."""
+    is_bound: bool = False
+    """Whether the step itself decides sizes that hang on weights or the clock: `config` is then a likely one, and
+    steps after it are planned anew from what it made."""
 
     @property
     def source(self) -> ModelInput:

@@ -161,7 +161,7 @@ steps:
         ),
         ("output_dir: x\nsteps: {a: {run: distill, teacher: t, temperature: 0}}", "should be greater than 0; got 0"),
         ("output_dir: x\nsteps: {report.json: {run: quantize, model: m, format: nf4}}", "no file that a run writes"),
-        ("output_dir: x\nsteps: {a: [1]}", r"steps.a.run: missing; one of finetune, distill, quantize"),
+        ("output_dir: x\nsteps: {a: [1]}", r"steps.a.run: missing; one of finetune, distill, "),
         ("output_dir: x\ndata: 3\nsteps: {a: {run: finetune, model: m}}", "data: should be a mapping"),
         ("output_dir: x\ndata: {max_lenth: 3}\nsteps: {a: {run: finetune, model: m}}", "did you mean 'max_length'"),
         ("output_dir: x\nsteps: {a: {run: distill, teacher: t, layer_map: [[1, b]]}}", "valid integer"),

@@ -1,6 +1,7 @@
 """Prune attention heads and feed-forward neurons, whole sublayers included: smaller and faster, and it reloads."""
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -86,7 +87,7 @@ def prune_model(
     )  # fmt: skip
     if has_adapters(model):
         model = merged_copy(model)
-    sizes = decide_sizes(model, batches, settings, measured=measured)
+    sizes, _ = decide_sizes(model, batches, settings, measured=measured)
     return prune_to_sizes(model, batches, sizes, settings)
 
 
@@ -96,10 +97,13 @@ def decide_sizes(
     settings: PruningSettings,
     *,
     measured: Measured | None = None,
-) -> BlockSizes:
+) -> tuple[BlockSizes, float | None]:
     """What the settings leave in each block of a model, by importance and the clock where they have a say.
 
     These sizes, given as `heads` and `neurons`, leave the same model.
+
+    Returns:
+        The sizes, and how many times as fast they were measured to be where a speedup was asked for.
 
     Raises:
         InputError: as `prune_model`.
@@ -110,21 +114,34 @@ def decide_sizes(
         raise InputError("batches: there are none; give calibration rows, or magnitude importance without reconstruct")
     planned = planned_sizes(sublayers, settings)
     if planned is not None:
-        return planned
+        return planned, None
     importances = _importances(model, sublayers, batches, settings)
-    if settings.speedup is None:
-        return _by_importance(sublayers, importances, settings)
+    wanted = settings.speedup
+    if wanted is None:
+        return _by_importance(sublayers, importances, settings), None
     measured = measured or Measured()
     timed = copy.deepcopy(model).to(torch.bfloat16 if measured.dtype == "bf16" else torch.float32)
     inputs = random_inputs(timed, measured.batch_size, measured.sequence_length, timed.device)
     tables = measure_times(timed, sublayers, inputs)
+    tried: list[tuple[BlockSizes, float]] = []
     for _ in range(_CORRECTIONS):
-        sizes = choose_sizes(sublayers, importances, tables, settings.speedup, uniform=settings.is_uniform)
+        try:
+            sizes = choose_sizes(sublayers, importances, tables, wanted, uniform=settings.is_uniform)
+        except InputError:
+            if tried:
+                break
+            raise
         speedup = measured_speedup(timed, sizes, inputs)
-        if abs(speedup / settings.speedup - 1) <= _CLOSE:
+        tried.append((sizes, speedup))
+        if is_close(speedup, wanted):
             break
         tables = corrected(tables, sizes, sublayers, speedup)
-    return sizes
+    return min(tried, key=lambda each: abs(math.log(each[1] / wanted)))
+
+
+def is_close(speedup: float, wanted: float) -> bool:
+    """Whether a measured speedup is taken for the one that was asked for."""
+    return abs(speedup / wanted - 1) <= _CLOSE
 
 
 def prune_to_sizes(

@@ -22,6 +22,8 @@ from distill.models.timing import interleaved_medians
 _MOST_SIZES = 16
 """Numbers of neurons that are measured, beside none."""
 _ROUNDS = 15
+_LEAST = 1.05
+"""A speedup below is noise, and would say that what is smaller takes longer."""
 _LARGEST = 1e6  # for the solver, whose absolute tolerances are 1e-6
 
 
@@ -95,7 +97,7 @@ def corrected(tables: TimeTables, sizes: BlockSizes, sublayers: Sequence[Sublaye
     """Tables whose changes are scaled so that they predict the speedup that was measured with these sizes."""
     units = {"heads": list(sizes.heads), "neurons": list(sizes.neurons)}
     saved = -sum(table[units[each.kind].pop(0)] for each, table in zip(sublayers, tables.changes, strict=True))
-    factor = tables.model * (1 - 1 / speedup) / saved
+    factor = tables.model * (1 - 1 / max(speedup, _LEAST)) / saved
     return TimeTables(tables.model, tuple({n: factor * each for n, each in table.items()} for table in tables.changes))
 
 

@@ -98,7 +98,7 @@ def test_decided_sizes_give_the_same_model():
         return model
 
     settings = {"neurons": 0.5, "heads": 0.25, "uniform": False, "rounds": 2}
-    sizes = decide_sizes(make(), BATCHES, PruningSettings(**settings))
+    sizes, _ = decide_sizes(make(), BATCHES, PruningSettings(**settings))
     assert len(set(sizes.neurons)) > 1
     assert sum(sizes.neurons) == 256
     assert sum(sizes.heads) == 12
@@ -127,7 +127,8 @@ def test_a_speedup_is_decided_by_times_and_importance(monkeypatch):
     monkeypatch.setattr(prune, "measure_times", times)
     monkeypatch.setattr(prune, "measured_speedup", speedup)
     settings = PruningSettings(speedup=1.7)
-    sizes = decide_sizes(tiny_bert(), BATCHES, settings)
+    sizes, measured = decide_sizes(tiny_bert(), BATCHES, settings)
+    assert measured == pytest.approx(1.2e-3 / (1.2e-3 - 256 * 1e-3 / 512))
     assert sizes.heads == (4,) * 4
     assert sum(sizes.neurons) == 256  # of 258, in steps of 32
     assert asked == [sizes]
@@ -152,7 +153,7 @@ def test_a_speedup_that_is_missed_is_chosen_again(monkeypatch):
     monkeypatch.setattr(
         prune, "measured_speedup", lambda model, sizes, inputs: 1 / (1 - 0.4 * (1 - sum(sizes.neurons) / 512))
     )
-    sizes = decide_sizes(tiny_bert(), BATCHES, PruningSettings(speedup=1.25))
+    sizes, _ = decide_sizes(tiny_bert(), BATCHES, PruningSettings(speedup=1.25))
     assert sum(sizes.neurons) == 256
 
 

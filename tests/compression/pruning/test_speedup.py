@@ -140,5 +140,5 @@ def test_the_measured_speedup_is_the_one_that_was_asked_for():
     measured = Measured(batch_size=16, sequence_length=64)
     inputs = random_inputs(model, 16, 64, model.device)
     for speedup in (1.5, 2.5):
-        sizes = decide_sizes(model, [batch], PruningSettings(speedup=speedup), measured=measured)
+        sizes, _ = decide_sizes(model, [batch], PruningSettings(speedup=speedup), measured=measured)
         assert measured_speedup(model, sizes, inputs, rounds=25) == pytest.approx(speedup, rel=0.1)
