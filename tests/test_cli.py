@@ -423,11 +423,12 @@ def test_check_tells_what_a_recipe_will_do_and_writes_nothing(tmp_path, pretrain
     assert [path.name for path in tmp_path.iterdir()] == ["r.yaml"]
 
 
-@pytest.mark.parametrize("name", ["finetune", "distill", "quantize", "data", "benchmark"])
+@pytest.mark.parametrize("name", ["finetune", "distill", "quantize", "trim_vocabulary", "data", "benchmark"])
 def test_options_are_listed_with_defaults_and_help(name, capsys):
     assert main(["check", "--help-options", name]) == 0
     out = capsys.readouterr().out
     expected = {"finetune": "num_layers", "distill": "temperature", "quantize": "double_quant", "data": "max_length"}
+    expected["trim_vocabulary"] = "coverage"
     assert expected.get(name, "rounds") in out
     assert "MISSING" not in out
     if name == "finetune":

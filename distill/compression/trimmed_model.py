@@ -10,6 +10,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from distill.errors import InputError
 from distill.models.processors import POSITIONS_AFTER_PADDING
+from distill.models.replacements import put_structure, structure_of
 
 _LISTS_OF_IDS = ("suppress_tokens", "begin_suppress_tokens")
 
@@ -26,7 +27,7 @@ def trim_model(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
     """
     config = trim_config(model.config, kept)
     with torch.device("meta") if model.device.type == "meta" else nullcontext():  # a plan asks for sizes
-        trimmed = type(model)(config)
+        trimmed = put_structure(type(model)(config), structure_of(config))
     try:
         weights = _with_rows(model.state_dict(), trimmed.state_dict(), kept, model.config.vocab_size)
         trimmed.load_state_dict(weights, assign=True)  # in their own types, which tables outside of them don't share

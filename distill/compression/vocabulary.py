@@ -5,6 +5,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
+from functools import partial
 
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,6 +22,7 @@ from distill.compression.tokenizer_file import (
 from distill.compression.trimmed_model import ids_of_config, trim_model
 from distill.errors import InputError
 from distill.models.adapters import has_adapters, merged_copy
+from distill.models.replacements import is_quantized
 
 _MULTIPLE = 8  # of which matrix kernels like their sizes to be
 _BATCH = 1000
@@ -59,10 +61,35 @@ def trim_vocabulary(
             of its own; a tokenizer of another kind; texts that are none, or without a token.
     """
     refuse_limits(vocab_size=vocab_size, coverage=coverage, min_count=min_count)
-    if getattr(model.config, "quantization_config", None) is not None:
+    if is_quantized(model.config):
         raise InputError("model: is quantized; trim the vocabulary of the float model, and quantize what comes of it")
     if has_adapters(model):
         model = merged_copy(model)
+    chosen = partial(kept_tokens, model, tokenizer, vocab_size=vocab_size, coverage=coverage, min_count=min_count)
+    chosen(Counter())  # tells what can't be before the texts are read
+    kept = chosen(count_tokens(tokenizer, texts))
+    return trim_model(model, kept), with_description(tokenizer, with_tokens(read_description(tokenizer), kept))
+
+
+def kept_tokens(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    counts: Counter[int],
+    *,
+    vocab_size: int | None = None,
+    coverage: float | None = None,
+    min_count: int | None = None,
+) -> list[int]:
+    """The ids of the tokens of a model and its tokenizer that stay, in ascending order.
+
+    Args:
+        model: may lie on meta.
+        counts: how often each id stands in the texts.
+        vocab_size: as of `trim_vocabulary`, `coverage` and `min_count` too.
+
+    Raises:
+        InputError: as of `trim_vocabulary`, but for what is wrong with the texts.
+    """
     rows = getattr(model.config, "vocab_size", None)
     if rows is None:
         raise InputError(f"model: {type(model).__name__} has no vocabulary of its own (vocab_size); nothing to trim")
@@ -73,8 +100,8 @@ def trim_vocabulary(
             f"model: has embeddings for {rows:,} tokens (vocab_size), and its tokenizer {known[-1] + 1:,} tokens; take "
             "the tokenizer that belongs to it"
         )
-    kept = choose_tokens(
-        count_tokens(tokenizer, texts),
+    return choose_tokens(
+        counts,
         necessary_ids(tokenizer, description) | ids_of_config(model).intersection(known),
         parents_of(description),
         known=known,
@@ -82,7 +109,6 @@ def trim_vocabulary(
         coverage=coverage,
         min_count=min_count,
     )
-    return trim_model(model, kept), with_description(tokenizer, with_tokens(description, kept))
 
 
 def refuse_limits(*, vocab_size: int | None, coverage: float | None, min_count: int | None) -> None:

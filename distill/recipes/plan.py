@@ -176,9 +176,10 @@ def _plan_step(
             )
     if is_quantized(source.config) and not verb.takes_quantized(step.options):
         option = "model" if "model" in inputs else "teacher"
+        made_from = f" ({planned[source.reference].plan.source.reference})" if source.is_step else ""
         problems.append(
-            f"{option}: {source.reference} is quantized; start from the model it was made from, or train adapters of "
-            "it (lora: {})"
+            f"{option}: {source.reference} is quantized; start from the model it was made from{made_from}, or train "
+            "adapters of it (lora: {})"
         )
     if problems or made is None:
         raise _Unplannable(problems)
@@ -208,7 +209,7 @@ def _made_by(made: PlannedStep, option: str) -> ModelInput:
         made.step.name,
         made.plan.config,
         str(made.folder),
-        made.plan.source.tokenizer_location,
+        made.plan.tokenizer_location,
         made.fingerprint,
         is_step=True,
         weight_bytes=made.plan.weight_bytes,

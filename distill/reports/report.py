@@ -20,7 +20,7 @@ from distill.common.records import (
     from_json,
     read_step,
 )
-from distill.data.load import Truncated, tokenizer_fingerprint
+from distill.data.load import Truncated, token_fingerprint, tokenizer_fingerprint
 from distill.errors import InputError
 from distill.evaluation.benchmark import benchmark_models, environment, measurement
 from distill.evaluation.evaluate import Evaluation, evaluate_model
@@ -39,6 +39,7 @@ from distill.reports.presentation import as_markdown, draw
 from distill.runs.card import write_model_card
 from distill.runs.run import lineage
 from distill.tasks.base import is_better_lower
+from distill.tasks.kinds import KINDS
 from distill.verbs.all import VERBS
 
 _SAME_BYTES = 0.1
@@ -74,7 +75,8 @@ def write_report(plan: Plan) -> Report:
 
     evaluations = {name: _evaluation(plan, name, locations[name], fingerprints[name], cache) for name in names}
     benchmarks = _benchmarks(plan, locations, fingerprints, cache)
-    models = [_entry(plan, name, evaluations, benchmarks[name]) for name in names]
+    tokens = {name: _predicted_tokens(plan, locations[name]) for name in names}
+    models = [_entry(plan, name, evaluations, benchmarks[name], tokens) for name in names]
     found = Report(
         task=plan.recipe.task or plan.data.task.kind,
         metric=plan.data.task.primary_metric,
@@ -82,7 +84,7 @@ def write_report(plan: Plan) -> Report:
         baseline=plan.baseline,
         models=models,
         variants=[each for name, each in benchmarks.items() if name not in names],
-        comparisons=_comparisons(plan, evaluations, fingerprints, cache),
+        comparisons=_comparisons(plan, evaluations, fingerprints, tokens, cache),
         recoveries=_recoveries(plan, evaluations, benchmarks),
         truncated=_truncated(models),
     )
@@ -139,6 +141,16 @@ def _evaluation(plan: Plan, name: str, location: str, fingerprint: str, cache: P
     return evaluation
 
 
+def _predicted_tokens(plan: Plan, location: str) -> str | None:
+    """A fingerprint of the tokens that a model predicts; None for kinds that predict something else.
+
+    Predictions of language models with different tokens don't compare, nor do their perplexities: of fewer and longer
+    tokens each is harder to predict.
+    """
+    kind = plan.data.task.kind
+    return token_fingerprint(load_processor(location, kind)) if KINDS[kind].targets.over_vocabulary else None
+
+
 def _scored_with() -> dict[str, Any]:
     """What else a score may hang on: the device, and the versions of what computes there."""
     around = environment()
@@ -163,7 +175,11 @@ def _benchmarks(
 
 
 def _comparisons(
-    plan: Plan, evaluations: dict[str, Evaluation], fingerprints: dict[str, str], cache: Path
+    plan: Plan,
+    evaluations: dict[str, Evaluation],
+    fingerprints: dict[str, str],
+    tokens: dict[str, str | None],
+    cache: Path,
 ) -> list[Comparison]:
     """What the first distilled model gained over every other trained one, on the same rows."""
     verbs = {name: VERBS[plan.steps[name].step.run] for name in evaluations if name in plan.steps}
@@ -176,7 +192,7 @@ def _comparisons(
     if known is None:
         labels = plan.data.labels(plan.data.task.validation_splits[0][0])
         known = []
-        for other in [name for name in trained if name != student]:
+        for other in [name for name in trained if name != student and tokens[name] == tokens[student]]:
             predictions = evaluations[student].predictions, evaluations[other].predictions
             difference, interval = paired_difference(plan.data.task, *predictions, labels)
             known.append({"model": student, "over": other, "difference": difference, "interval": list(interval)})
@@ -232,11 +248,17 @@ def _write_cache(file: Path, key: str, value: Any) -> None:
     write_atomically(file, json.dumps({"key": key, "value": value}))
 
 
-def _entry(plan: Plan, name: str, evaluations: dict[str, Evaluation], measured: Measurement) -> ModelEntry:
+def _entry(
+    plan: Plan,
+    name: str,
+    evaluations: dict[str, Evaluation],
+    measured: Measurement,
+    tokens: dict[str, str | None],
+) -> ModelEntry:
     """One model of report.json."""
     planned, record = plan.steps.get(name), _record_of(plan, name)
     evaluation, metric = evaluations[name], plan.data.task.primary_metric
-    baseline = evaluations.get(plan.baseline)
+    baseline = evaluations.get(plan.baseline) if tokens[name] == tokens.get(plan.baseline) else None
     return ModelEntry(
         run=planned.step.run if planned else None,
         path=name,

@@ -69,6 +69,11 @@ class StepPlan:
         """The model that the weights come from."""
         return source_of(self.inputs)
 
+    @property
+    def tokenizer_location(self) -> str:
+        """Where a tokenizer (or image processor) lies that reads as the step's will, before the step has run."""
+        return self.source.tokenizer_location
+
 
 def source_of(inputs: Mapping[str, ModelInput]) -> ModelInput:
     """The model that a step's weights come from: its `model`, else its first teacher."""
@@ -133,7 +138,8 @@ class StepResult:
     truncated: Truncated | None = None
     """How many rows of each split the model's tokenizer cuts; null where none was read, and for images."""
     decided: dict[str, Any] | None = None
-    """What the plan left to the step, since it hangs on weights or the clock; null where it left nothing."""
+    """What the plan left to the step, since it hangs on weights or the clock, and what else a card tells of the model;
+    null where there is nothing."""
 
 
 O = TypeVar("O", bound=Options)  # noqa: E741
