@@ -30,7 +30,6 @@ from distill.errors import (
 from distill.evaluation.benchmark import (
     benchmark_models,
     environment,
-    measurement,
     remarks_on,
 )
 from distill.evaluation.evaluate import evaluate_model
@@ -194,8 +193,7 @@ def _bench(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
         fetch_weights(source)
     locations = {source.reference: source.location for source in sources}
     first, *others = locations
-    measured = benchmark_models(locations, options, made_from=dict.fromkeys(others, first))
-    measurements = [measurement(name, result) for name, result in measured.items()]
+    measurements = list(benchmark_models(locations, options, made_from=dict.fromkeys(others, first)).values())
     models, variants = measurements[: len(locations)], measurements[len(locations) :]
     around = environment()
     results.print(

@@ -30,9 +30,8 @@ class Root:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepRecord:
-    """What step.json holds. Of a record that lacks a key (it is older, or of a step that still runs) the default says
-    so."""
+class StepOrigin:
+    """What step.json says of where a model comes from: its step, the models before it, the rows, options and code."""
 
     schema: int = SCHEMA
     name: str = ""
@@ -74,16 +73,36 @@ class StepRecord:
     environment: dict[str, Any] = field(default_factory=dict)
     code: str | None = None
     """A hash of the code that made it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What a step tells of its run; it goes into step.json."""
+
     train_seconds: float | None = None
     samples_per_second: float | None = None
+    """Training rows per second, all processes together."""
     world_size: int | None = None
     device: str | None = None
     effective_batch_size: int | None = None
+    """Rows of an optimizer step, all processes together; null where batches are made by their tokens."""
     learning_rate: float | None = None
+    """The highest; by default it follows from the student's width."""
     log: list[dict[str, Any]] = field(default_factory=list)
+    """Trainer's log lines."""
     truncated: dict[str, dict[str, int]] | None = None
+    """Of each split its `rows`, and those that the model's tokenizer `cut`; null where none was read, and for
+    images."""
     decided: dict[str, Any] | None = None
-    """What the step decided itself, since it hangs on weights or the clock; null where the plan decided all."""
+    """What the plan left to the step, since it hangs on weights or the clock, and what else a card tells of the model;
+    null where there is nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord(StepResult, StepOrigin):  # the fields of the last base come first
+    """What step.json holds. Of a record that lacks a key (it is older, or of a step that still runs) the default says
+    so."""
+
     started: str = ""
     """In UTC, as ISO 8601 writes it."""
     wall_seconds: float | None = None
@@ -105,17 +124,23 @@ class Measurement:
     name: str
     num_parameters: int
     size_on_disk_bytes: int | None
+    """Bytes of the weight files; null for a model that was not read from a folder."""
     memory_bytes: int
+    """Bytes that the loaded weights occupy."""
     flops_per_sample: int | None
+    """Floating-point operations of one forward (a multiply-add is two); null where the model can't be traced."""
     latency_ms: Latency
+    """Over all calls."""
     throughput_samples_per_second: float
+    """Median over the rounds."""
     throughput_spread: dict[str, float]
+    """`min` and `max` over the rounds, in the same unit."""
     device: str
 
 
 @dataclass(frozen=True)
-class ModelEntry:
-    """One model of report.json, scored and timed."""
+class Scores:
+    """One scored model, with the models that it was made from."""
 
     name: str
     run: str | None
@@ -124,17 +149,19 @@ class ModelEntry:
     parents: list[str]
     metrics: dict[str, float | None]
     interval: list[float | None]
+    """Of the primary metric, at 95 %."""
     retention: float | None
+    """The primary metric over the baseline's (the other way round where lower is better)."""
     agreement: float | None
+    """Share of the rows that the model and the baseline predict alike."""
     divergence: dict[str, float] | None
-    num_parameters: int
-    size_on_disk_bytes: int | None
-    memory_bytes: int
-    flops_per_sample: int | None
-    latency_ms: Latency
-    throughput_samples_per_second: float
-    throughput_spread: dict[str, float]
-    device: str
+    """Of its predictions from the baseline's."""
+
+
+@dataclass(frozen=True)
+class ModelEntry(Measurement, Scores):  # the fields of the last base come first
+    """One model of report.json, scored and timed."""
+
     train_seconds: float | None
     samples_per_second: float | None
     truncated: dict[str, dict[str, int]] | None = None

@@ -7,7 +7,6 @@ import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from distill.common.console import progress
 from distill.common.hardware import accelerator_name, compute_device
 from distill.common.private_names import model_from_config, set_attention_of_config
-from distill.common.records import Measurement, ModelEntry, from_json
+from distill.common.records import Latency, Measurement
 from distill.compression.quantization.layers import Int8Linear
 from distill.compression.quantization.quantize import weight_memory
 from distill.errors import InputError
@@ -36,32 +35,10 @@ from distill.models.replacements import is_quantized, put_structure, structure_o
 from distill.models.timing import random_inputs, seconds_of
 from distill.models.weights import load_weights
 
-Measured = Measurement | ModelEntry
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """What one model costs; the keys are those of report.json."""
-
-    num_parameters: int
-    size_on_disk_bytes: int | None
-    """Bytes of the weight files; null for a model that was not read from a folder."""
-    memory_bytes: int
-    """Bytes that the loaded weights occupy."""
-    flops_per_sample: int | None
-    """Floating-point operations of one forward (a multiply-add is two); null where the model can't be traced."""
-    latency_ms: dict[str, float]
-    """`p50` and `p95` over all calls."""
-    throughput_samples_per_second: float
-    """Median over the rounds."""
-    throughput_spread: dict[str, float]
-    """`min` and `max` over the rounds, in the same unit."""
-    device: str
-
 
 def benchmark_models(
     locations: Mapping[str, str], options: BenchmarkOptions, *, made_from: Mapping[str, str] | None = None
-) -> dict[str, Benchmark]:
+) -> dict[str, Measurement]:
     """Measure models in alternating rounds, so that a busy moment of the machine hits all of them.
 
     Args:
@@ -94,12 +71,13 @@ def benchmark_models(
     for name, model in models.items():
         skeleton = _skeleton(model)
         folder = Path(locations[name]) if name in locations else None
-        results[name] = Benchmark(
+        results[name] = Measurement(
+            name=name,
             num_parameters=sum(p.numel() for p in skeleton.parameters()) + _in_adapters(model),
             size_on_disk_bytes=size_on_disk(folder) if folder and folder.is_dir() else None,
             memory_bytes=weight_memory(model),
             flops_per_sample=_count_flops(skeleton, long[name]),
-            latency_ms={f"p{q}": round(float(np.percentile(latencies[name], q)) * 1000, 3) for q in (50, 95)},
+            latency_ms=Latency(*(round(float(np.percentile(latencies[name], q)) * 1000, 3) for q in (50, 95))),
             throughput_samples_per_second=round(float(np.median(throughputs[name])), 2),
             throughput_spread={"min": round(min(throughputs[name]), 2), "max": round(max(throughputs[name]), 2)},
             device=device.type,
@@ -154,7 +132,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def remarks_on(model: Measured, parent: Measured, variants: Sequence[Measurement]) -> list[str]:
+def remarks_on(model: Measurement, parent: Measurement, variants: Sequence[Measurement]) -> list[str]:
     """In words, where a model is no gain over the one it was made from, or over what `variants_of` them was measured.
 
     Args:
@@ -171,7 +149,7 @@ def remarks_on(model: Measured, parent: Measured, variants: Sequence[Measurement
     return [remark for other in others for remark in slower_or_not_smaller(model, other)]
 
 
-def slower_or_not_smaller(model: Measured, parent: Measured) -> list[str]:
+def slower_or_not_smaller(model: Measurement, parent: Measurement) -> list[str]:
     """In words, where a model made from another is no gain; timings within 5 % of each other count as equal.
 
     Args:
@@ -240,8 +218,3 @@ def _cpu_name() -> str:
             if line.startswith("model name"):
                 return f"{line.partition(':')[2].strip()}, {os.cpu_count()} cores"
     return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-
-
-def measurement(name: str, benchmark: Benchmark) -> Measurement:
-    """A benchmark with its model's name, as report.json holds it."""
-    return from_json(Measurement, {"name": name, **asdict(benchmark)})

@@ -22,7 +22,7 @@ from distill.common.records import (
 )
 from distill.data.load import Truncated, token_fingerprint, tokenizer_fingerprint
 from distill.errors import InputError
-from distill.evaluation.benchmark import benchmark_models, environment, measurement
+from distill.evaluation.benchmark import benchmark_models, environment
 from distill.evaluation.evaluate import Evaluation, evaluate_model
 from distill.evaluation.intervals import (
     agreement,
@@ -169,7 +169,7 @@ def _benchmarks(
         with_variants = [each for each in plan.steps.values() if VERBS[each.step.run].has_variants]
         made_from = {each.step.name: each.parents[0] for each in with_variants}
         measured = benchmark_models(locations, options, made_from=made_from)
-        known = {name: asdict(measurement(name, result)) for name, result in measured.items()}
+        known = {name: asdict(result) for name, result in measured.items()}
         _write_cache(cache / "benchmark.json", key, known)
     return {name: from_json(Measurement, each) for name, each in known.items()}
 

@@ -1,13 +1,13 @@
 """What a verb of a recipe is, what its plan and its step hand over, and what each leaves to be told of its run."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import Field, asdict, dataclass, field
+from dataclasses import Field, asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
 from transformers import PretrainedConfig
 
-from distill.common.records import StepRecord
+from distill.common.records import StepRecord, StepResult
 from distill.data.load import Data, Truncated
 from distill.models.structure import LayerPairs
 
@@ -118,28 +118,6 @@ class Estimate:
     """Of its teachers' outputs, on disk."""
     truncated: Truncated | None = None
     """How many rows of each split the model's tokenizer cuts; null where none is read, and for images."""
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What a step tells of its run; it goes into step.json."""
-
-    train_seconds: float | None = None
-    samples_per_second: float | None = None
-    """Training rows per second, all processes together."""
-    world_size: int | None = None
-    device: str | None = None
-    effective_batch_size: int | None = None
-    """Rows of an optimizer step, all processes together; null where batches are made by their tokens."""
-    learning_rate: float | None = None
-    """The highest; by default it follows from the student's width."""
-    log: list[dict[str, float]] = field(default_factory=list)
-    """Trainer's log lines."""
-    truncated: Truncated | None = None
-    """How many rows of each split the model's tokenizer cuts; null where none was read, and for images."""
-    decided: dict[str, Any] | None = None
-    """What the plan left to the step, since it hangs on weights or the clock, and what else a card tells of the model;
-    null where there is nothing."""
 
 
 O = TypeVar("O", bound=Options)  # noqa: E741

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -14,12 +15,15 @@ from distill.common.records import (
     StepRecord,
     as_json,
     from_json,
+    json_text,
     read_record,
     read_report,
     read_step,
 )
 from distill.errors import InputError
 from tests.records import entry_of
+
+STORED = Path(__file__).parent / "stored"
 
 
 @pytest.mark.parametrize("content", [{"schema": SCHEMA, "name": "a"}, {"name": "a"}, {}])
@@ -76,6 +80,28 @@ def test_a_report_reads_as_it_was_written(tmp_path):
     assert read_report(tmp_path) == report
     assert read_report(tmp_path).entry("a").latency_ms == Latency(2.0, 3.0)
     assert read_report(tmp_path).entry("b") is None
+
+
+def shared(content, stored):
+    """The content with those keys alone that are stored too, in the order of the content."""
+    if isinstance(stored, dict):
+        return {key: shared(value, stored[key]) for key, value in content.items() if key in stored}
+    if isinstance(stored, list):
+        return [shared(*pair) for pair in zip(content, stored, strict=True)]
+    return content
+
+
+@pytest.mark.parametrize(("name", "read"), [("step.json", read_step), ("report.json", read_report)])
+def test_records_hold_the_keys_that_they_always_had_in_their_order(name, read):
+    """The stored files have a value for every key, written before `StepResult` and `Measurement` became bases."""
+    text = (STORED / name).read_text(encoding="utf-8")
+    written = json.loads(as_json(read(STORED)))
+    assert json_text(shared(written, json.loads(text))) + "\n" == text
+
+
+def test_an_empty_record_of_a_step_has_every_key():
+    stored = json.loads((STORED / "step.json").read_text(encoding="utf-8"))
+    assert [key for key in json.loads(as_json(StepRecord())) if key in stored] == list(stored)
 
 
 @pytest.mark.parametrize("content", [{}, {"baseline": "a", "metric": "f1"}, {"models": 3}, {"models": [3]}])
