@@ -228,7 +228,12 @@ def _run(run: Run, others: Sequence[str]) -> str | None:
 
 
 def _report(run: Run) -> Report | None:
-    found = read_report(run.folder)
+    """The report of a run; None, with the run's problem, where there is none that can be read."""
+    try:
+        found = read_report(run.folder)
+    except InputError as error:
+        run.problem = str(error)
+        return None
     if found is None:
         run.problem = f"{run.folder / 'report.json'}: is no report"
     return found

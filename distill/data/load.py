@@ -202,7 +202,8 @@ def load_data(
         raise InputError(f"data.path: {options.path or task_name} holds no labelled rows to score ({'; '.join(notes)})")
 
     splits: dict[str, datasets.Dataset] = {}
-    stored = {name: getattr(options, name) for name in STORED_COLUMNS}
+    its = KINDS[task.kind]
+    stored = {name: getattr(options, name) for name in STORED_COLUMNS if its.stored_predictions}
     wanted = ["train", *(split for split, _ in task.validation_splits), "test"]
     used = {split: found[split] for split in wanted if split in found}
     task, labels = read_labels(
@@ -216,11 +217,10 @@ def load_data(
         splits |= {} if unlabelled is None else {"unlabelled": unlabelled}
         source_fingerprint += f" unlabelled {more}"
     task = named_apart(task)
-    its = KINDS[task.kind]
-    if not its.unlabelled:
-        for name in ("unlabelled", "sampled_pairs", *STORED_COLUMNS):
-            if getattr(options, name) is not None:
-                problems.append(f"data.{name}: not for {task.kind}; leave it out")
+    refused = [] if its.unlabelled else ["unlabelled", "sampled_pairs"]
+    refused += [] if its.stored_predictions else STORED_COLUMNS
+    given = [name for name in refused if getattr(options, name) is not None]
+    problems += [f"data.{name}: not for {task.kind}; leave it out" for name in given]
     if options.stride is not None and not its.strides:
         problems.append(f"data.stride: for question answering, not for {task.kind}; leave it out")
     widest = max(options.max_length // 2 - 3, 0)  # three tokens are special, and a question has some too

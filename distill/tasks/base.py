@@ -117,7 +117,9 @@ class Kind:
     """The label's column; empty where there is none."""
     labels: LabelRule
     unlabelled: bool
-    """Whether rows may lack a label, and may carry a teacher's predictions."""
+    """Whether rows may lack a label."""
+    stored_predictions: bool
+    """Whether training rows may carry a teacher's predictions, in columns that a user names."""
     encode: Encode
     """Rows → inputs. Images become theirs whenever they are read."""
     needs_offsets: bool

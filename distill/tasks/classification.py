@@ -151,6 +151,7 @@ CLASSIFICATION = Kind(
     label="label",
     labels=ONE_CLASS,
     unlabelled=True,
+    stored_predictions=True,
     encode=encode_texts,
     needs_offsets=False,
     strides=False,

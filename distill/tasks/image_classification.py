@@ -29,6 +29,7 @@ IMAGE_CLASSIFICATION = replace(
     pairs=False,
     reads="images",
     unlabelled=False,
+    stored_predictions=False,
     encode=encode_images,
     metrics=("accuracy", "f1_macro"),
     auto_class="AutoModelForImageClassification",

@@ -273,6 +273,7 @@ MASKED_LM = Kind(
     label="",
     labels=LabelRule(named=False, sets=False, tags=False, scores=False, unknown=_no_label, complete=labels_as_read),
     unlabelled=False,
+    stored_predictions=False,
     encode=encode_masked,
     needs_offsets=True,
     strides=False,

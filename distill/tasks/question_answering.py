@@ -301,6 +301,7 @@ QUESTION_ANSWERING = Kind(
         named=False, sets=False, tags=False, scores=False, unknown=_no_answers, complete=_accepted_answers
     ),
     unlabelled=False,
+    stored_predictions=False,
     encode=encode_windows,
     needs_offsets=True,
     strides=True,

@@ -154,6 +154,7 @@ TOKEN_CLASSIFICATION = Kind(
     label="label",
     labels=LabelRule(named=True, sets=False, tags=True, scores=False, unknown=_no_tags, complete=_a_label_a_word),
     unlabelled=True,
+    stored_predictions=False,
     encode=encode_words,
     needs_offsets=True,
     strides=False,

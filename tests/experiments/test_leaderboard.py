@@ -155,6 +155,12 @@ def test_the_script_runs_each_task_and_goes_on_after_one_that_fails(
     assert table.main(arguments) == 0
     assert "Failed" not in (tmp_path / "out" / "glue.md").read_text()
 
+    file = tmp_path / "out" / "sst2" / "seed-42" / "report.json"
+    file.write_text(file.read_text().replace('"schema": 1', '"schema": 2', 1))
+    capfd.readouterr()
+    assert table.main(arguments) == 1
+    assert f"failed: SST-2, seed 42: {file}: has schema 2, and " in " ".join(capfd.readouterr().err.split())
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),

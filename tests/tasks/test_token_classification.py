@@ -236,6 +236,16 @@ def test_wrong_rows_are_told(tmp_path, row, options, message):
         load(tmp_path, **options)
 
 
+@pytest.mark.parametrize("column", ["teacher_logits", "teacher_probabilities"])
+@pytest.mark.parametrize("values", [[0.2] * 5, [[0.2] * 5], "x"], ids=["as many as labels", "one a word", "no list"])
+def test_stored_predictions_are_refused(tmp_path, column, values):
+    write(tmp_path / "train.jsonl", [{"tokens": ["the"], "label": ["O"], "logits": values}] * 2)
+    write(tmp_path / "validation.jsonl", [{"tokens": ["the"], "label": ["O"]}])
+    with pytest.raises(InputError) as caught:
+        load(tmp_path, label_names=NAMES, **{column: "logits"})
+    assert caught.value.problems == (f"data.{column}: not for token-classification; leave it out",)
+
+
 def test_metrics_ignore_tokens_without_a_label(folder):
     task = load(folder, label_names=NAMES).task
     labels = np.array([[-100, 1, 2, -100], [-100, 0, 3, -100]])
