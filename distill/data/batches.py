@@ -74,11 +74,11 @@ class LengthBatches(BatchSampler):
             yield rows[self.process_index :: self.num_processes].tolist()
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose what the next iteration draws."""
+        """Choose the epoch whose batches the next iteration draws."""
         self.epoch = epoch
 
     def arranged(self, epoch: int) -> Batches:
-        """The row numbers of an epoch's batches of all processes together; as many in every epoch."""
+        """Draw the batches of an epoch, as row numbers for all processes together; as many batches in every epoch."""
         # Under a token budget a draw decides how many batches there are, but Trainer counts on one number.
         drawn = (self._split(self._draw(epoch, attempt)) for attempt in range(10))
         batches = next((batches for batches in drawn if batches is not None), None) or self._draw(0)
@@ -244,7 +244,15 @@ def _holds_numbers(rows: Any) -> bool:
 
 
 def row_lengths(rows: Any, length_column: str) -> NDArray[np.int64] | None:
-    """Tokens of each row; None for rows that don't tell."""
+    """Read the number of tokens of each row; None for rows that are only made when they are read.
+
+    Args:
+        rows: tokenized rows, of any class.
+        length_column: the column that holds the numbers; where it is missing `input_ids` are counted.
+
+    Returns:
+        N numbers of tokens.
+    """
     if not isinstance(rows, datasets.Dataset) or rows.format["type"] == "custom":  # what is read on the fly
         return None
     name = length_column if length_column in rows.column_names else "input_ids"

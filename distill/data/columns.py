@@ -1,4 +1,4 @@
-"""A user's columns of text, words, images and answers: what is wrong with them, and the rows that are kept."""
+"""The columns of a user's data (text, words, images, labels): what is wrong with them, and the checked rows."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,7 +22,17 @@ _YES_OR_NO = {"0": 0, "0.0": 0, "false": 0, "no": 0, "1": 1, "1.0": 1, "true": 1
 
 
 def merge_labels(rows: datasets.Dataset, columns: list[str], split: str, problems: list[str]) -> datasets.Dataset:
-    """The rows with a column of lists for several columns of zeros and ones: of each row the columns that hold a 1."""
+    """Merge columns of zeros and ones into one column of lists: of each row the names of the columns that hold a 1.
+
+    Args:
+        rows: of one split.
+        columns: names of the columns, which become the label names.
+        split: its name, for messages.
+        problems: missing columns, empty cells and other values are appended here.
+
+    Returns:
+        The rows with the column `MERGED_LABELS`; as they were where there is any problem.
+    """
     missing = [column for column in columns if column not in rows.column_names]
     problems += [
         f"data.label: {split} has no column {name!r}; {nearest_name(name, rows.column_names)}" for name in missing
@@ -53,7 +63,7 @@ def merge_labels(rows: datasets.Dataset, columns: list[str], split: str, problem
 
 
 def named_apart(task: Task) -> Task:
-    """The task with the names that checked rows give its text columns: none is called as a column of ours."""
+    """Rename the text columns of a task that are called like a column of ours (`label`, `teacher_logits`)."""
     ours = (LABEL, *STORED_COLUMNS)
     return replace(task, text=tuple(f"{column} (text)" if column in ours else column for column in task.text))
 
@@ -61,11 +71,15 @@ def named_apart(task: Task) -> Task:
 def checked_rows(
     rows: datasets.Dataset, split: str, task: Task, labels: Sequence[Any] | None, problems: list[str]
 ) -> datasets.Dataset:
-    """The task's columns of one split, the text as `named_apart` calls it; what is wrong goes into `problems`.
+    """Keep the columns of one split that its task needs: the text, named as `named_apart` does, and `label`.
 
     Args:
+        rows: as they were read.
+        split: its name, for messages.
+        task: which columns are text and label.
         labels: of the rows, as they were read; None where the task has none, where they are answers, and where they
             could not be read.
+        problems: what is wrong with a column is appended here.
     """
     missing = [column for column in (*task.text, task.label) if column and column not in rows.column_names]
     for column in missing:
@@ -87,19 +101,35 @@ def checked_rows(
 
 
 def column_problem(rows: datasets.Dataset, column: str, kind: TaskKind) -> str | None:
-    """What keeps a column from being what a kind of task reads, or None."""
+    """Say why a column is not what a kind of task reads (text, words or images); None where it is.
+
+    Args:
+        rows: of one split.
+        column: a name among theirs.
+        kind: of the task.
+    """
     problem_of = {"text": text_problem, "words": words_problem, "images": images_problem}[KINDS[kind].reads]
     return problem_of(rows, column)
 
 
 def images_problem(rows: datasets.Dataset, column: str) -> str | None:
-    """What keeps a column from being images, or None."""
+    """Say why a column holds no images; None where it does.
+
+    Args:
+        rows: of one split.
+        column: a name among theirs.
+    """
     of_images = isinstance(rows.features[column], datasets.Image)
     return None if of_images else "holds no images, nor names of image files beside the data file"
 
 
 def text_problem(rows: datasets.Dataset, column: str) -> str | None:
-    """What keeps a column from being text, or None."""
+    """Say why a column holds no text, or not in every row; None where it does.
+
+    Args:
+        rows: of one split.
+        column: a name among theirs.
+    """
     if not _is_text(rows.features[column]):
         dtype = getattr(rows.features[column], "dtype", None)
         if dtype is not None:
@@ -117,7 +147,12 @@ def text_problem(rows: datasets.Dataset, column: str) -> str | None:
 
 
 def words_problem(rows: datasets.Dataset, column: str) -> str | None:
-    """What keeps a column from being lists of words, or None."""
+    """Say why a column holds no lists of words, or empty ones; None where all is well.
+
+    Args:
+        rows: of one split.
+        column: a name among theirs.
+    """
     feature: Any = rows.features[column]
     if not isinstance(feature, datasets.List | datasets.LargeList) or not _is_text(feature.feature):
         return "holds no lists of words, which token classification needs"
@@ -134,5 +169,10 @@ def _is_text(feature: Any) -> bool:
 
 
 def all_hidden(rows: datasets.Dataset, task: Task) -> bool:
-    """GLUE's test labels are withheld: −1 in every row."""
+    """Tell whether no row has a label, as in GLUE's test splits, where each is withheld as −1.
+
+    Args:
+        rows: of one split, with the task's label column.
+        task: which column holds the labels.
+    """
     return all(is_missing(value) or value in (-1, "-1") for value in rows[task.label])

@@ -1,4 +1,4 @@
-"""Labels by name, as ids, or as zeros and ones: which of them a whole data set holds, and the ids of its rows."""
+"""Label ids: whether a data set holds label names, ids, or zeros and ones, and the ids of its rows."""
 
 import re
 from collections import Counter, defaultdict
@@ -24,7 +24,7 @@ _BOOLEANS = {"false": 0, "true": 1}
 
 @dataclass(frozen=True)
 class LabelColumn:
-    """The labels of one split."""
+    """The labels of one split, as they were read."""
 
     split: str
     rows: list[list[Element]]
@@ -36,7 +36,7 @@ class LabelColumn:
 
     @cached_property
     def elements(self) -> Counter[Element]:
-        """How often each label stands there."""
+        """Count how often each label occurs."""
         return Counter(chain.from_iterable(self.rows))
 
 
@@ -62,12 +62,18 @@ def encode_labels(
     notes: list[str],
     problems: list[str],
 ) -> tuple[Task, dict[str, list]]:
-    """The task with its label names, and the class ids of each split's rows, lists of them, or zeros and ones.
+    """Find the label names of a task, and encode the labels of each split by them.
 
     Args:
-        columns: of the training rows first.
+        columns: the labels of each split, of the training rows first.
+        task: without label names, unless they are GLUE's.
         label_names: the user's.
         model_labels: the names of a model that is scored.
+        notes: what was read in a way that the user did not ask for in so many words is appended here.
+        problems: what is wrong with labels is appended here.
+
+    Returns:
+        The task with its label names, and for each split the class ids of its rows, lists of them, or zeros and ones.
     """
     declared = _declared(columns, task, label_names, model_labels)
     own, sets = task.name == "own", KINDS[task.kind].labels.sets
@@ -206,7 +212,7 @@ def _renamed(column: LabelColumn, task: Task, notes: list[str], problems: list[s
 
 
 def whole_number(element: Element) -> int:
-    """The number that a text like "1" or "1.0" says."""
+    """Read a text like "1" or "1.0" as a whole number."""
     return int(str(element).partition(".")[0])
 
 
@@ -265,7 +271,12 @@ def _are_zeros_and_ones(columns: list[LabelColumn], names: Sequence[str], task: 
 
 
 def where_of(task: Task, split: str) -> str:
-    """How a message about the labels of a split begins."""
+    """Begin a message about the labels of a split.
+
+    Args:
+        task: which column holds the labels.
+        split: its name.
+    """
     return f"data.label: column {task.label!r} of {split}"
 
 
@@ -274,7 +285,12 @@ def _shown(names: Sequence[str], most: int = 12) -> str:
 
 
 def outside_ids(outside: Counter, names: Sequence[str]) -> str:
-    """What is wrong with numbers that are no ids of these names."""
+    """Say which numbers are no ids of label names, and what may be meant.
+
+    Args:
+        outside: how often each such number occurs; one at least.
+        names: of the labels, whose ids go from 0 to their number less one.
+    """
     value, count = outside.most_common(1)[0]
     hint = "; count them from 0, or write names" if value == len(names) else ""
     hint = "; remove rows without a label" if value == -1 else hint

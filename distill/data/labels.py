@@ -34,17 +34,21 @@ def read_labels(
     notes: list[str],
     problems: list[str],
 ) -> tuple[Task, dict[str, list]]:
-    """The task with its label names, and the labels of each split: class ids, zeros and ones, or scores (floats).
+    """Read the labels of all splits: class ids, zeros and ones, or scores (floats).
 
     Names are GLUE's, the user's, those of the `ClassLabel` column, the model's, or the values found in the training
     rows. Whether numbers are names or ids is decided by the names, never by the values that one split happens to have.
 
     Args:
+        task: without label names, unless they are GLUE's.
         found: the splits that have labels, the training rows first.
         label_names: the user's names.
         model_labels: the names of a model that is scored, whose rows may not show every class.
-        notes: gets what was read in a way that the user did not ask for in so many words.
-        problems: gets what is wrong; a split with a problem may be missing in what is returned.
+        notes: what was read in a way that the user did not ask for in so many words is appended here.
+        problems: what is wrong is appended here; a split with a problem may be missing in what is returned.
+
+    Returns:
+        The task with its label names, and the labels of each split.
     """
     wrong = _wrong_names(label_names or (), task)
     encoded: dict[str, list] = {}
@@ -117,7 +121,7 @@ def _column(rows: datasets.Dataset, task: Task, split: str, problems: list[str])
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a cell has no value: None, NaN, or nothing but spaces."""
+    """Tell whether a cell has no value: None, NaN, or nothing but spaces."""
     return value is None or value != value or (isinstance(value, str) and not value.strip())
 
 

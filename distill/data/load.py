@@ -32,7 +32,7 @@ Truncated: TypeAlias = dict[str, dict[str, int]]
 
 @dataclass
 class DataOptions:
-    """The `data:` block of a recipe."""
+    """The `data:` block of a recipe: where the rows are, which columns are read, and how many rows are used."""
 
     kind: TaskKind | None = field(default=None, metadata={"help": "What the label is, for own data."})
     path: str | None = field(
@@ -97,7 +97,7 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class Data:
-    """Checked rows: each split has the task's text columns and `label` (class id, float score, or zeros and ones)."""
+    """The checked rows of a task, by split: its text columns and `label` (class id, float score, or zeros and ones)."""
 
     task: Task
     splits: dict[str, datasets.Dataset]
@@ -116,7 +116,15 @@ class Data:
     _tokenized: dict[tuple[str, str], datasets.Dataset] = field(default_factory=dict, repr=False)
 
     def tokenized(self, split: str, tokenizer: Processor) -> datasets.Dataset:
-        """The rows of a split as model inputs, tokenized once for each vocabulary and kept on disk."""
+        """Tokenize the rows of a split, once for each vocabulary, and keep them on disk.
+
+        Args:
+            split: a name in `splits`.
+            tokenizer: of the model that will read the rows; its image processor for images.
+
+        Returns:
+            Rows as `distill.data.tokenized.tokenize` makes them.
+        """
         key = (split, tokenizer_fingerprint(tokenizer))
         if key not in self._tokenized:
             self._tokenized[key] = tokenize(
@@ -131,18 +139,24 @@ class Data:
         return self._tokenized[key]
 
     def training_rows(self, tokenizer: Processor, *, unlabelled: bool) -> datasets.Dataset:
-        """The tokenized rows to train on, with those that only a teacher labels or without."""
+        """Tokenize the training rows, with or without the `unlabelled` split behind them.
+
+        Args:
+            tokenizer: of the model that is trained.
+            unlabelled: whether to add the rows that only a teacher labels; a task may have none.
+        """
         rows = self.tokenized("train", tokenizer)
         if not unlabelled or "unlabelled" not in self.splits:
             return rows
         return datasets.concatenate_datasets([rows, self.tokenized("unlabelled", tokenizer)])
 
     def truncated(self, tokenizer: Processor, *, unlabelled: bool = False, train: bool = True) -> Truncated | None:
-        """The rows of each split, and those that `max_length` took something from; None for images.
+        """Count the rows of each split, and those that `max_length` took something from; None for images.
 
         Args:
-            unlabelled: the split of this name too.
-            train: the split of this name too.
+            tokenizer: of the model that reads the rows; another one cuts other rows.
+            unlabelled: whether to count the `unlabelled` split too.
+            train: whether to count the training split too.
         """
         names = [*(["train"] if train else []), *(split for split, _, _ in self.scored_splits())]
         names += ["unlabelled"] if unlabelled else []
@@ -167,10 +181,11 @@ def load_data(
     to_score: bool = False,
     model_labels: Sequence[str] | None = None,
 ) -> Data:
-    """The rows of a GLUE task, or of a user's own data.
+    """Load, check and split the rows of a GLUE task, or of a user's own data.
 
     Args:
         task_name: a GLUE task; with `options.path` its columns and labels apply to the rows found there.
+        options: the `data:` block.
         to_score: the rows are only scored: a train split is not needed, and a single file is scored whole.
         model_labels: names of the labels of a model to score, for rows that may have ids alone or not every class.
 
@@ -268,21 +283,22 @@ def load_data(
 
 
 def describe_cut(truncated: Truncated | None) -> str | None:
-    """How many rows of which splits are cut, in words; None where none is, or none can be."""
+    """Say in words how many rows of which splits are cut; None where no row is, or none can be."""
     counts = {split: each for split, each in (truncated or {}).items() if each["cut"]}
     cut = [f"{each['cut']:,} of {each['rows']:,} {split} rows" for split, each in counts.items()]
     return f"cut at max_length: {', '.join(cut)}" if cut else None
 
 
 def tokenizer_fingerprint(tokenizer: Processor) -> str:
-    """Changes with what it does to a text or image, but not with its use (which sets truncation and padding)."""
+    """Hash what a tokenizer or image processor does to an input, truncation and padding (which its use sets) aside."""
     inputs = getattr(tokenizer, "model_input_names", None)
     return _fingerprint([token_fingerprint(tokenizer), inputs])
 
 
 def token_fingerprint(tokenizer: Processor) -> str:
-    """The same of the tokens alone: two with equal ones cut every text into the same ids, beside which one of them may
-    give a model more inputs (`token_type_ids`).
+    """Hash what decides the token ids alone, and not what else a tokenizer gives a model (`token_type_ids`).
+
+    Two tokenizers of the same hash cut every text into the same ids.
     """
     if isinstance(tokenizer, BaseImageProcessor):
         return _fingerprint(tokenizer.to_dict())

@@ -61,5 +61,5 @@ class Spill:
 
 
 def folder_of_rows() -> Path:
-    """Where this package puts rows: beside what `datasets` caches, on the disk that users have chosen for rows."""
+    """Give the folder for tokenized rows, beside what `datasets` caches: on the disk that users chose for rows."""
     return Path(datasets.config.HF_DATASETS_CACHE) / "distill"

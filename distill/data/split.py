@@ -63,7 +63,13 @@ def cut_validation(
 
 
 def random_part(rows: datasets.Dataset, limit: int, seed: int) -> datasets.Dataset:
-    """A seeded random part of at most `limit` rows, in their order."""
+    """Draw a seeded random part of at most `limit` rows, in their order.
+
+    Args:
+        rows: of one split.
+        limit: number of rows.
+        seed: of the draw.
+    """
     wanted = np.zeros(len(rows), bool)
     wanted[np.random.default_rng(seed).permutation(len(rows))[:limit]] = True
     return _chosen(rows, wanted)
@@ -87,7 +93,12 @@ def _chosen(rows: datasets.Dataset, wanted: NDArray[np.bool_]) -> datasets.Datas
 
 
 def classes_without_rows(rows: datasets.Dataset, task: Task) -> int:
-    """How many of a task's classes no row is of; 0 for tasks without classes."""
+    """Count the classes of a task that no row has; 0 for tasks without classes.
+
+    Args:
+        rows: checked rows, with their class ids in `label`.
+        task: whose classes are counted.
+    """
     return task.num_labels - len(set(rows["label"])) if KINDS[task.kind].labels.one_class else 0
 
 

@@ -28,9 +28,11 @@ _ROWS_AT_ONCE = 10_000
 
 
 def rows_fingerprint(rows: datasets.Dataset, *more: Any) -> str:
-    """SHA-256 of rows' values, of whatever else decides what is made of them, and of the tokenizing libraries.
+    """Hash (SHA-256) the values of rows, whatever else decides what is made of them, and the tokenizing libraries'
+    versions.
 
     Args:
+        rows: of one split.
         more: values that JSON can hold.
     """
     versions = [_VERSION, transformers.__version__, tokenizers.__version__]
@@ -42,10 +44,10 @@ def rows_fingerprint(rows: datasets.Dataset, *more: Any) -> str:
 
 
 def stored_rows(fingerprint: str | None, write: Callable[[ArrowWriter], None]) -> datasets.Dataset:
-    """Rows that are written once and then mapped, whoever asks for them.
+    """Write rows to disk once, and map them into memory for everyone who asks for the same ones.
 
-    One process writes while others that want the same rows wait. A file is whole or not there; beyond ten gigabytes
-    the files go that are unused the longest (processes that have mapped one keep it).
+    One process writes while others that want the same rows wait. A file is whole or not there; beyond ten gigabytes the
+    files go that are unused the longest (processes that have mapped one keep it).
 
     Args:
         fingerprint: of the rows. Without one, and where nothing can be written, they are made in memory.

@@ -39,7 +39,7 @@ def tokenize(
     scored: bool = False,
     fingerprint: str | None = None,
 ) -> datasets.Dataset:
-    """Rows as model inputs: `input_ids` and the tokenizer's other columns (unpadded), labels, and `length` in tokens.
+    """Turn rows into model inputs: `input_ids` and what else the tokenizer gives (unpadded), labels, and `length`.
 
     One row may become several: the windows of a long context or text. `cut` says whether `max_length` took something
     from a row (of questions: from the question itself). Images stay as they are and are turned into `pixel_values` when
@@ -48,9 +48,16 @@ def tokenize(
     Class ids are a `ClassLabel` with the task's names.
 
     Args:
+        rows: checked rows of one split.
+        task: of these rows.
+        tokenizer: of the model that will read them; its image processor for images.
+        max_length: tokens of a row or window at most.
         stride: tokens that neighbouring windows of a context share; a third of `max_length` by default.
         scored: the masks of a masked LM are drawn here, once; for training they are drawn anew whenever a row is read.
         fingerprint: of the tokenizer. With it rows are kept on disk, and found there again; without it in memory.
+
+    Raises:
+        InputError: the task needs to know where a token stands in its text, and the tokenizer is not a fast one.
     """
     its, options = KINDS[task.kind], EncodeOptions(max_length, stride, scored)
     if isinstance(tokenizer, BaseImageProcessor):
@@ -81,7 +88,7 @@ def tokenize(
 
 
 def cut_rows(rows: datasets.Dataset) -> int | None:
-    """How many rows `max_length` took something from; None for images.
+    """Count the rows that `max_length` took something from; None for images.
 
     Args:
         rows: as `tokenize` makes them.

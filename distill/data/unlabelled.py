@@ -39,7 +39,16 @@ def with_stored(
     stored: Mapping[str, str | list[str] | None],
     problems: list[str],
 ) -> datasets.Dataset:
-    """The rows with a teacher's stored predictions as one column of lists; only training rows must have them."""
+    """Add a teacher's stored predictions to checked rows as columns of lists; only training rows must have them.
+
+    Args:
+        rows: the checked rows of one split.
+        found: the same rows as they were read, with all their columns.
+        split: its name.
+        task: its labels say how many values a row needs, in their order.
+        stored: for each of `STORED_COLUMNS` the column of lists that holds it, or one column a class; None for none.
+        problems: missing columns and values that are no predictions are appended here.
+    """
     for name in STORED_COLUMNS:
         wanted = stored.get(name)
         if wanted is None:
@@ -87,7 +96,21 @@ def read_unlabelled(
     problems: list[str],
     notes: list[str],
 ) -> tuple[datasets.Dataset | None, str]:
-    """Rows of texts alone, from all splits of `data.unlabelled`, and a fingerprint of them."""
+    """Read the rows of `data.unlabelled`, from all of its splits together: texts without labels.
+
+    Args:
+        path: a file, a folder, `package:…`, or a Hub data set.
+        task: which columns are read.
+        stored: as in `with_stored`; all of these rows must have such predictions.
+        problems: missing or wrong columns are appended here.
+        notes: what readers have to say is appended here.
+
+    Returns:
+        The rows (None where each split has problems), and a fingerprint of their source.
+
+    Raises:
+        InputError: nothing there, or not readable.
+    """
     read = read_splits(task, path, None, key="data.unlabelled")
     notes += [f"unlabelled: {note}" for note in read.notes]
     parts = []
@@ -112,9 +135,10 @@ def read_unlabelled(
 
 
 def unlabelled_rows(task: Task, texts: pa.Table) -> datasets.Dataset:
-    """Rows without a label.
+    """Make rows without a label of a table of texts.
 
     Args:
+        task: whose label for rows without one they get.
         texts: a column for each of the task's text columns, in their order.
     """
     unknown = KINDS[task.kind].labels.unknown
@@ -124,11 +148,20 @@ def unlabelled_rows(task: Task, texts: pa.Table) -> datasets.Dataset:
 
 
 def sample_pairs(rows: datasets.Dataset, task: Task, count: int, seed: int) -> datasets.Dataset:
-    """New unlabelled pairs of the rows' own texts: a random text with one of the eight most like it by TF-IDF.
+    """Sample new unlabelled pairs of the rows' own texts: a random text with one of the eight most like it by TF-IDF.
 
     Most of all pairs are plainly unlike, and teach little; near ones are where a teacher knows more (Augmented SBERT,
     Thakur et al. 2021, section 3.2, which takes BM25). Texts are alike by their words and pairs of words, and in
     scripts that don't separate words by runs of one to three characters.
+
+    Args:
+        rows: the training rows, with two text columns.
+        task: which columns these are.
+        count: pairs at most; fewer where so many different ones are not found.
+        seed: of the choice.
+
+    Raises:
+        InputError: too few different texts to pair.
     """
     columns = [rows[column] for column in task.text]
     known = set(zip(*columns, strict=True))

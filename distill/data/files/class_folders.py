@@ -16,7 +16,18 @@ _IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 
 
 def read_image_folders(folder: Path, task: Task) -> dict[str, datasets.Dataset]:
-    """`train/<class>/*` and the like, or `<class>/*` alone, as rows of `image` and `label` (the class's name)."""
+    """Read a folder of class folders of images, for each split (`train/<class>/*`) or of one (`<class>/*`).
+
+    Args:
+        folder: which holds them.
+        task: its validation splits may be folders too, under any of their usual names.
+
+    Returns:
+        For each split rows of `image` and `label` (the class folder's name).
+
+    Raises:
+        InputError: a split without class folders with images.
+    """
     found = {}
     for split, inside in (split_folders(folder, task) or {"train": folder}).items():
         files = sorted(path for path in inside.glob("*/*") if path.suffix.lower() in _IMAGES)
@@ -28,7 +39,19 @@ def read_image_folders(folder: Path, task: Task) -> dict[str, datasets.Dataset]:
 
 
 def read_text_folders(folder: Path, task: Task, notes: list[str]) -> dict[str, datasets.Dataset]:
-    """`<class>/*.txt`, or `train/<class>/*.txt` and the like, as rows of `text` and `label` (the class's name)."""
+    """Read a folder of class folders of .txt files, for each split (`train/<class>/*.txt`) or of one (`<class>/*.txt`).
+
+    Args:
+        folder: which holds them.
+        task: its validation splits may be folders too, under any of their usual names.
+        notes: how files in another encoding than UTF-8 were read is appended here.
+
+    Returns:
+        For each split rows of `text` (a file's whole text) and `label` (the class folder's name).
+
+    Raises:
+        InputError: no class folders with .txt files, or a file that is no text.
+    """
     inside = {split: path for split, path in split_folders(folder, task).items() if any(path.glob("*/*.txt"))}
     found = {}
     for split, place in (inside if "train" in inside else {"train": folder}).items():
@@ -56,10 +79,16 @@ def _text(path: Path, notes: list[str]) -> str:
 
 
 def with_images(rows: datasets.Dataset, folder: Path, column: str) -> datasets.Dataset:
-    """The rows with images in place of the names of their files, which start at the data file's folder.
+    """Replace the names of image files in a column by the images themselves.
+
+    Args:
+        rows: of one data file; without such a column, or where it holds neither names nor images, they stay as they
+            are.
+        folder: the data file's, from which the names start.
+        column: the name of the column.
 
     Raises:
-        InputError: a name leads out of that folder, or to no file.
+        InputError: a name leads out of that folder, or to no file, or the column holds images in some rows only.
     """
     if column not in rows.column_names:
         return rows
@@ -80,7 +109,12 @@ def with_images(rows: datasets.Dataset, folder: Path, column: str) -> datasets.D
 
 
 def named_images(rows: datasets.Dataset, column: str) -> str:
-    """SHA-256 of the images that rows name, which the digest of their file does not cover."""
+    """Hash the image files (SHA-256) that rows name, which the digest of their data file does not cover.
+
+    Args:
+        rows: of one split.
+        column: of images; "" is returned for another one.
+    """
     if not isinstance(rows.features.get(column), datasets.Image):
         return ""
     stored = rows.cast_column(column, datasets.Image(decode=False))[column]

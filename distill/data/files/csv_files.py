@@ -24,12 +24,14 @@ _LITERAL: dict[str, Any] = {"quoting": csv.QUOTE_NONE}  # tab-separated values a
 
 
 def read_separated(path: Path, label: str, notes: list[str]) -> pa.Table:
-    """The columns of a file by the names of its first line, all of text; an empty cell is null.
+    """Read a csv or tsv file as columns of text, by the names of its first line; an empty cell is null.
 
     Commas, semicolons (of spreadsheets) or tabs separate the cells, by the header. Blank lines are left out.
 
     Args:
+        path: the file, packed or not.
         label: the column whose values tell a row that was swallowed by an open quote.
+        notes: what was read otherwise than csv's rules say is appended here.
 
     Raises:
         InputError: quotes that never close, rows of more or fewer cells than the header, names that stand twice.

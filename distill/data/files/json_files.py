@@ -20,13 +20,15 @@ _Row = tuple[int, dict[str, Any]]
 
 
 def read_json(path: Path, columns: Iterable[str], notes: list[str]) -> pa.Table:
-    """The rows of a file of one object a line, or of one list of objects.
+    """Read the rows of a file of one JSON object a line, or of one list of objects.
 
     A column that holds numbers in some rows and text in others is text in all. Half of a surrogate pair, which is no
     character, is read as U+FFFD.
 
     Args:
+        path: the file, packed or not.
         columns: those that the task reads; only what is done to them is noted.
+        notes: what was changed or left out is appended here.
 
     Raises:
         InputError: rows that are no objects, or a column with lists in some rows only.

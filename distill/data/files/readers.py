@@ -50,7 +50,7 @@ _ROWS_AT_ONCE = 50_000
 
 @dataclass(frozen=True)
 class SplitsRead:
-    """The splits of a data set as they were found."""
+    """The splits of a data set as they were read, before any column is checked."""
 
     splits: dict[str, datasets.Dataset]
     fingerprint: str
@@ -60,7 +60,7 @@ class SplitsRead:
 
 
 def read_splits(task: Task, path: str | None, name: str | None, *, key: str = "data.path") -> SplitsRead:
-    """Splits by their usual names (`dev` is `validation`), and a fingerprint of their source.
+    """Read the splits of a data set under their usual names (`dev` is `validation`), and hash their source.
 
     Args:
         task: its name says which part of GLUE, where `path` is None.
@@ -170,7 +170,7 @@ def _read_hub(reference: str, name: str | None, task: Task) -> SplitsRead:
 
 
 def hub_revision(splits: Mapping[str, datasets.Dataset]) -> str | None:
-    """The commit that rows from the Hub were read from; None for rows of files.
+    """Find the commit that rows from the Hub were read from; None for rows of files.
 
     datasets tells it nowhere, but keeps the rows of each commit in a folder named after it.
     """

@@ -19,7 +19,12 @@ _SHARD = r"-\d+-of-(?P<count>\d+)(-[0-9a-f]+)?|[-_.]?(part)?[-_.]?\d+"
 
 
 def split_files(folder: Path, task: Task, notes: list[str]) -> dict[str, list[Path]]:
-    """The files of each split, in a folder or in `data` inside of it; several of one split are its shards, in order.
+    """Find the files of each split, in a folder or in `data` inside of it; several of one split are shards in order.
+
+    Args:
+        folder: to look into.
+        task: its splits are looked for by their usual names (`dev` is `validation`).
+        notes: which file was taken for which split, and files that are not read, are appended here.
 
     Raises:
         InputError: files that each could be a split, or a shard that is missing.
@@ -40,10 +45,14 @@ def split_files(folder: Path, task: Task, notes: list[str]) -> dict[str, list[Pa
 
 
 def with_usual_names(found: Iterable[str], task: Task) -> dict[str, str]:
-    """Split names as the task knows them (`dev` is `validation`) by those of a data set.
+    """Map the split names of a data set to those that the task uses (`dev` to `validation`); others stay as they are.
+
+    Args:
+        found: the data set's names.
+        task: whose splits are wanted.
 
     Raises:
-        InputError: several of one split.
+        InputError: several names of one split.
     """
     found = list(found)
     usual = {}
@@ -57,14 +66,22 @@ def with_usual_names(found: Iterable[str], task: Task) -> dict[str, str]:
 
 
 def split_folders(folder: Path, task: Task) -> dict[str, Path]:
-    """The folders inside of a folder that are called like splits."""
+    """Find the folders inside of a folder that are named like splits of a task.
+
+    Args:
+        folder: to look into.
+        task: its splits are looked for by their usual names (`dev` is `validation`).
+
+    Raises:
+        InputError: several folders of one split.
+    """
     inside = sorted(path.name for path in folder.iterdir() if path.is_dir())
     usual = with_usual_names(inside, task)
     return {split: folder / name for name, split in usual.items() if split in _names(task)}
 
 
 def is_readable(path: Path) -> bool:
-    """Whether the name is that of a file of rows."""
+    """Tell by a file's name whether it is of a kind that holds rows (csv, json, parquet, packed or not)."""
     return ending(path) in READABLE and not (ending(path) == ".parquet" and path.suffix.lower() in PACKED)
 
 

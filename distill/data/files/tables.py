@@ -13,9 +13,9 @@ _BOOLEAN = r"^(?i:true|false)$"
 
 
 def with_numbers(tables: Mapping[str, pa.Table], text: tuple[str, ...], label: str) -> dict[str, pa.Table]:
-    """Tables of text with numbers for the columns of which every cell, in every split, is one.
+    """Convert the columns of text tables to numbers where every cell, in every split, is a number.
 
-    The label `true` stays text, since its name is what the file says; other columns of true and false are booleans.
+    The label `true` stays text, since its name is what the file says; other columns of true and false become booleans.
 
     Args:
         tables: of each split.
@@ -54,7 +54,7 @@ def _all_match(columns: list[pa.ChunkedArray], pattern: str) -> bool:
 
 
 def plain_types(table: pa.Table) -> pa.Table:
-    """The table with text and lists of the usual types for those that polars, DuckDB and arrow itself write."""
+    """Cast text and lists of the types that polars, DuckDB and arrow itself write to the usual ones."""
     for place, field in enumerate(table.schema):
         wanted = _plain(field.type)
         if wanted != field.type:

@@ -1,4 +1,4 @@
-"""Text files as lines: unpacked, decoded, and with what is not as it should be told by line."""
+"""Text files as lines: unpacked, decoded, and with wrong bytes told by line."""
 
 import bz2
 import gzip
@@ -26,10 +26,14 @@ _MOSTLY_FOREIGN = 0.4
 
 
 def text_lines(path: Path, notes: list[str]) -> Iterator[str]:
-    r"""The lines of a file with their ends (`\n`, `\r\n` or `\r`), without byte order marks.
+    r"""Read a file's lines with their ends (`\n`, `\r\n` or `\r`), without byte order marks.
 
     UTF-8, and UTF-16 and UTF-32 with a byte order mark, are read as what they are; single bytes that are no UTF-8 as
     Windows' cp1252, which is noted, as is UTF-16.
+
+    Args:
+        path: the file, packed or not.
+        notes: what was read as another encoding is appended here.
 
     Raises:
         InputError: another encoding, or NUL bytes.
@@ -64,7 +68,7 @@ def text_lines(path: Path, notes: list[str]) -> Iterator[str]:
 
 
 def ending(path: Path) -> str:
-    """The ending of a file's name without that of its packing, in small letters: `.csv` of `train.CSV.gz`."""
+    """Give the ending of a file's name without that of its packing, in small letters: `.csv` of `train.CSV.gz`."""
     return (Path(path.stem) if path.suffix.lower() in PACKED else path).suffix.lower()
 
 
