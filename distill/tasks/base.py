@@ -1,4 +1,4 @@
-"""What a task is, and a kind of task: its columns, labels, targets, metrics and words; GLUE's nine tasks."""
+"""A task, and a kind of task: its columns, labels, targets, metrics and words for cards; GLUE's nine tasks."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -77,7 +77,7 @@ class LabelRule:
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """How rows become inputs, beside their kind."""
+    """How rows of a kind become model inputs: lengths in tokens, and whether they are scored."""
 
     max_length: int
     """Tokens."""
@@ -88,7 +88,7 @@ class EncodeOptions:
 
 
 class ScoringArguments(TypedDict, total=False):
-    """What a Trainer takes to score its evaluations."""
+    """The arguments with which a Trainer scores its evaluations."""
 
     compute_metrics: Callable[[EvalPrediction], dict[str, float]]
     preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor]
@@ -164,7 +164,7 @@ class Kind:
 
 
 def pipeline_usage(tag: str, example: str, more: str = "") -> str:
-    """`Kind.usage` where transformers has a pipeline for it.
+    """Write the Python code that predicts with transformers' pipeline: the `Kind.usage` of kinds that have one.
 
     Args:
         tag: of the pipeline.
@@ -177,7 +177,16 @@ def pipeline_usage(tag: str, example: str, more: str = "") -> str:
 
 
 def labels_as_read(rows: datasets.Dataset, task: Task, labels: Sequence | None) -> tuple[Sequence | None, str | None]:
-    """`LabelRule.complete` where names or numbers are all there is to a label."""
+    """Keep labels as they were read: the `LabelRule.complete` of kinds whose labels are names or numbers alone.
+
+    Args:
+        rows: of one split; they change nothing here.
+        task: of these rows; it changes nothing here.
+        labels: of each row; None where they could not be read.
+
+    Returns:
+        The labels, and None, as nothing is wrong with them.
+    """
     return labels, None
 
 
@@ -225,7 +234,7 @@ GLUE: dict[str, Task] = {
 
 
 def glue_task(name: str) -> Task:
-    """The GLUE task of that name.
+    """Give the GLUE task of a name.
 
     Raises:
         InputError: no such task.

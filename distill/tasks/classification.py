@@ -49,11 +49,14 @@ from distill.tasks.targets import (
 def encode_texts(
     batch: Batch, numbers: Sequence[int], task: Task, tokenizer: PreTrainedTokenizerBase, options: EncodeOptions
 ) -> Batch:
-    """Texts, or pairs of them, as tokens; beside them their labels, and a teacher's predictions where they carry any.
+    """Tokenize texts, or pairs of them, with their labels and the teacher's predictions that are stored beside them.
 
     Args:
         batch: the task's text columns and `label`.
         numbers: of the rows; they change nothing here.
+        task: which columns are read.
+        tokenizer: of the model that will read the rows.
+        options: `max_length` in tokens, at which rows are cut.
     """
     columns = [batch[column] for column in task.text]
     if tokenizer.is_fast:

@@ -23,7 +23,7 @@ _Mark = tuple[str, str]
 def entity_counts(
     predictions: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], names: Sequence[str]
 ) -> NDArray[np.int64]:
-    """For each row the entities found rightly, found, and there: N×3.
+    """Count for each row the entities that were found rightly, that were found, and that are there: N×3.
 
     The rules are those of seqeval's default mode (Nakayama 2018), which are the CoNLL-2000 script's: an entity begins
     at B or S, after an E or S, where the type changes, and after O; it ends before these, and after E and S. So they
@@ -46,7 +46,10 @@ def entity_counts(
 
 
 def scores(counts: NDArray) -> dict[str, float]:
-    """Micro-averaged precision, recall and F1 of all rows together; 0 where there is nothing to divide by."""
+    """Compute micro-averaged precision, recall and F1 of all rows together, from the counts of `entity_counts`.
+
+    They are 0 where there is nothing to divide by.
+    """
     right, found, there = counts.T
     of_all = {"entity_f1": scorers.f1(counts)}
     of_all |= {"entity_precision": scorers.ratio(right, found), "entity_recall": scorers.ratio(right, there)}

@@ -12,11 +12,14 @@ from distill.tasks.classification import CLASSIFICATION
 def encode_images(
     batch: Batch, numbers: Sequence[int], task: Task, processor: BaseImageProcessor, options: EncodeOptions
 ) -> Batch:
-    """Images as `pixel_values`, beside them their labels.
+    """Turn images into `pixel_values`, with their labels.
 
     Args:
         batch: the task's column of images and `label`.
-        numbers: of the rows; they and the options change nothing here.
+        numbers: of the rows; they change nothing here.
+        task: which column is read.
+        processor: the model's image processor.
+        options: change nothing here.
     """
     images = [image.convert("RGB") for image in batch[task.text[0]]]  # as `pipeline` reads them
     pixels = processor(images=images, return_tensors="pt")["pixel_values"]

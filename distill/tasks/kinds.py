@@ -30,7 +30,7 @@ _TEXT, _PAIR = '"The plot is thin, but the cast was great."', '{"text": "A man i
 
 
 def targets_of(model: PreTrainedModel) -> Targets:
-    """What a model predicts, by its class and config.
+    """Find what a model predicts, by its class and config.
 
     Raises:
         InputError: another class, a problem type that no kind has, or a regression with several outputs.
@@ -50,13 +50,19 @@ def targets_of(model: PreTrainedModel) -> Targets:
 
 
 def own_task(kind: TaskKind, text: tuple[str, ...], label: str) -> Task:
-    """A task on a user's own columns; its label names are read from the data."""
+    """Make a task of a user's own columns; its label names are read from the data.
+
+    Args:
+        kind: of the task.
+        text: names of the columns that the kind reads.
+        label: name of the label column; empty for kinds without labels.
+    """
     its = KINDS[kind]
     return Task("own", kind, text, label, metrics=its.metrics, primary_metric=its.primary_metric)
 
 
 def usage_code(kind: TaskKind, model: str, *, pairs: bool, needs_import: bool) -> str:
-    """Python that loads a model and prints a prediction.
+    """Write the Python code that loads a model and prints a prediction.
 
     Args:
         kind: of the task.

@@ -45,13 +45,16 @@ MASKED_SHARE = 0.15
 def encode_masked(
     batch: Batch, numbers: Sequence[int], task: Task, tokenizer: PreTrainedTokenizerBase, options: EncodeOptions
 ) -> Batch:
-    """Texts as windows of `max_length` tokens; those that are scored with masks, which a row's number decides.
+    """Tokenize texts into windows of `max_length` tokens; windows to score are masked here, by their row's number.
 
-    Rows to train on get theirs whenever they are read.
+    Rows to train on get masks whenever they are read.
 
     Args:
         batch: the task's column of texts.
-        numbers: of the rows.
+        numbers: of the rows in their split.
+        task: which column is read.
+        tokenizer: of the model that will read the rows.
+        options: `max_length` in tokens, and whether the rows are scored.
     """
     windows, rows = _windows(batch, task, tokenizer, options.max_length)
     if options.scored:
@@ -67,11 +70,14 @@ def encode_masked(
 def encode_causal(
     batch: Batch, numbers: Sequence[int], task: Task, tokenizer: PreTrainedTokenizerBase, options: EncodeOptions
 ) -> Batch:
-    """Texts as windows of `max_length` tokens, which are their own labels.
+    """Tokenize texts into windows of `max_length` tokens, which are their own labels.
 
     Args:
         batch: the task's column of texts.
         numbers: of the rows; they change nothing here.
+        task: which column is read.
+        tokenizer: of the model that will read the rows.
+        options: `max_length` in tokens.
     """
     windows, _ = _windows(batch, task, tokenizer, options.max_length)
     return {**windows, "labels": [list(ids) for ids in windows["input_ids"]]}
@@ -99,10 +105,19 @@ def _windows(
 def mask_row(
     ids: NDArray[np.int64], tokenizer: PreTrainedTokenizerBase, share: float, generator: np.random.Generator
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(masked ids, labels) of a row of T tokens; labels are −100 where nothing is predicted.
+    """Mask a share of the tokens of a row, as BERT was trained.
 
     Of the chosen tokens 80 % become the mask token, 10 % a random one, 10 % stay (Devlin et al. 2019, section 3.1).
     Special tokens are never chosen, and of the others always one or more.
+
+    Args:
+        ids: of the T tokens.
+        tokenizer: which names the mask token, the special tokens and the vocabulary.
+        share: of the tokens to choose, from 0 to 1.
+        generator: of the draws.
+
+    Returns:
+        The masked ids, and the labels: −100 where nothing is predicted; T of each.
     """
     draws, kinds = generator.random((2, len(ids)))
     draws[np.isin(ids, tokenizer.all_special_ids)] = 2.0
@@ -114,7 +129,7 @@ def mask_row(
 
 
 def targets_of_next_tokens(batch: Mapping[str, Tensor], counted_rows: Tensor) -> BatchTargets:
-    """`Targets.batch_targets` of a causal LM, whose token is predicted from the one before it: B×(T−1).
+    """Find the labels and mask of a causal LM's batch, B×(T−1): each token is predicted from the one before it.
 
     Args:
         batch: `attention_mask` and, where there are labels, `labels` B×T.
@@ -127,7 +142,7 @@ def targets_of_next_tokens(batch: Mapping[str, Tensor], counted_rows: Tensor) ->
 
 
 def without_last(logits: Tensor) -> Tensor:
-    """Logits B×T×V without those of the last token, which predict what is not there."""
+    """Cut off the logits of the last token, which predict what is not there: B×T×V becomes B×(T−1)×V."""
     return logits[:, :-1]
 
 
@@ -187,14 +202,21 @@ def _read(
 def language_predictions(
     task: Task, rows: datasets.Dataset, found: list[dict[str, Any]], split: datasets.Dataset
 ) -> list[dict[str, Any]]:
-    """What `read_language` found of each window, as it is."""
+    """Keep the losses and tokens of each window as the kind's `read` gave them.
+
+    Args:
+        task: of these rows; it changes nothing here.
+        rows: the split's windows; they change nothing here.
+        found: for each window {"loss": nats, "right": tokens, "tokens": ids that were predicted}.
+        split: it changes nothing here.
+    """
     return found
 
 
 def language_while_training(
     targets: Targets,
 ) -> Callable[[Task, datasets.Dataset, datasets.Dataset], ScoringArguments]:
-    """A kind's `while_training`: of every token three numbers, since all logits don't fit into memory."""
+    """Make a kind's `while_training` that keeps three numbers of every token, as all logits don't fit into memory."""
 
     def scoring(task: Task, rows: datasets.Dataset, split: datasets.Dataset) -> ScoringArguments:
         return {
@@ -206,26 +228,35 @@ def language_while_training(
 
 
 def language_scores(task: Task, predictions: Sequence[dict], labels: Sequence, logits: None = None) -> dict[str, float]:
-    """Perplexity, and the share of tokens predicted right; no labels are asked for, and no logits are kept.
+    """Compute perplexity, and the share of tokens predicted right.
 
     Args:
-        predictions: as in `Evaluation`, one a row.
+        task: of these rows; it changes nothing here.
+        predictions: as in `Evaluation`, one a window.
+        labels: none; the tokens themselves are what is predicted.
+        logits: none are kept.
     """
     return _scores(_token_losses(predictions))
 
 
 def language_scorer(task: Task, predictions: Sequence[dict], labels: Sequence) -> Scorer:
-    """Perplexity of rows of which each counts so often.
+    """Make a function of row weights that gives the perplexity of the windows.
 
     Args:
-        predictions: as in `Evaluation`, one a row.
+        task: of these rows; it changes nothing here.
+        predictions: as in `Evaluation`, one a window.
         labels: none; the tokens themselves are what is predicted.
     """
     return _perplexity(_token_losses(predictions))
 
 
 def token_agreement(predictions: Sequence[dict], baseline: Sequence[dict]) -> float:
-    """The share of tokens that two models predict alike."""
+    """Compute the share of tokens that two models predict alike.
+
+    Args:
+        predictions: as in `Evaluation`, one a window, of one model.
+        baseline: of the other.
+    """
     first, second = ([each["tokens"] for each in found] for found in (predictions, baseline))
     return tag_agreement(first, second)
 

@@ -1,4 +1,4 @@
-"""What is computed of a task's predictions, whatever its kind."""
+"""The metrics of a task's predictions, whatever its kind."""
 
 import numpy as np
 
@@ -7,9 +7,10 @@ from distill.tasks.kinds import KINDS
 
 
 def compute_metrics(task: Task, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """The metrics of one split of a task with one prediction a row.
+    """Compute the metrics of one split of a task with one prediction a row.
 
     Args:
+        task: whose metrics are computed.
         logits: B×C; regression B×1 or B.
         labels: B class ids, B scores, or B×C zeros and ones of label sets.
     """
@@ -18,6 +19,6 @@ def compute_metrics(task: Task, logits: np.ndarray, labels: np.ndarray) -> dict[
 
 
 def computed(task: Task) -> list[str]:
-    """The keys of the metrics that are computed for a task's rows."""
+    """List the keys of the metrics that are computed for a task's rows."""
     named = [name for name in task.metrics if name != "roc_auc" or task.num_labels == 2]
     return [*named, *KINDS[task.kind].further_metrics]

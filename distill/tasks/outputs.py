@@ -1,4 +1,4 @@
-"""What a model's forward gives: its logits, whether they are finite, and the head computed at some tokens alone."""
+"""The outputs of a model's forward: its logits, whether they are finite, and the head computed at some tokens alone."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,19 +16,19 @@ CHUNK = 256
 
 
 def plain_model(model: Any) -> PreTrainedModel:
-    """The transformers model inside of PEFT's wrapper; any other as it is."""
+    """Take the transformers model out of PEFT's wrapper; any other stays as it is."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def logits_of(outputs: Any) -> Tensor:
-    """B×C, B×T×C, or for spans B×2×T: the logits of their starts and of their ends."""
+    """Read the logits of a model's outputs: B×C, B×T×C, or for spans B×2×T, those of their starts and of their ends."""
     if "start_logits" in outputs:
         return torch.stack([outputs["start_logits"], outputs["end_logits"]], dim=1)
     return outputs["logits"]
 
 
 def all_finite(logits: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Whether every logit is a finite number, those of padding aside: one boolean, on their device.
+    """Tell whether every logit is a finite number, those of padding aside: one boolean, on their device.
 
     Args:
         logits: as `logits_of` gives them.
@@ -45,10 +45,15 @@ def all_finite(logits: Tensor, attention_mask: Tensor | None) -> Tensor:
 
 
 def refuse_not_finite_outputs(logits: Tensor, attention_mask: Tensor | None, name: str) -> None:
-    """Raise an `InputError` where a model predicts NaN or infinite values.
+    """Raise an error where a model predicts NaN or infinite values.
 
     Args:
-        name: of the model.
+        logits: as `logits_of` gives them.
+        attention_mask: B×T, of models that read tokens.
+        name: of the model, for the message.
+
+    Raises:
+        InputError: any logit is not finite, those of padding aside.
     """
     if not all_finite(logits, attention_mask):
         raise InputError(
@@ -58,10 +63,12 @@ def refuse_not_finite_outputs(logits: Tensor, attention_mask: Tensor | None, nam
 
 
 def finite_logits(model: PreTrainedModel, batch: Mapping[str, Tensor], name: str) -> Tensor:
-    """A model's logits of a batch, in float32 in main memory, as `logits_of` gives them.
+    """Compute a model's logits of a batch, as `logits_of` gives them, in float32 in main memory.
 
     Args:
-        name: of the model.
+        model: in evaluation mode.
+        batch: its inputs, without labels.
+        name: of the model, for messages.
 
     Raises:
         InputError: they are NaN or infinite.
@@ -72,20 +79,21 @@ def finite_logits(model: PreTrainedModel, batch: Mapping[str, Tensor], name: str
 
 
 @contextmanager
-def head_at_mask(model: PreTrainedModel, counted: Tensor | None) -> Iterator[None]:
-    """Let a masked LM predict the tokens that count alone: its logits are then 1×N×V.
+def head_at_mask(model: PreTrainedModel, mask: Tensor | None) -> Iterator[None]:
+    """Compute a masked LM's head at the masked tokens alone: its logits are then 1×N×V.
 
     The head of a small model is most of its work: 30,000 outputs for each token, and of seven tokens one is masked.
 
     Args:
-        counted: B×T booleans with N true; None for all tokens.
+        model: a masked LM, plain or in PEFT's wrapper.
+        mask: B×T booleans with N true; None for all tokens.
     """
-    if counted is None:
+    if mask is None:
         yield
         return
 
     def select(encoder: nn.Module, arguments: tuple, output: Any) -> Any:
-        output.last_hidden_state = output.last_hidden_state[counted].unsqueeze(0)
+        output.last_hidden_state = output.last_hidden_state[mask].unsqueeze(0)
         return output
 
     hook = plain_model(model).base_model.register_forward_hook(select)
@@ -95,15 +103,16 @@ def head_at_mask(model: PreTrainedModel, counted: Tensor | None) -> Iterator[Non
         hook.remove()
 
 
-def logits_in_chunks(model: PreTrainedModel, inputs: Mapping[str, Tensor], counted: Tensor) -> Iterator[Tensor]:
-    """A language model's logits N×V of the tokens that count, `CHUNK` of them at a time.
+def logits_in_chunks(model: PreTrainedModel, inputs: Mapping[str, Tensor], mask: Tensor) -> Iterator[Tensor]:
+    """Compute a language model's logits N×V of the tokens under a mask, `CHUNK` of them at a time.
 
     What is before the head runs once, the head for each chunk: B×T×V logits of 64 rows of 128 tokens would be 5 GB for
     a vocabulary of 151,000.
 
     Args:
+        model: in evaluation mode.
         inputs: that the model takes.
-        counted: B×T booleans with N true.
+        mask: B×T booleans with N true.
     """
     encoder = plain_model(model).base_model
     whole, own = encoder.forward, encoder.__dict__.get("forward")
@@ -113,7 +122,7 @@ def logits_in_chunks(model: PreTrainedModel, inputs: Mapping[str, Tensor], count
     def forward(*arguments: Any, **options: Any) -> Any:
         if not known:
             known.append(whole(*arguments, **options))
-            states.extend(known[0].last_hidden_state[counted].split(CHUNK))
+            states.extend(known[0].last_hidden_state[mask].split(CHUNK))
         known[0].last_hidden_state = states.pop(0).unsqueeze(0)
         return known[0]
 

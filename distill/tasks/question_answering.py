@@ -35,14 +35,19 @@ _BEST = 20
 def encode_windows(
     batch: Batch, numbers: Sequence[int], task: Task, tokenizer: PreTrainedTokenizerBase, options: EncodeOptions
 ) -> Batch:
-    """Overlapping windows of each context behind its question; an answer outside of a window is its first token.
+    """Tokenize questions, each with overlapping windows of its context.
+
+    The label of a window that does not hold the answer is its first token.
 
     `row` is the number of the row, `starts` and `ends` are the characters of the context under each token, −1 for
     tokens that are none of it. Windows share a third of their tokens, unless the options say otherwise.
 
     Args:
         batch: the task's columns (questions, contexts) and `label`.
-        numbers: of the rows.
+        numbers: of the rows in their split.
+        task: which columns are read.
+        tokenizer: a fast one, of the model that will read the rows.
+        options: `max_length` and `stride` in tokens.
     """
     max_length, stride = options.max_length, options.stride
     stride = max_length // 3 if stride is None else stride
@@ -97,7 +102,7 @@ def _tokens_of_answer(places: np.ndarray, answers: dict[str, list]) -> tuple[int
 
 
 def targets_of_ends(batch: Mapping[str, Tensor], counted_rows: Tensor) -> BatchTargets:
-    """`Targets.batch_targets` of spans: their first and last tokens, B×2; padding can be no end.
+    """Find the labels and mask of a batch of spans: their first and last tokens, B×2; padding can be no end.
 
     Args:
         batch: `attention_mask`, and B of each of `SPAN_LABELS` where there are labels.
@@ -112,16 +117,28 @@ def targets_of_ends(batch: Mapping[str, Tensor], counted_rows: Tensor) -> BatchT
 
 
 def read_spans(model: PreTrainedModel, batch: Mapping[str, Tensor], labels: Sequence, name: str) -> list[NDArray]:
-    """The logits 2×T of each window of a batch: of starts and of ends."""
+    """Compute the logits 2×T of each window of a batch: those of starts and of ends.
+
+    Args:
+        model: in evaluation mode.
+        batch: its inputs, B×T.
+        labels: of the windows; they change nothing here.
+        name: of the model, for messages.
+
+    Raises:
+        InputError: logits that are NaN or infinite.
+    """
     return list(finite_logits(model, batch, name).numpy())
 
 
 def answers_to(task: Task, windows: datasets.Dataset, logits: Sequence[NDArray], split: datasets.Dataset) -> list[str]:
-    """A model's answer to each question.
+    """Find a model's answer to each question of a split.
 
     Args:
+        task: which column holds the contexts.
         windows: as `distill.data.tokenized.tokenize` makes them of the split.
         logits: 2×T of each window.
+        split: its rows; where one has no answer, "" is an answer too.
     """
     may_be_none = any(not answers["text"] for answers in split["label"])
     of_windows = zip(windows["row"], windows["starts"], windows["ends"], logits, strict=True)
@@ -129,7 +146,13 @@ def answers_to(task: Task, windows: datasets.Dataset, logits: Sequence[NDArray],
 
 
 def spans_while_training(task: Task, windows: datasets.Dataset, split: datasets.Dataset) -> ScoringArguments:
-    """What a Trainer takes to score answers."""
+    """Make the arguments with which a Trainer scores answers.
+
+    Args:
+        task: which column holds the contexts.
+        windows: as `distill.data.tokenized.tokenize` makes them of the split.
+        split: its rows.
+    """
 
     def of_spans(output: EvalPrediction) -> dict[str, float]:
         answers = answers_to(task, windows, list(np.stack(output.predictions, axis=1)), split)
@@ -141,7 +164,7 @@ def spans_while_training(task: Task, windows: datasets.Dataset, split: datasets.
 def answers_of(
     contexts: Sequence[str], windows: Iterable[tuple[int, list[int], list[int], NDArray]], *, may_be_none: bool
 ) -> list[str]:
-    """The best answer to each question: the span with the largest sum of a start's and an end's logit.
+    """Choose the best answer to each question: the span with the largest sum of a start's and an end's logit.
 
     Args:
         contexts: one a question.
@@ -169,10 +192,14 @@ def answers_of(
 
 
 def answer_scores(answers: Sequence[str], accepted: Sequence[Sequence[str]]) -> NDArray[np.float64]:
-    """N×2: for each answer its F1 and whether it matches exactly, against the accepted one that is nearest.
+    """Compute for each of N answers its F1, and whether it matches exactly, against the nearest accepted answer: N×2.
 
-    Both after case, punctuation and articles are dropped, F1 over words (Rajpurkar et al. 2016, section 6.1). No
-    accepted answer of which something is left means that "" is right, as in SQuAD 2's script.
+    Both after case, punctuation and articles are dropped, F1 over words (Rajpurkar et al. 2016, section 6.1).
+
+    Args:
+        answers: one a question.
+        accepted: the answers to each question that are right; none of which something is left means that "" is right,
+            as in SQuAD 2's script.
     """
     scores = [
         [max(score(answer, each) for each in _that_say_something(known)) for score in (_f1, _exact_match)]
@@ -182,19 +209,37 @@ def answer_scores(answers: Sequence[str], accepted: Sequence[Sequence[str]]) -> 
 
 
 def span_scores(task: Task, answers: Sequence[str], labels: Sequence[dict], logits: None = None) -> dict[str, float]:
-    """F1 and exact match of answers, from 0 to 1; no logits are kept."""
+    """Compute F1 and exact match of answers, from 0 to 1.
+
+    Args:
+        task: of these rows; it changes nothing here.
+        answers: one a question.
+        labels: SQuAD's `answers` of each question, with its `text`s.
+        logits: none are kept.
+    """
     of_rows = answer_scores(answers, [label["text"] for label in labels])
     f1, exact = (scorers.whole(scorers.mean(values), len(values)) for values in of_rows.T)
     return {"f1": f1, "exact_match": exact}
 
 
 def span_scorer(task: Task, answers: Sequence[str], labels: Sequence[dict]) -> Scorer:
-    """F1 of answers of which each counts so often."""
+    """Make a function of row weights that gives the F1 of answers.
+
+    Args:
+        task: of these rows; it changes nothing here.
+        answers: one a question.
+        labels: as in `span_scores`.
+    """
     return scorers.mean(answer_scores(answers, [label["text"] for label in labels])[:, 0])
 
 
 def answer_agreement(answers: Sequence[str], baseline: Sequence[str]) -> float:
-    """The share of questions that two models answer alike, after `normalised`."""
+    """Compute the share of questions that two models answer alike, after `normalised`.
+
+    Args:
+        answers: of one model, one a question.
+        baseline: of the other.
+    """
     return float(np.mean([normalised(one) == normalised(other) for one, other in zip(answers, baseline, strict=True)]))
 
 
@@ -203,7 +248,7 @@ def _that_say_something(known: Sequence[str]) -> list[str]:
 
 
 def normalised(answer: str) -> str:
-    """An answer in lower case without ASCII's punctuation, articles, and spaces that say nothing.
+    """Write an answer in lower case without ASCII's punctuation, articles, and spaces that say nothing.
 
     Exactly as SQuAD's script does it: other punctuation stays.
     """

@@ -20,36 +20,46 @@ from distill.tasks.scorers import Scorer
 
 
 def most_likely(logits: np.ndarray) -> np.ndarray:
-    """The class ids of logits …×C."""
+    """Choose the most likely class ids of logits …×C."""
     return logits.argmax(-1)
 
 
 def label_sets(logits: np.ndarray) -> np.ndarray:
-    """Zeros and ones B×C of logits B×C: a label is there where its probability is above a half."""
+    """Choose the labels of logits B×C whose probability is above a half, as zeros and ones B×C."""
     return (logits > 0).astype(int)
 
 
 def scores_of(logits: np.ndarray) -> np.ndarray:
-    """The scores B of a regression's outputs B×1 or B."""
+    """Read the scores B of a regression's outputs B×1 or B."""
     return logits.reshape(-1)
 
 
 def read_rows(model: PreTrainedModel, batch: Mapping[str, Tensor], labels: Sequence, name: str) -> list[np.ndarray]:
-    """The logits C of each row of a batch."""
+    """Compute the logits C of each row of a batch.
+
+    Args:
+        model: in evaluation mode.
+        batch: its inputs, of B rows.
+        labels: of these rows; they change nothing here.
+        name: of the model, for messages.
+
+    Raises:
+        InputError: logits that are NaN or infinite.
+    """
     return list(finite_logits(model, batch, name).numpy())
 
 
 def row_predictions(
     predict: Callable[[np.ndarray], np.ndarray],
 ) -> Callable[[Task, datasets.Dataset, Sequence[np.ndarray], datasets.Dataset], list]:
-    """A kind's `predictions`: what `predict` makes of all rows' logits B×C."""
+    """Make a kind's `predictions`, which applies `predict` to the logits B×C of all rows."""
     return lambda task, rows, found, split: predict(np.stack(found)).tolist()
 
 
 def rows_while_training(
     predict: Callable[[np.ndarray], np.ndarray],
 ) -> Callable[[Task, datasets.Dataset, datasets.Dataset], ScoringArguments]:
-    """A kind's `while_training`, of what `predict` makes of all rows' logits B×C."""
+    """Make a kind's `while_training`, which scores what `predict` makes of the logits B×C of all rows."""
 
     def scoring(task: Task, rows: datasets.Dataset, split: datasets.Dataset) -> ScoringArguments:
         def of_rows(output: EvalPrediction) -> dict[str, float]:
@@ -61,10 +71,12 @@ def rows_while_training(
 
 
 def row_scores(task: Task, predictions: ArrayLike, labels: ArrayLike, logits: np.ndarray) -> dict[str, float]:
-    """The task's metrics of one split.
+    """Compute the task's metrics of one split.
 
     Args:
+        task: whose metrics are computed.
         predictions: B class ids, B scores, or B×C zeros and ones of label sets; labels alike.
+        labels: of the rows.
         logits: B×C, or B of a regression.
     """
     found, truth = np.asarray(predictions), np.asarray(labels)
@@ -81,20 +93,36 @@ def row_scores(task: Task, predictions: ArrayLike, labels: ArrayLike, logits: np
 
 
 def row_scorer(task: Task, predictions: Sequence, labels: Sequence) -> Scorer:
-    """The task's primary metric of rows of which each counts so often; predictions and labels as in `row_scores`."""
+    """Make a function of row weights that gives the task's primary metric of the rows.
+
+    Args:
+        task: whose primary metric it is.
+        predictions: as in `row_scores`.
+        labels: as in `row_scores`.
+    """
     found, truth = np.asarray(predictions), np.asarray(labels)
     names = [name for name in task.metrics if name in _SCORERS] if task.primary_metric == "average" else []
     return scorers.mean_of([_SCORERS[name](truth, found) for name in names or [task.primary_metric]])
 
 
 def row_agreement(predictions: Sequence, baseline: Sequence) -> float:
-    """The share of rows on which two models predict the same class, or the same set of labels."""
+    """Compute the share of rows on which two models predict the same class, or the same set of labels.
+
+    Args:
+        predictions: B class ids, or B×C zeros and ones, of one model.
+        baseline: of the other.
+    """
     found, other = np.asarray(predictions), np.asarray(baseline)
     return scorers.whole(scorers.accuracy(other, found), len(found))
 
 
 def correlation(predictions: Sequence, baseline: Sequence) -> float:
-    """Pearson's correlation of two models' scores of the same rows; 0 where either are all the same."""
+    """Compute Pearson's correlation of two models' scores of the same rows; 0 where those of either are all the same.
+
+    Args:
+        predictions: B scores of one model.
+        baseline: of the other.
+    """
     found, other = np.asarray(predictions), np.asarray(baseline)
     return scorers.whole(scorers.pearson(other, found), len(found))
 

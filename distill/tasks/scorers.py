@@ -1,7 +1,7 @@
-"""Metrics of rows of which each counts so often: one function gives a score and the bootstrap of it.
+"""Metrics as functions of row weights: one function gives a score and the bootstrap of it.
 
-A score gives every row the weight 1; a resample gives each the times that it was drawn. What a metric sums over rows
-is summed as weights times a matrix, which is quick enough for 9,999 resamples of thousands of rows.
+A score gives every row the weight 1; a resample gives each the times that it was drawn. What a metric sums over rows is
+summed as weights times a matrix, which is quick enough for 9,999 resamples of thousands of rows.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,23 +18,38 @@ _ROUNDING = 1e-13
 
 
 def whole(scorer: Scorer, num_rows: int) -> float:
-    """The score of all rows, each once."""
+    """Compute the score of all rows, each with the weight 1.
+
+    Args:
+        scorer: made for these rows.
+        num_rows: their number.
+    """
     return float(scorer(np.ones(num_rows)))
 
 
 def accuracy(references: NDArray, predictions: NDArray) -> Scorer:
-    """Share of rows predicted right: B class ids, or B×C zeros and ones that must all be right."""
+    """Make the scorer of the share of rows that are predicted right.
+
+    Args:
+        references: B class ids, or B×C zeros and ones that must all be right.
+        predictions: alike.
+    """
     right = references == predictions
     return mean(right if right.ndim == 1 else right.all(-1))
 
 
 def mean(values: ArrayLike) -> Scorer:
-    """The mean of a value of each row."""
+    """Make the scorer of the mean of a value of each row."""
     return ratio(values, np.ones(len(np.asarray(values))))
 
 
 def ratio(over: ArrayLike, under: ArrayLike) -> Scorer:
-    """A sum over rows divided by another; 0 where there is nothing to divide by."""
+    """Make the scorer of a sum over rows divided by another one; 0 where there is nothing to divide by.
+
+    Args:
+        over: N numbers, summed above the line.
+        under: N numbers, summed below it.
+    """
     columns = np.stack([np.asarray(each, dtype=np.float64) for each in (over, under)], axis=-1)
 
     def score(weights: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -45,18 +60,30 @@ def ratio(over: ArrayLike, under: ArrayLike) -> Scorer:
 
 
 def f1(counts: NDArray) -> Scorer:
-    """Micro-averaged F1 of what was found rightly, found, and there in each row: N×3."""
+    """Make the scorer of the micro-averaged F1 of counts N×3: found rightly, found, and there in each row."""
     return ratio(2 * counts[:, 0], counts[:, 1] + counts[:, 2])
 
 
 def f1_of_ones(references: NDArray, predictions: NDArray) -> Scorer:
-    """F1 of class 1 (B class ids), or of the decisions of all labels together (B×C zeros and ones)."""
+    """Make the scorer of the F1 of class 1, or of the decisions of all labels together.
+
+    Args:
+        references: B class ids, or B×C zeros and ones.
+        predictions: alike.
+    """
     there, found = ((each == 1).reshape(len(each), -1) for each in (references, predictions))
     return f1(np.stack([each.sum(-1) for each in (there & found, found, there)], axis=-1))
 
 
 def matthews(references: NDArray, predictions: NDArray) -> Scorer:
-    """Matthews correlation coefficient for any number of classes (Gorodkin 2004); 0 where either side is constant."""
+    """Make the scorer of the Matthews correlation coefficient of any number of classes (Gorodkin 2004).
+
+    It is 0 where either side is constant.
+
+    Args:
+        references: B class ids.
+        predictions: alike.
+    """
     classes = np.unique([references, predictions])
     truth, found = ((each[:, None] == classes).astype(np.float64) for each in (references, predictions))
     columns = np.column_stack([references == predictions, truth, found]).astype(np.float64)
@@ -72,7 +99,12 @@ def matthews(references: NDArray, predictions: NDArray) -> Scorer:
 
 
 def pearson(references: NDArray, predictions: NDArray) -> Scorer:
-    """Pearson correlation; 0 where either side is constant (it is undefined there)."""
+    """Make the scorer of the Pearson correlation; 0 where either side is constant (it is undefined there).
+
+    Args:
+        references: B scores.
+        predictions: alike.
+    """
     first, second = (np.asarray(each, dtype=np.float64) for each in (references, predictions))
     first, second = first - first.mean(), second - second.mean()
     columns = np.column_stack([first, second, first * first, second * second, first * second])
@@ -80,7 +112,12 @@ def pearson(references: NDArray, predictions: NDArray) -> Scorer:
 
 
 def spearman(references: NDArray, predictions: NDArray) -> Scorer:
-    """Spearman rank correlation, ties at their mean rank; 0 where either side is constant (it is undefined there)."""
+    """Make the scorer of the Spearman rank correlation, ties at their mean rank; 0 where either side is constant.
+
+    Args:
+        references: B scores.
+        predictions: alike.
+    """
     ranks = [_ranked(np.asarray(each)) for each in (references, predictions)]
 
     def score(weights: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -93,7 +130,7 @@ def spearman(references: NDArray, predictions: NDArray) -> Scorer:
 
 
 def mean_of(scorers: Sequence[Scorer]) -> Scorer:
-    """The mean of several scores of the same rows."""
+    """Make the scorer of the mean of several scores of the same rows."""
     return lambda weights: np.mean([scorer(weights) for scorer in scorers], axis=0)
 
 

@@ -1,4 +1,4 @@
-"""What of a batch a model's logits stand against: labels, mask, and how predictions are compared."""
+"""The labels and mask that a model's logits of a batch stand against, and how predictions are compared."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ _NO_LOGIT = -1e4
 
 @dataclass(frozen=True)
 class BatchTargets:
-    """Of a batch: the labels of its predictions, and which of these are compared with a teacher's."""
+    """The labels of a batch's predictions, and the mask of those that are compared with a teacher's."""
 
     labels: Tensor | None
     """…, or …×C for multi-label; unknown ones are −100 or NaN. None where the batch has no such column."""
@@ -29,7 +29,7 @@ class BatchTargets:
     """For spans B×1×T: the tokens that can be an end, padding aside."""
 
     def at_mask(self, logits: Tensor) -> "BatchTargets":
-        """These, or in one row those under the mask where the logits are of them alone (see `head_at_mask`)."""
+        """Keep the targets under the mask, in one row, where the logits are of them alone (see `head_at_mask`)."""
         if logits.shape[:-1] == self.mask.shape:
             return self
         labels = None if self.labels is None else self.labels[self.mask].unsqueeze(0)
@@ -54,10 +54,7 @@ class HardLoss(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Targets:
-    """What models of a kind predict, and how their logits stand against labels and against another model's logits.
-
-    Nothing has a default: targets that leave something out can't be made. "Logits" are as `logits_of` gives them.
-    """
+    """What models of a kind predict, and how their logits are compared with labels and with another model's logits."""
 
     name: str
     """In messages, and in the names of caches on disk."""
@@ -105,37 +102,37 @@ class Targets:
 
     @property
     def per_token(self) -> bool:
-        """Whether each token has one, so that labels are padded as tokens are."""
+        """Whether each token has one prediction, so that labels are padded as tokens are."""
         return self.token_axis == 1
 
     def num_outputs(self, config: PretrainedConfig) -> int:
-        """Logits of one row, or of one token."""
+        """Give the number of logits of one row, or of one token."""
         if self.over_vocabulary:
             return config.vocab_size
         return config.num_labels if len(self.output_names) == 1 else len(self.output_names)
 
     def named(self, logits: Tensor) -> dict[str, Tensor]:
-        """Logits under the names that transformers' models give them: B×C, B×T×C, or for each end of spans B×T."""
+        """Name logits as transformers' models do: B×C, B×T×C, or for each end of spans B×T."""
         several = len(self.output_names) > 1
         return dict(zip(self.output_names, logits.unbind(1) if several else [logits], strict=True))
 
     def tokens_first(self, logits: Tensor) -> Tensor:
-        """Logits B×T×C, of B×T×C or of spans' B×2×T; the inverse too."""
+        """Turn logits B×T×C, or B×2×T of spans, into B×T×C; and back."""
         return logits if self.token_axis == 1 else logits.transpose(1, 2)
 
 
 def any_config(config: PretrainedConfig) -> bool:
-    """`Targets.fits` where a model's class says all."""
+    """Accept any config: the `Targets.fits` of kinds whose model class says all."""
     return True
 
 
 def as_they_are(logits: Tensor) -> Tensor:
-    """`Targets.aligned` and `Targets.distributions` where each logit stands where its label does."""
+    """Keep logits as they are, where each stands in its label's place (`Targets.aligned`, `Targets.distributions`)."""
     return logits
 
 
 def targets_of_rows(batch: Mapping[str, Tensor], counted_rows: Tensor) -> BatchTargets:
-    """`Targets.batch_targets` of one prediction a row.
+    """Find the labels and mask of a batch with one prediction a row.
 
     Args:
         batch: its `labels` are B, or B×C.
@@ -149,12 +146,12 @@ def targets_of_rows(batch: Mapping[str, Tensor], counted_rows: Tensor) -> BatchT
 
 
 def targets_of_tokens(batch: Mapping[str, Tensor], counted_rows: Tensor) -> BatchTargets:
-    """`Targets.batch_targets` of one prediction a token.
+    """Find the labels and mask of a batch with one prediction a token.
 
-    A token counts where it has a label; in a row without any, where it is no padding.
+    A token is under the mask where it has a label; in a row without any, where it is no padding.
 
     Args:
-        batch: its `labels` are B×T.
+        batch: its `attention_mask` and, where there are labels, `labels` are B×T.
         counted_rows: B booleans.
     """
     tokens, labels = real_tokens(batch, counted_rows), batch.get("labels")
@@ -162,12 +159,17 @@ def targets_of_tokens(batch: Mapping[str, Tensor], counted_rows: Tensor) -> Batc
 
 
 def real_tokens(batch: Mapping[str, Tensor], counted_rows: Tensor) -> Tensor:
-    """B×T booleans of the tokens of rows that count (B booleans), padding aside."""
+    """Mask the padding, and all tokens of the rows that are masked themselves: B×T booleans.
+
+    Args:
+        batch: its `attention_mask` is B×T.
+        counted_rows: B booleans.
+    """
     return batch["attention_mask"].bool() & counted_rows.unsqueeze(-1)
 
 
 def labelled_tokens(labels: Tensor | None, tokens: Tensor) -> BatchTargets:
-    """Targets at the tokens that have a label; in rows without any, at all tokens.
+    """Make targets at the tokens that have a label; in rows without any, at all tokens.
 
     Args:
         labels: B×T, −100 for none.
@@ -180,9 +182,10 @@ def labelled_tokens(labels: Tensor | None, tokens: Tensor) -> BatchTargets:
 
 
 def logits_under_mask(targets: Targets, batch: Mapping[str, Tensor], logits: Tensor) -> Tensor:
-    """The logits N×C of a batch's predictions: of its rows, of its tokens, of its spans' two ends.
+    """Select the logits N×C of a batch's predictions: of its rows, of its tokens, of its spans' two ends.
 
     Args:
+        targets: of the model.
         batch: a model's inputs, without labels.
         logits: as `logits_of` gives them.
     """
@@ -211,29 +214,32 @@ def mask_classes(logits: Tensor, classes: Tensor | None, *, as_values: bool) -> 
 
 
 def kl_of_classes(reference: NDArray, logits: NDArray) -> NDArray[np.float64]:
-    """KL(reference ‖ other) of each row's distribution over classes, in nats: N.
+    """Compute KL(reference ‖ other) of each row's distribution over classes, in nats: N.
 
     Args:
-        reference: logits N×C; logits alike.
+        reference: logits N×C of the reference.
+        logits: N×C of the other.
     """
     return _kl(*(np.asarray(each, dtype=np.float64) for each in (reference, logits)))
 
 
 def kl_of_labels(reference: NDArray, logits: NDArray) -> NDArray[np.float64]:
-    """The mean over C labels of each row's KL(reference ‖ other), each of a distribution of two outcomes, in nats: N.
+    """Compute the mean over C labels of each row's KL(reference ‖ other) of two outcomes each, in nats: N.
 
     Args:
-        reference: logits N×C; logits alike.
+        reference: logits N×C of the reference.
+        logits: N×C of the other.
     """
     first, second = (np.asarray(each, dtype=np.float64) for each in (reference, logits))
     return _kl(*(np.stack([each, np.zeros_like(each)], axis=-1) for each in (first, second)))
 
 
 def squared_differences(reference: NDArray, logits: NDArray) -> NDArray[np.float64]:
-    """The squared difference of each row's values: N.
+    """Compute the squared difference of each row's values: N.
 
     Args:
-        reference: values N×1; logits alike.
+        reference: values N×1 of the reference.
+        logits: values N×1 of the other.
     """
     first, second = (np.asarray(each, dtype=np.float64) for each in (reference, logits))
     return np.square(first - second).reshape(len(first), -1).mean(-1)
@@ -246,29 +252,44 @@ def _kl(first: NDArray, second: NDArray) -> NDArray[np.float64]:
 
 
 def likelihood_of_drawn_classes(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """The sum of log-likelihoods of a class drawn from each distribution N×C."""
+    """Draw a class from each distribution, and sum the log-likelihoods of the drawn classes (in nats).
+
+    Args:
+        logits: N×C.
+        generator: of the draws, on the logits' device.
+    """
     logits = logits.float()
     drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
     return logits.log_softmax(-1).gather(-1, drawn).sum()
 
 
 def likelihood_of_drawn_labels(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """The sum of log-likelihoods of labels N×C drawn each by itself."""
+    """Draw each label by itself, and sum the log-likelihoods of the drawn zeros and ones (in nats).
+
+    Args:
+        logits: N×C.
+        generator: of the draws, on the logits' device.
+    """
     logits = logits.float()
     drawn = torch.bernoulli(logits.detach().sigmoid(), generator=generator)
     return -nn.functional.binary_cross_entropy_with_logits(logits, drawn, reduction="sum")
 
 
 def sum_of_values(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """The sum of values, whose gradients are those of a squared error but for a factor of mean 0 and variance 1."""
+    """Sum values, whose gradients are those of a squared error but for a factor of mean 0 and variance 1.
+
+    Args:
+        logits: N×1.
+        generator: none is needed.
+    """
     return logits.float().sum()
 
 
 def log_of_probabilities(probabilities: Tensor) -> Tensor:
-    """Logits of a softmax …×C."""
+    """Turn probabilities …×C of classes into logits."""
     return probabilities.clamp(min=1e-12).log()
 
 
 def log_odds(probabilities: Tensor) -> Tensor:
-    """Logits of labels …×C that are there each by itself."""
+    """Turn probabilities …×C of labels that are there each by itself into logits."""
     return probabilities.logit(eps=1e-6)

@@ -20,13 +20,16 @@ from distill.tasks.targets import IGNORED, any_config, targets_of_tokens
 def encode_words(
     batch: Batch, numbers: Sequence[int], task: Task, tokenizer: PreTrainedTokenizerBase, options: EncodeOptions
 ) -> Batch:
-    """A word's label stands on its first token, −100 on the others; `words` are the numbers of those with a label.
+    """Tokenize words: a word's label stands on its first token, −100 on the others; `words` numbers those with a label.
 
     Words beyond `max_length` and words that become no token (empty ones, zero-width characters) are not among them.
 
     Args:
         batch: the task's column of words and `label`.
         numbers: of the rows; they change nothing here.
+        task: which column is read.
+        tokenizer: a fast one, of the model that will read the rows.
+        options: `max_length` in tokens, at which rows are cut.
     """
     words = batch[task.text[0]]
     encoded = tokenizer(
@@ -48,10 +51,16 @@ def encode_words(
 def read_tags(
     model: PreTrainedModel, batch: Mapping[str, Tensor], labels: Sequence[Sequence[int]], name: str
 ) -> list[list[int]]:
-    """The label ids predicted for the words of each row of a batch that the model read.
+    """Predict the label ids of the words of each row of a batch that the model reads.
 
     Args:
+        model: in evaluation mode.
+        batch: its inputs, B×T.
         labels: of each row's tokens, −100 for those that stand for no word; padding is on the right.
+        name: of the model, for messages.
+
+    Raises:
+        InputError: logits that are NaN or infinite.
     """
     found = finite_logits(model, batch, name).argmax(-1).numpy()
     known = [np.array(of_row) != IGNORED for of_row in labels]
@@ -61,12 +70,25 @@ def read_tags(
 def tag_predictions(
     task: Task, rows: datasets.Dataset, found: Sequence[Sequence[int]], split: datasets.Dataset
 ) -> list[list[int]]:
-    """The label ids of all words of each row, of what `read_tags` found."""
+    """Spread the label ids that `read_tags` predicted over all words of each row, −100 for words that were not read.
+
+    Args:
+        task: of these rows; it changes nothing here.
+        rows: the split as `encode_words` tokenized it.
+        found: label ids of each row's words that were read.
+        split: the rows with all of their words.
+    """
     return tags_of_words(found, rows["words"], split["label"])
 
 
 def tags_while_training(task: Task, rows: datasets.Dataset, split: datasets.Dataset) -> ScoringArguments:
-    """What a Trainer takes to score tagged words."""
+    """Make the arguments with which a Trainer scores tagged words.
+
+    Args:
+        task: whose label names tell which tags make an entity.
+        rows: the split as `encode_words` tokenized it.
+        split: the rows with the labels of all their words.
+    """
 
     def of_words(output: EvalPrediction) -> dict[str, float]:
         found = words_of(output.predictions, output.label_ids)
@@ -76,18 +98,23 @@ def tags_while_training(task: Task, rows: datasets.Dataset, split: datasets.Data
 
 
 def words_of(values: np.ndarray, labels: np.ndarray) -> list[list[int]]:
-    """Of tokens (B×T) those that stand for words, row by row: the ones with a label."""
+    """Select from values of tokens those of tokens that stand for words, row by row.
+
+    Args:
+        values: B×T.
+        labels: B×T, −100 for tokens that stand for no word.
+    """
     return [row[known].tolist() for row, known in zip(values, labels != IGNORED, strict=True)]
 
 
 def tags_of_words(
     found: Sequence[Sequence[int]], words: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]
 ) -> list[list[int]]:
-    """The label ids predicted for all words of each row, −100 for those that the model did not read.
+    """Spread label ids of the words that a model read over all words of each row, −100 for the others.
 
     Args:
-        found: of the words that it read.
-        words: their numbers; the others are beyond its length, or became no token.
+        found: label ids of each row's words that were read.
+        words: numbers of these words in their row; the others are beyond its length, or became no token.
         labels: of all words of each row.
     """
     predicted = []
@@ -100,11 +127,12 @@ def tags_of_words(
 def tag_scores(
     task: Task, predictions: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], logits: None = None
 ) -> dict[str, float]:
-    """Precision, recall and F1 of entities, and the share of words whose tag is right.
+    """Compute precision, recall and F1 of entities, and the share of words whose tag is right.
 
     Args:
+        task: whose label names tell which tags make an entity.
         predictions: label ids of each row's words; −100 for words that the model did not read, which are not right.
-        labels: of every word.
+        labels: of every word, −100 for words without one.
         logits: none are kept.
     """
     results = entities.scores(entities.entity_counts(predictions, labels, task.label_names or ()))
@@ -114,12 +142,23 @@ def tag_scores(
 
 
 def tag_scorer(task: Task, predictions: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]) -> Scorer:
-    """Entity F1 of rows of which each counts so often; predictions and labels as in `tag_scores`."""
+    """Make a function of row weights that gives the entity F1 of the rows.
+
+    Args:
+        task: whose label names tell which tags make an entity.
+        predictions: as in `tag_scores`.
+        labels: as in `tag_scores`.
+    """
     return scorers.f1(entities.entity_counts(predictions, labels, task.label_names or ()))
 
 
 def tag_agreement(predictions: Sequence[Sequence[int]], baseline: Sequence[Sequence[int]]) -> float:
-    """The share of words that two models tag alike, without those that neither model read (−100)."""
+    """Compute the share of words that two models tag alike, without those that neither model read (−100).
+
+    Args:
+        predictions: label ids of each row's words, of one model.
+        baseline: of the other.
+    """
     pairs = [pair for rows in zip(predictions, baseline, strict=True) for pair in zip(*rows, strict=False)]
     return float(np.mean([first == second for first, second in pairs if (first, second) != (IGNORED, IGNORED)]))
 
