@@ -1,4 +1,4 @@
-"""What each command of the command line does; it imports all that they need, `distill.cli` what their words need."""
+"""The functions behind the commands of the command line, with all that they import; `distill.cli` reads the words."""
 
 import argparse
 import logging
@@ -62,7 +62,7 @@ from distill.verbs.all import VERBS
 
 
 def run_command(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
-    """Run one command.
+    """Run one command of the command line.
 
     Args:
         arguments: the command's name and its own arguments.
@@ -126,7 +126,21 @@ def run_recipe(
     force: bool = False,
     profile: bool = False,
 ) -> None:
-    """Run a recipe's unfinished steps, then (unless `only` some were asked for) report, and push what it says."""
+    """Run a recipe's unfinished steps; then report and push as it says, unless only some steps were asked for.
+
+    Args:
+        path: of the recipe.
+        overrides: values (as YAML) by path: `student.temperature`, `data.max_length`, `output_dir`.
+        only: run these steps alone; what they start from must be finished.
+        rerun: make these steps, and those that depend on them, anew though they are finished.
+        force: make every step anew.
+        profile: write where the time of training steps goes into the run folders.
+
+    Raises:
+        InputError: with every problem that can be told before the first step runs.
+        FolderInUse: another process runs into the same folder.
+        DiskFull: the steps so far are whole, and the next run goes on.
+    """
     check_launch()
     recipe = load_recipe(path, overrides, draft=True)
     # Before the hours, not after them.

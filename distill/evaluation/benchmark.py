@@ -43,11 +43,12 @@ def benchmark_models(
 
     Args:
         locations: for each name a folder or Hub id.
+        options: batch sizes, tokens of a row, and rounds.
         made_from: for models made from another one here, its name. What could be faster on a CPU than the quantized
             ones among them is then measured too, under the names of `variants_of`.
 
     Raises:
-        InputError: a model is too short for `sequence_length`.
+        InputError: a model is too short for `sequence_length`, or its weights are not those of its config.
     """
     device = compute_device()
     models = {name: _load(location).to(device).eval() for name, location in locations.items()}
@@ -86,7 +87,15 @@ def benchmark_models(
 
 
 def refuse_too_short(configs: Mapping[str, PretrainedConfig], options: BenchmarkOptions) -> None:
-    """Raise an `InputError` if a model takes fewer tokens than are measured."""
+    """Raise an error if a model takes fewer tokens than are measured.
+
+    Args:
+        configs: of the models, by name.
+        options: the benchmark's, with `sequence_length` in tokens.
+
+    Raises:
+        InputError: with the shortest model's name.
+    """
     limits = {name: longest for name, config in configs.items() if (longest := longest_input(config)) is not None}
     shortest = min(limits, key=lambda name: limits[name], default=None)
     if shortest is not None and limits[shortest] < options.sequence_length:
@@ -98,7 +107,13 @@ def refuse_too_short(configs: Mapping[str, PretrainedConfig], options: Benchmark
 
 
 def variants_of(name: str, parent: str) -> list[str]:
-    """The names of what could be faster on a CPU than a quantized model: its parent's plain weights, or no outliers."""
+    """Name what could be faster on a CPU than a quantized model: its parent's plain weights, and itself without
+    outliers.
+
+    Args:
+        name: of the quantized model.
+        parent: of the model that it was made from.
+    """
     return [f"{parent} in bf16", f"{name} with threshold 0"]
 
 
@@ -120,7 +135,7 @@ def _variants(models: Mapping[str, PreTrainedModel], made_from: Mapping[str, str
 
 
 def environment() -> dict[str, Any]:
-    """Machine and versions that a measurement depends on."""
+    """Describe the machine and the versions that a measurement depends on."""
     packages = ("torch", "transformers", "datasets", "accelerate", "bitsandbytes", "peft")
     return {
         "python": platform.python_version(),
@@ -133,12 +148,12 @@ def environment() -> dict[str, Any]:
 
 
 def remarks_on(model: Measurement, parent: Measurement, variants: Sequence[Measurement]) -> list[str]:
-    """In words, where a model is no gain over the one it was made from, or over what `variants_of` them was measured.
+    """Say where a model is no gain over the one it was made from, or over its variants (see `variants_of`).
 
     Args:
-        model: with its name.
-        parent: what it was made from.
-        variants: what else was measured.
+        model: a measured one.
+        parent: the model that it was made from.
+        variants: all that were measured beside them.
     """
     in_bf16, without_outliers = variants_of(model.name, parent.name)
     others = [parent]
@@ -150,11 +165,11 @@ def remarks_on(model: Measurement, parent: Measurement, variants: Sequence[Measu
 
 
 def slower_or_not_smaller(model: Measurement, parent: Measurement) -> list[str]:
-    """In words, where a model made from another is no gain; timings within 5 % of each other count as equal.
+    """Say where a model made from another is no gain; timings within 5 % of each other count as equal.
 
     Args:
-        model: with its name.
-        parent: what it was made from.
+        model: a measured one.
+        parent: the model that it was made from.
     """
     said = []
     size, parent_size = model.size_on_disk_bytes, parent.size_on_disk_bytes

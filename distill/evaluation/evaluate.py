@@ -48,7 +48,14 @@ class Evaluation:
 def evaluate_model(
     model: PreTrainedModel, tokenizer: Processor, data: Data, *, name: str = "model", batch_size: int = 64
 ) -> Evaluation:
-    """Metrics on every scored split (`test_…` for a labelled test split, which chooses nothing).
+    """Compute a model's metrics on every scored split (`test_…` for a labelled test split, which chooses nothing).
+
+    Args:
+        model: is moved to the device that computes, and put into evaluation mode.
+        tokenizer: the model's, or its image processor.
+        data: with the splits to score.
+        name: of the model, for progress bars and messages.
+        batch_size: rows.
 
     Raises:
         InputError: outputs that are NaN or infinite, of which an argmax would make an accuracy.
@@ -72,10 +79,18 @@ def evaluate_model(
 def predict_rows(
     model: PreTrainedModel, tokenizer: Processor, task: Task, rows: datasets.Dataset, *, name: str, batch_size: int = 64
 ) -> list:
-    """Class ids or scores of tokenized rows, in their order.
+    """Predict the class ids or scores of tokenized rows, in their order.
 
     Args:
+        model: on its device.
+        tokenizer: the model's, or its image processor.
+        task: of the rows, with one prediction a row.
+        rows: as `distill.data.tokenized.tokenize` makes them.
         name: of the rows, beside the progress bar.
+        batch_size: rows.
+
+    Raises:
+        InputError: outputs that are NaN or infinite.
     """
     batches = _inputs(model.eval(), rows, tokenizer, batch_size=batch_size, text=f"Predicting {name}")
     logits = np.stack(_read(model, task, rows, batches, type(model).__name__))
@@ -99,9 +114,11 @@ def _score(
 
 
 def metrics_while_training(data: Data, rows: datasets.Dataset) -> ScoringArguments:
-    """What a Trainer takes to score the first validation split: `compute_metrics` and what goes before it.
+    """Make the arguments with which a Trainer scores the first validation split, `compute_metrics` and what precedes
+    it.
 
     Args:
+        data: which holds the split.
         rows: the split, tokenized.
     """
     return KINDS[data.task.kind].while_training(data.task, rows, data.splits[data.task.validation_splits[0][0]])
@@ -142,10 +159,12 @@ def _inputs(
 def input_batches(
     rows: datasets.Dataset, tokenizer: Processor, *, batch_size: int, padding_side: str | None = None
 ) -> Iterator[tuple[NDArray[np.int64], dict[str, Tensor]]]:
-    """Batches of rows of like length, so little padding is computed: the rows' numbers, and a model's inputs.
+    """Iterate over batches of rows of like length, with little padding: the rows' numbers, and a model's inputs.
 
     Args:
         rows: as `distill.data.tokenized.tokenize` makes them.
+        tokenizer: which pads them; the image processor of images.
+        batch_size: rows.
         padding_side: the tokenizer's by default; on the right a token stands where it stands in its row.
     """
     if isinstance(tokenizer, BaseImageProcessor):

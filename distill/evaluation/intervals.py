@@ -1,4 +1,4 @@
-"""How two models compare on the same rows, and how sure that is: intervals, agreement, divergence."""
+"""Comparisons of two models on the same rows, with their intervals: differences, agreement, divergence."""
 
 import warnings
 from collections.abc import Sequence
@@ -20,13 +20,15 @@ _DRAWN_AT_ONCE = 2**21
 
 
 def score_interval(task: Task, predictions: Sequence, labels: Sequence) -> tuple[float, float]:
-    """The 95 % interval of the primary metric, which the metric itself never lies outside of.
+    """Compute the 95 % interval of the primary metric, which the metric itself never lies outside of.
 
     For accuracy Wilson's score interval (Wilson 1927), which keeps its width at a perfect score; for other metrics the
     bootstrap (Efron 1979): the middle 95 % over resamples of the rows.
 
     Args:
-        predictions: as in `Evaluation`, one a row; labels alike.
+        task: whose primary metric it is.
+        predictions: as in `Evaluation`, one a row.
+        labels: alike.
     """
     num_rows = len(predictions)
     score = KINDS[task.kind].scorer(task, predictions, labels)
@@ -38,38 +40,48 @@ def score_interval(task: Task, predictions: Sequence, labels: Sequence) -> tuple
 
 
 def interval_method(task: Task) -> str:
-    """The name of the method of `score_interval`."""
+    """Name the method of `score_interval`."""
     return "Wilson" if task.primary_metric == "accuracy" else "bootstrap"
 
 
 def paired_difference(
     task: Task, first: Sequence, second: Sequence, labels: Sequence
 ) -> tuple[float, tuple[float, float]]:
-    """How much more the first model scores than the second, and the 95 % interval of that.
+    """Compute how much more the first model scores than the second, and the 95 % interval of that.
 
     Both are scored on the same resampled rows (paired bootstrap; Berg-Kirkpatrick et al. 2012), so that rows hard for
     both cancel out.
 
     Args:
-        first: predictions as in `Evaluation`, one a row; second and labels alike.
+        task: whose primary metric is compared.
+        first: the first model's predictions as in `Evaluation`, one a row.
+        second: the second model's.
+        labels: of the same rows.
     """
     one, other = (KINDS[task.kind].scorer(task, predictions, labels) for predictions in (first, second))
     return _bootstrap(lambda weights: one(weights) - other(weights), len(first))
 
 
 def agreement(task: Task, predictions: list, baseline: list) -> float:
-    """Share of rows (of words or tokens) on which both predict the same; for regression Pearson of the scores.
+    """Compute the share of rows (of words or tokens) on which two models predict the same; for regression Pearson's r.
 
     Words that neither model read (−100) are left out.
+
+    Args:
+        task: of the rows.
+        predictions: one model's as in `Evaluation`, one a row.
+        baseline: the other model's.
     """
     return KINDS[task.kind].agreement(predictions, baseline)
 
 
 def divergence_from(task: Task, reference: Sequence, logits: Sequence) -> dict[str, float]:
-    """How far a model's predictions are from another's: the mean of `divergences`, and its 95 % interval.
+    """Compute how far a model's predictions are from another's: the mean over rows, and its 95 % interval.
 
     Args:
-        reference: the other's logits B×C; logits alike.
+        task: whose kind says how predictions are compared: KL in nats, or the squared difference of scores.
+        reference: the other's logits B×C.
+        logits: the model's.
     """
     of_rows = _divergences(task, reference, logits)
     mean, (low, high) = _bootstrap(scorers.mean(of_rows), len(of_rows))
@@ -77,13 +89,16 @@ def divergence_from(task: Task, reference: Sequence, logits: Sequence) -> dict[s
 
 
 def won_back(task: Task, reference: Sequence, before: Sequence, after: Sequence) -> tuple[float, list[float]] | None:
-    """The share of one model's divergence from a reference that another model is without, and its 95 % interval.
+    """Compute the share of a model's divergence from a reference that another model is without, with its 95 % interval.
 
     Negative where the other is farther off; None where there was nothing to win. Both are measured on the same
     resampled rows; resamples in which there was nothing to win are left out.
 
     Args:
-        reference: its logits B×C; those of the one and of the other alike.
+        task: as in `divergence_from`.
+        reference: its logits B×C.
+        before: the one model's.
+        after: the other model's.
     """
     one, other = (_divergences(task, reference, logits) for logits in (before, after))
     if not one.any():

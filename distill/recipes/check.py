@@ -1,4 +1,4 @@
-"""What a recipe will do, told before it does it: students, labels, layers, memory and expected time."""
+"""Print what a recipe will do before it does it: students, labels, layers, memory and expected time."""
 
 import torch
 from transformers import PretrainedConfig
@@ -21,7 +21,10 @@ from distill.verbs.references import is_teacher
 
 
 def print_plan(plan: Plan) -> None:
-    """Everything that `distill check` tells of a recipe that can run; from the main process, while all take part."""
+    """Print everything that `distill check` says of a recipe that can run.
+
+    Only the main process prints; all take part in the estimates.
+    """
     if not process_state().is_main_process:
         for planned in plan.steps.values():
             estimate_step(plan, planned)
@@ -92,7 +95,11 @@ def _inputs(plan: Plan, planned: PlannedStep) -> list[str]:
 
 
 def estimate_step(plan: Plan, planned: PlannedStep) -> Estimate:
-    """Sizes from the configs alone, time and memory from a few real batches through randomly initialised models.
+    """Estimate a step: sizes from the configs alone, time and memory from a few real batches through untrained models.
+
+    Args:
+        plan: of the recipe, with its data.
+        planned: one of its steps.
 
     Raises:
         InputError: with the step's name, what its training would stop at.

@@ -1,4 +1,4 @@
-"""What keeps a recipe's steps from running, told before the first of them does."""
+"""Find what keeps a recipe's steps from running before the first of them runs."""
 
 from collections.abc import Collection, Sequence
 
@@ -26,7 +26,7 @@ def runnable_plan(
     pushes: bool = False,
     launches: bool = False,
 ) -> Plan:
-    """The plan of a recipe whose steps, as far as can be told beforehand, will all run.
+    """Plan a recipe whose steps, as far as can be told beforehand, will all run.
 
     Args:
         recipe: may be a draft.
@@ -65,7 +65,7 @@ def runnable_plan(
 
 
 def push_problems(recipe: Recipe) -> list[str]:
-    """What keeps the models that `push:` names from being pushed today."""
+    """List what keeps the models that `push:` names from being pushed today."""
     if not recipe.push:
         return []
     try:

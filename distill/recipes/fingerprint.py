@@ -1,4 +1,4 @@
-"""The code that makes something, as a hash that tells later whether it has changed."""
+"""Hash the code that makes a model, so that it can be told later whether the code has changed."""
 
 import ast
 import hashlib
@@ -11,7 +11,7 @@ _PACKAGE = Path(__file__).parents[1]
 
 @cache
 def code_fingerprint(module: str) -> str:
-    """A hash of a module and of all that it imports inside this package.
+    """Hash a module and all that it imports inside this package.
 
     Comments, docstrings, help texts and what errors say are left out: no number changes with them.
 
@@ -23,7 +23,7 @@ def code_fingerprint(module: str) -> str:
 
 
 def modules_behind(module: str) -> set[str]:
-    """The names of a module and of all that it imports inside this package, wherever the import stands."""
+    """List a module and all that it imports inside this package, wherever the import stands."""
     found, queue = set(), [module]
     while queue:
         name = queue.pop()

@@ -1,4 +1,4 @@
-"""Whether a run folder holds the model that a plan would make, and what is to be said of it if it does.
+"""Whether a run folder holds the model that a plan would make, and what a user should know of it if it does.
 
 A finished model is made anew where its options, inputs or rows have changed, and never for a change of code: that is
 said instead, and `--rerun` makes it anew.
@@ -24,18 +24,18 @@ RERUNS = ".rerun"
 
 
 def pending_reruns(output_dir: Path) -> set[str]:
-    """The steps that a run was asked to make anew (`--rerun`), and has not yet."""
+    """Read which steps a run was asked to make anew (`--rerun`) and has not yet."""
     file = output_dir / RERUNS
     return set(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else set()
 
 
 def is_finished(planned: PlannedStep) -> bool:
-    """Whether the step's folder holds the model that the plan would make."""
+    """Tell whether the step's folder holds the model that the plan would make."""
     return _fits(planned, read_step(planned.folder)) and size_on_disk(planned.folder) > 0
 
 
 def remarks_on(planned: PlannedStep) -> list[str]:
-    """What a user should know of a finished step that is kept."""
+    """List what a user should know of a finished step that is kept."""
     record = read_step(planned.folder) or StepRecord()
     rerun = f"`distill run … --rerun {planned.step.name}` makes it anew"
     if record.fingerprint_version != FINGERPRINT_VERSION:

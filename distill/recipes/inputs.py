@@ -28,10 +28,15 @@ def resolve_outside(
     data: Data | None,
     sources: dict[str, ModelSource],
 ) -> ModelInput:
-    """The model from outside that an option of a step names; its source goes into `sources`.
+    """Find the model from outside the recipe that an option of a step names, and check that it is what the step needs.
 
     Args:
         option: a key of `referenced_models`.
+        reference: what the option says: a folder, `package:…`, or a Hub id.
+        step_name: of the step.
+        recipe: may be a draft; its other steps' names are compared with a reference that is not found.
+        data: None where it can't be read, and then no label is checked.
+        sources: the model's source is added here.
 
     Raises:
         InputError: it can't be found, or lacks what the step needs of it.
@@ -114,7 +119,15 @@ def baseline_problems(
     data: Data | None,
     sources: dict[str, ModelSource],
 ) -> list[str]:
-    """What is wrong with a baseline that is no step; its source goes into `sources`."""
+    """List what is wrong with a baseline that is no step.
+
+    Args:
+        baseline: a folder, `package:…`, or a Hub id.
+        label_map: the model's label names → the task's; None where they are alike.
+        recipe: may be a draft; its steps' names are compared with a reference that is not found.
+        data: None where it can't be read, and then no label is checked.
+        sources: the model's source is added here.
+    """
     try:
         return _classifier_problems(
             _find_outside(baseline, list(recipe.given), sources, adapters=True), data, label_map
@@ -124,7 +137,14 @@ def baseline_problems(
 
 
 def default_baseline(recipe: Recipe, data: Data | None, sources: dict[str, ModelSource]) -> str:
-    """The first distill step's teacher, else the first step's input, or the first step where that has no such head."""
+    """Choose the baseline where a recipe names none: the first teacher, else the first step's input, else the first
+    step.
+
+    Args:
+        recipe: without problems.
+        data: None where it can't be read, and then no label is checked.
+        sources: of the models from outside, by reference; an input without a head for the task can be no baseline.
+    """
     steps = list(recipe.steps.values())
     for step in steps:
         teachers = [name for name in teachers_of(step.given) if name != FROM_DATA]
@@ -137,7 +157,12 @@ def default_baseline(recipe: Recipe, data: Data | None, sources: dict[str, Model
 
 
 def label_map_of(recipe: Recipe, reference: str) -> dict[str, str] | None:
-    """The label map of the first step that takes this model with its head: as a teacher, or to quantize it."""
+    """Find the label map that a recipe gives to a model: that of the first step that takes it with its head.
+
+    Args:
+        recipe: its steps take a model with its head as a teacher, or to quantize it.
+        reference: the model, as the steps name it.
+    """
     for step in recipe.steps.values():
         for option, named in referenced_models(step.given).items():
             if named == reference and needs_head(option, step.run):
@@ -146,7 +171,7 @@ def label_map_of(recipe: Recipe, reference: str) -> dict[str, str] | None:
 
 
 def needs_head(option: str, run: str) -> bool:
-    """Whether the model that an option of a verb names must have a head trained for the task.
+    """Tell whether the model that an option of a verb names must have a head trained for the task.
 
     Args:
         option: a key of `referenced_models`; `teacher 2` is a value of `teacher`.

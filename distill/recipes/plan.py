@@ -39,7 +39,7 @@ NOT_IN_FINGERPRINT = {
 
 @dataclass(frozen=True)
 class PlannedStep:
-    """A step of which all is known: what it starts from, what it will make, and its fingerprint."""
+    """A step with all that is known before it runs: what it starts from, what it will make, and its fingerprint."""
 
     step: Step
     folder: Path
@@ -57,12 +57,12 @@ class PlannedStep:
 
     @property
     def parents(self) -> tuple[str, ...]:
-        """What it starts from as the user wrote it: steps' names, or models."""
+        """The models that it starts from, as the user wrote them: steps' names, or models."""
         return tuple(model.reference for model in self.plan.inputs.values())
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What is to be said of the models that it starts from."""
+        """Notes on the models that it starts from, to be shown."""
         return tuple(dict.fromkeys(note for model in self.plan.inputs.values() for note in model.notes))
 
 
@@ -85,7 +85,7 @@ StepCheck = Callable[[PlannedStep, Data | None], list[str]]
 
 
 def make_plan(recipe: Recipe, *, check_step: StepCheck | None = None) -> Plan:
-    """Resolve everything.
+    """Resolve a recipe against its data and models: layers, sizes, labels and fingerprints of every step.
 
     Args:
         recipe: may be a draft.
@@ -250,7 +250,11 @@ def _made_config(planned: PlannedStep) -> PretrainedConfig:
 
 
 def check_fetched(plan: Plan, planned: PlannedStep) -> None:
-    """Look at the weights of a step's models from the Hub, which were not here when it was planned.
+    """Check the weights of a step's models from the Hub, which were not here when it was planned.
+
+    Args:
+        plan: of the recipe.
+        planned: one of its steps, whose models' weights are here by now.
 
     Raises:
         InputError: they are not those of their config, or lack a head that is needed.
@@ -305,7 +309,12 @@ def _described(
 
 
 def rows_as_recorded(recipe: Recipe, data: Data) -> dict[str, Any]:
-    """The fields of a `StepRecord` that tell of the rows."""
+    """Describe the rows as step.json does, in fields of a `StepRecord`.
+
+    Args:
+        recipe: its `data` options are recorded.
+        data: the rows that were read with them.
+    """
     return {
         "task": data.task.name,
         "kind": data.task.kind,
@@ -318,6 +327,6 @@ def rows_as_recorded(recipe: Recipe, data: Data) -> dict[str, Any]:
 
 
 def resolved_options(step: Step) -> dict[str, Any]:
-    """The options of a step, defaults too, without tokens and without its folder."""
+    """List the options of a step, defaults too, without tokens and without its folder."""
     resolved = VERBS[step.run].resolved(step.options)
     return {key: value for key, value in resolved.items() if not key.endswith("_token") and key != "output_dir"}

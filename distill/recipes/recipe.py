@@ -76,7 +76,7 @@ class Recipe:
 
 
 def load_recipe(path: Path, overrides: Mapping[str, str] | None = None, *, draft: bool = False) -> Recipe:
-    """Read a recipe.
+    """Read a recipe, and check every key and value of it.
 
     Args:
         path: the YAML file.
@@ -154,7 +154,13 @@ def _can_be_looked_for(path: Path) -> bool:
 
 
 def located(problem: str, path: Path, flags: Collection[str]) -> str:
-    """A problem `key: …` with its place: the recipe's path, or the flag by which the user gave the value."""
+    """Put the place before a problem `key: …`: the recipe's path, or the flag by which the user gave the value.
+
+    Args:
+        problem: begins with its key; one that begins with a flag has its place already.
+        path: of the recipe.
+        flags: the paths (`student.temperature`) that were given on the command line.
+    """
     key = problem.partition(": ")[0].removeprefix("steps.")
     if key in flags:
         return f"--{problem.removeprefix('steps.')}"
@@ -162,14 +168,21 @@ def located(problem: str, path: Path, flags: Collection[str]) -> str:
 
 
 def problem_at(where: str, problem: str) -> str:
-    """A problem with the step that has it; one that begins with an option's name (`lora.r: …`) tells both as a path."""
+    """Put the step before a problem; one that begins with an option's name (`lora.r: …`) makes one path with it.
+
+    Args:
+        where: the step, as `steps.student`.
+        problem: of one of its options, or of the whole step.
+    """
     return f"{where}.{problem}" if _KEYED.match(problem) else f"{where}: {problem}"
 
 
 def parse_options(options_class: type, given: Any, where: str, problems: list[str]) -> Any:
-    """An instance of a dataclass from a mapping, each value checked against its field's annotation.
+    """Make an instance of a dataclass of a mapping, each value checked against its field's annotation.
 
     Args:
+        options_class: the dataclass.
+        given: the mapping, as YAML gave it.
         where: stands before each problem.
         problems: what is wrong is appended here, and None returned.
     """

@@ -20,9 +20,11 @@ _OF_TRAINING = ("unlabelled", "sampled_pairs", "max_train_rows", *STORED_COLUMNS
 def rows_to_score(
     source: ModelSource, task_name: str | None, given: Mapping[str, Any], label_map: Mapping[str, str] | None
 ) -> Data:
-    """A GLUE task's validation rows, a user's own, or those of the run that made the model, where none are named.
+    """Load the rows to score a model on: a GLUE task's, a user's own, or else those of the run that made the model.
 
     Args:
+        source: the model's.
+        task_name: a GLUE task; None where none was named.
         given: options of `data` by name.
         label_map: the model's label names → the task's.
 

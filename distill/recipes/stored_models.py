@@ -1,4 +1,4 @@
-"""Whether a model is what a step needs, told before it runs: from the headers of its weight files, and on meta."""
+"""Check that a model is what a step needs before it runs: by the headers of its weight files, and on meta."""
 
 import copy
 from pathlib import Path
@@ -25,7 +25,15 @@ from distill.tasks.kinds import KINDS
 
 
 def has_head(source: ModelSource, task: Task) -> bool:
-    """Whether a model was saved with a head for a kind of task: by the name of its class, and by its weights."""
+    """Tell whether a model was saved with a head for a kind of task, by the name of its class and by its weights.
+
+    Args:
+        source: of the model; of one whose weights are still on the Hub the name alone is known.
+        task: whose kind and labels the head must fit.
+
+    Raises:
+        InputError: as `stored_fit`.
+    """
     architecture = (source.config.architectures or [""])[0]
     named = architecture.endswith(KINDS[task.kind].architectures)
     of_another_kind = not named and ("For" in architecture or architecture.endswith("LMHeadModel"))
@@ -36,12 +44,15 @@ def has_head(source: ModelSource, task: Task) -> bool:
 
 
 def stored_fit(source: ModelSource, task: Task, *, new_head: bool) -> tuple[Fit | None, list[str]]:
-    """How a model's stored weights stand to its config, by their files' headers alone, and what is to be said of it.
-
-    None of those that are still on the Hub, or that another package quantized.
+    """Compare a model's stored weights with its config, by their files' headers alone.
 
     Args:
+        source: of the model.
+        task: whose head the model has, or gets.
         new_head: whether the model gets the task's head; a head of another shape is then drawn anew.
+
+    Returns:
+        The fit (None of weights that are still on the Hub, or that another package quantized), and notes on it.
 
     Raises:
         InputError: files that are broken, or a family without models for the task.
@@ -63,7 +74,14 @@ def stored_fit(source: ModelSource, task: Task, *, new_head: bool) -> tuple[Fit 
 
 
 def weights_to_train(source: ModelSource, task: Task) -> list[str]:
-    """What is to be said of the weights that a training starts from.
+    """Check the weights that a training starts from.
+
+    Args:
+        source: of the model.
+        task: whose head it gets.
+
+    Returns:
+        Notes on the weights: on what is drawn anew, and on names that are read otherwise.
 
     Raises:
         InputError: they are not those of the model's config, its head aside.

@@ -37,7 +37,12 @@ _NOT_IN_A_RECIPE = {
 
 
 def refusal(options_class: type, option: str) -> str | None:
-    """Why a recipe may not give this option, whether or not the class has it; None for one that it may give."""
+    """Say why a recipe may not give an option, whether or not the class has it; None for one that it may give.
+
+    Args:
+        options_class: the verb's.
+        option: its name.
+    """
     if option == "push_to_hub" or option.startswith(("push_to_hub_", "hub_")):
         return (
             "Trainer would upload checkpoints and its pickled arguments as it trains; leave it out, and name the "
@@ -55,7 +60,7 @@ def refusal(options_class: type, option: str) -> str | None:
 
 @cache
 def annotations_of(options_class: type) -> dict[str, Any]:
-    """What each option may be: its annotation, as narrow as transformers checks it later.
+    """List the annotation of each option, as narrow as transformers checks the value later.
 
     There an enumeration's names are any `str`, and the words of a choice too.
     """
@@ -74,7 +79,12 @@ def annotations_of(options_class: type) -> dict[str, Any]:
 
 
 def read_mapping(option: str, value: Any, annotation: Any) -> Any:
-    """The value of an option that takes a mapping, JSON or a JSON file; any other's as it is.
+    """Read the value of an option that takes a mapping: JSON, or a JSON file; any other option's stays as it is.
+
+    Args:
+        option: its name.
+        value: as YAML gave it.
+        annotation: the option's, which says whether it takes a mapping.
 
     Raises:
         InputError: no such file, no JSON, no mapping, or DeepSpeed is not installed.

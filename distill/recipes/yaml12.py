@@ -27,7 +27,7 @@ _TAG = "tag:yaml.org,2002:"
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file as a mapping (see `parse_yaml`).
+    """Read a YAML file that holds a mapping (see `parse_yaml`).
 
     Raises:
         InputError: no such file, one that can't be read, no mapping, a key twice, or not YAML at all.
@@ -50,10 +50,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse_value(text: str, flag: str) -> Any:
-    """One YAML value, as a flag of the command line gives it.
+    """Read one YAML value, as a flag of the command line gives it.
+
+    Args:
+        text: the value.
+        flag: its name with the dashes, for the message.
 
     Raises:
-        InputError: it is none.
+        InputError: it is no YAML.
     """
     try:
         return parse_yaml(text)
@@ -62,7 +66,7 @@ def parse_value(text: str, flag: str) -> Any:
 
 
 def parse_yaml(text: str) -> Any:
-    """The value that a YAML document holds: mappings with strings as keys, lists, strings, numbers, booleans, None.
+    """Read what a YAML document holds: mappings with strings as keys, lists, strings, numbers, booleans, None.
 
     Raises:
         yaml.YAMLError: no YAML, a key twice in a mapping, a key that is no scalar, a tag beyond the core schema's or
@@ -83,12 +87,12 @@ def parse_yaml(text: str) -> Any:
 
 
 def dump_yaml(content: Any) -> str:
-    """A document that YAML 1.1 and 1.2 read alike, in the order of the content's keys."""
+    """Write a document that YAML 1.1 and 1.2 read alike, in the order of the content's keys."""
     return yaml.dump(content, Dumper=_CoreSchemaDumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def yaml_problem(error: yaml.YAMLError) -> str:
-    """What is wrong, in one line, with its place."""
+    """Say in one line what is wrong with a document, and where."""
     mark = getattr(error, "problem_mark", None)
     if mark is None:
         return " ".join(str(error).replace('in "<unicode string>", ', "at ").split())

@@ -1,4 +1,4 @@
-"""What people see of a report: the table, in a terminal and as Markdown, what must not be overlooked, the plot."""
+"""A report for people: the table, in a terminal and as Markdown, remarks that must not be overlooked, and the plot."""
 
 import math
 from pathlib import Path
@@ -29,7 +29,7 @@ _TWO_LINES = {
 
 
 def print_report(report: Report) -> None:
-    """The report's table and remarks."""
+    """Print the report's table and remarks."""
     header, *rows = _rows(report)
     left_out = ("divergence", "params", "GFLOPs")  # so that it fits 80 columns
     shown = [index for index, column in enumerate(header) if column not in left_out]
@@ -53,7 +53,12 @@ def print_report(report: Report) -> None:
 
 
 def as_markdown(plan: Plan, report: Report) -> str:
-    """What report.md holds."""
+    """Write the text of report.md.
+
+    Args:
+        plan: of the run.
+        report: of its finished models.
+    """
     environment_line = ", ".join(f"{key} {value}" for key, value in report.environment.items() if key != "benchmark")
     rows_scored = len(plan.data.splits[plan.data.task.validation_splits[0][0]])
     cut = describe_cut(report.truncated)
@@ -80,7 +85,12 @@ def as_markdown(plan: Plan, report: Report) -> str:
 
 
 def draw(report: Report, path: Path | BinaryIO) -> None:
-    """The metric against bytes and against latency, as a PNG image."""
+    """Plot the metric against bytes and against latency, as a PNG image.
+
+    Args:
+        report: one point for each of its models.
+        path: the file to write, or an open one.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -138,8 +148,9 @@ def _write_apart(axis: Any, labels: list[tuple[float, float, str]]) -> None:
 
 
 def remarks(report: Report) -> list[str]:
-    """What a reader must not overlook: compressed models that are no smaller, or slower, than their parent;
-    quantized ones that are slower than its plain bfloat16 weights."""
+    """List what a reader must not overlook: compressed models that are no gain over their parent or its bfloat16
+    weights.
+    """
     said = []
     for model in report.models:
         parent = report.entry(model.parents[0]) if model.parents else None  # a distill step's is its teacher

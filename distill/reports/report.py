@@ -292,8 +292,16 @@ def _divergence(plan: Plan, evaluation: Evaluation, baseline: Evaluation | None)
 
 
 def retention(metric: str, value: float, baseline: float) -> float | None:
-    """The primary metric over the baseline's (the other way round where lower is better); None for a baseline ≤ 0, or
-    one that is no number."""
+    """Divide the primary metric by the baseline's (the other way round where lower is better).
+
+    Args:
+        metric: its name, which says whether lower is better.
+        value: the model's.
+        baseline: the baseline's.
+
+    Returns:
+        The quotient; None for a baseline ≤ 0, or one that is no number.
+    """
     if not baseline > 0:
         return None
     if is_better_lower(metric):

@@ -1,4 +1,4 @@
-"""The model card (README.md) of a run folder, from what the run wrote there: step.json, recipe.yaml, report.*."""
+"""The model card (README.md) of a run folder, made of what the run wrote there: step.json, recipe.yaml, report.*."""
 
 import json
 from functools import partial
@@ -40,6 +40,7 @@ def write_model_card(folder: Path, record: StepRecord, report: Report | None = N
     """Write a run folder's README.md.
 
     Args:
+        folder: the run folder; the recipe and the report lie beside it.
         record: what step.json holds, or will.
         report: what report.json holds, once the model was measured.
     """
@@ -56,12 +57,12 @@ def model_card(
     plots: str = "",
     adapted: str | None = None,
 ) -> str:
-    """The text of a card.
+    """Write the text of a model card.
 
     Args:
         folder: the run folder; the recipe and the report lie beside it.
         record: of step.json.
-        report: of report.json.
+        report: of report.json; None before the model was measured.
         name: what `from_pretrained` is given, a repository or the folder's name.
         plots: stands before the plots' names.
         adapted: for a folder of adapters, the repository of the model that they adapt.
@@ -84,7 +85,7 @@ def model_card(
 
 
 def inherited(folder: Path) -> dict[str, Any]:
-    """License and language that the card of a model folder names."""
+    """Read the license and the language that the card of a model folder names."""
     file = folder / "README.md"
     if not file.is_file():
         return {}

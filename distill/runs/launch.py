@@ -22,6 +22,7 @@ def launch(config: str, arguments: list[str], *, num_processes: int | None = Non
 
     Args:
         config: the name of a file in accelerate_configs, or a path.
+        arguments: the command and its words.
         num_processes: instead of the configuration's.
 
     Returns:
@@ -48,7 +49,7 @@ def launch(config: str, arguments: list[str], *, num_processes: int | None = Non
 
 
 def find_config(name: str) -> Path:
-    """The file of a launch configuration.
+    """Find the file of a launch configuration.
 
     Raises:
         InputError: none of that name.
@@ -64,7 +65,11 @@ def find_config(name: str) -> Path:
 
 
 def check_config(path: Path, num_processes: int | None) -> None:
-    """Whether accelerate would start what the configuration says.
+    """Check that accelerate would start what a launch configuration says.
+
+    Args:
+        path: of the configuration.
+        num_processes: instead of the configuration's.
 
     Raises:
         InputError: it can't be read, would start one process instead of several, or needs a package that is missing.

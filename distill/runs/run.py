@@ -70,6 +70,7 @@ def run_plan(
     anew by the next one.
 
     Args:
+        plan: of the recipe.
         only: run these steps alone; what they start from must be finished.
         rerun: run these steps, and those that depend on them, from their beginning even if they are finished.
         force: the same for all steps that are run.
@@ -170,7 +171,16 @@ def save_recipe(recipe: Recipe) -> None:
 
 
 def chosen_steps(plan: Plan, only: list[str] | None, rerun: list[str]) -> tuple[list[PlannedStep], set[str]]:
-    """The steps to run, and the names of those among them that are made anew whatever is there.
+    """Choose the steps to run.
+
+    Args:
+        plan: of the recipe.
+        only: names of the steps to choose from; None for all.
+        rerun: names of steps that are made anew though they are finished.
+
+    Returns:
+        The steps in their order, and the names of those among them that are made anew: those of `rerun`, and those that
+            start from them.
 
     Raises:
         InputError: unknown names, or an unfinished input.
@@ -319,7 +329,12 @@ def _record(plan: Plan, planned: PlannedStep) -> StepRecord:
 
 
 def lineage(plan: Plan, planned: PlannedStep) -> list[str]:
-    """Every model this one was made from, nearest first."""
+    """List every model that a step's model is made from, nearest first.
+
+    Args:
+        plan: of the recipe.
+        planned: one of its steps.
+    """
     found: list[str] = []
     queue = list(planned.parents)
     while queue:
