@@ -50,9 +50,13 @@ LoraOptions.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[att
 
 
 def lora_config(options: LoraOptions, kind: TaskKind) -> LoraConfig:
-    """PEFT's config: rank 8, twice the rank as alpha, and all linear layers but the head, unless options say otherwise.
+    """Make PEFT's config: unless options say otherwise rank 8, twice the rank as alpha, all linear layers but the head.
 
     The head of a classifier is trained and saved as a whole.
+
+    Args:
+        options: the `lora:` block of a step.
+        kind: of the task, which says which layers are the head.
     """
     rank, targets = options.get("r", 8), options.get("target_modules", "all-linear")
     its = KINDS[kind]
@@ -70,7 +74,7 @@ def lora_config(options: LoraOptions, kind: TaskKind) -> LoraConfig:
 
 
 def with_adapters(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
-    """A model with new adapters, drawn from torch's global generator.
+    """Put new LoRA adapters into a model, drawn from torch's global generator.
 
     Args:
         model: may lie on meta.
@@ -122,7 +126,11 @@ def _unmatched(model: PreTrainedModel, config: PeftConfig) -> list[str]:
 
 
 def on_another_base(model: PeftModel, change: Callable[[PreTrainedModel], PreTrainedModel]) -> PeftModel:
-    """The same adapters on what `change` makes of the model beneath them.
+    """Change the model beneath adapters, and put the same adapters on what comes out.
+
+    Args:
+        model: with its adapters, which are taken off.
+        change: makes another model of the one beneath, with modules of the same names.
 
     Raises:
         InputError: adapters that can't be taken off, as prompts can't.
@@ -144,7 +152,7 @@ def on_another_base(model: PeftModel, change: Callable[[PreTrainedModel], PreTra
 
 @contextmanager
 def in_float32(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Norms, biases and heads in float32 while adapters are trained, as in QLoRA (Dettmers et al. 2023).
+    """Keep norms, biases and heads in float32 while adapters are trained, as in QLoRA (Dettmers et al. 2023).
 
     AdamW's small steps would be lost in a head of bfloat16. Afterwards every parameter has its own dtype again, so that
     the model is what its folder will be loaded as.
@@ -164,9 +172,11 @@ def in_float32(model: PreTrainedModel | PeftModel) -> Iterator[None]:
 
 
 def with_stored_adapters(model: PreTrainedModel, folder: Path, *, merge: bool = False) -> PreTrainedModel:
-    """A model with the adapters of a folder (and the head that is stored beside them) inside.
+    """Put the adapters of a folder, and the head that is stored beside them, into a model.
 
     Args:
+        model: the one that the adapters belong to.
+        folder: which holds them.
         merge: add them to its weights instead.
 
     Raises:
@@ -188,7 +198,7 @@ def with_stored_adapters(model: PreTrainedModel, folder: Path, *, merge: bool = 
 
 
 def stored_beside_adapters(folder: Path) -> dict[str, list[int]]:
-    """Names (in the model beneath) and shapes of the whole weights in an adapters' file: a head, as a rule."""
+    """List the names (in the model beneath) and shapes of the whole weights in an adapters' file: a head, as a rule."""
     if not (folder / ADAPTER_WEIGHTS).is_file():
         return {}
     with safetensors.safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
@@ -197,7 +207,7 @@ def stored_beside_adapters(folder: Path) -> dict[str, list[int]]:
 
 
 def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """The plain model with its adapters added to its weights."""
+    """Add the adapters of a model to its weights, and return the plain model."""
     return model.merge_and_unload() if isinstance(model, PeftModel) else model
 
 
@@ -207,7 +217,7 @@ def has_adapters(model: PreTrainedModel | PeftModel) -> bool:
 
 
 def merged_copy(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """The plain model with the active adapters added to its weights; the given one stays as it is.
+    """Copy a model, and add its active adapters to the copy's weights; the given one stays as it is.
 
     Raises:
         InputError: adapters that no weights can hold (prompts), or quantized weights, which would round them away.
@@ -230,12 +240,12 @@ def merged_copy(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 
 def has_prompts(model: PeftModel) -> bool:
-    """Whether its adapters are tokens before those of a row."""
+    """Tell whether a model's adapters are prompts: tokens before those of a row."""
     return any(config.is_prompt_learning for config in model.peft_config.values())
 
 
 def adapter_states(model: PreTrainedModel | PeftModel) -> list[str]:
-    """What the adapters of each layer do beyond their weights: which are active, and how they are scaled."""
+    """Describe the adapters of each layer beyond their weights: which are active, and how they are scaled."""
     return [
         f"{name} {layer.active_adapters} {layer.disable_adapters} {getattr(layer, 'scaling', None)}"
         for name, layer in model.named_modules()
@@ -244,12 +254,12 @@ def adapter_states(model: PreTrainedModel | PeftModel) -> list[str]:
 
 
 def base_of(folder: Path | str) -> str | None:
-    """What an adapter's folder says it belongs to; None for a folder that is no adapter, or a Hub id."""
+    """Name the model that a folder's adapters belong to; None for a folder that holds no adapters, or a Hub id."""
     return _config_of(folder).get("base_model_name_or_path")
 
 
 def task_of(folder: Path | str) -> str | None:
-    """What the model of an adapter's folder predicts, in PEFT's words (`SEQ_CLS`), if it says so."""
+    """Name what the model of an adapters' folder predicts, in PEFT's words (`SEQ_CLS`); None where it is not said."""
     return _config_of(folder).get("task_type")
 
 

@@ -1,4 +1,4 @@
-"""What a model folder says in config.json of modules that its config alone can't describe."""
+"""The description in a folder's config.json of modules that its config alone can't describe."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -58,18 +58,26 @@ class Description(QuantizationConfigMixin):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """Read what a config.json says, in whichever version."""
+        """Read the description in a config.json, of whichever version; transformers calls this.
+
+        Args:
+            config_dict: what stands under `quantization_config`.
+            return_unused_kwargs: whether to return `kwargs` too.
+
+        Raises:
+            InputError: a version that is newer than this package.
+        """
         description = describe(_read(config_dict))
         return (description, kwargs) if return_unused_kwargs else description
 
 
 def describe(entries: Sequence[Entry]) -> Description:
-    """What is to be saved of entries."""
+    """Make the description of entries that is saved in config.json."""
     return Description([{"kind": entry.kind, **entry.fields, "names": list(entry.names)} for entry in entries])
 
 
 def entries_of(config: PretrainedConfig) -> list[Entry]:
-    """What a config says of replaced modules, in the order in which they are put in; none of a plain model's.
+    """Read the replaced modules that a config describes, in the order in which they are put in; none of a plain one's.
 
     Raises:
         InputError: a version that is newer than this package.
@@ -79,14 +87,18 @@ def entries_of(config: PretrainedConfig) -> list[Entry]:
 
 
 def entries_in(description: Mapping[str, Any] | None) -> list[Entry]:
-    """The same of what stands under `quantization_config` in a config.json."""
+    """Read the replaced modules from what stands under `quantization_config` in a config.json.
+
+    Raises:
+        InputError: a version that is newer than this package.
+    """
     if description is None or description.get("quant_method") != METHOD:
         return []
     return _read(description)
 
 
 def grouped(replacements: Mapping[str, Any]) -> list[Entry]:
-    """Entries of replacements by name, one for those that are alike.
+    """Group replacements by name into entries, one for those that are alike.
 
     Args:
         replacements: dataclasses, whose class says its `kind`.

@@ -63,14 +63,15 @@ class ModelSource:
 
     @property
     def hub_id(self) -> str | None:
-        """The name of a model on the Hub."""
+        """The name of a model on the Hub; None for a folder here."""
         return split_revision(self.reference)[0] if self.revision else None
 
 
 def find_model(reference: str, *, weights: bool = True, adapters: bool = False) -> ModelSource:
-    """Look a model up without loading its weights.
+    """Find a model, and read its config, without loading its weights.
 
     Args:
+        reference: a folder, `package:…`, or a Hub id.
         weights: whether it must have some; one that starts from scratch needs none.
         adapters: whether a folder of adapters will do, whose model lies here.
 
@@ -111,7 +112,7 @@ def find_model(reference: str, *, weights: bool = True, adapters: bool = False) 
 
 
 def fetch_weights(source: ModelSource) -> None:
-    """Have the weights of a model on the Hub beside its config.
+    """Fetch the weights of a model on the Hub, unless they are here.
 
     Raises:
         InputError: it has none in safetensors, or they are not to be had.
@@ -125,9 +126,10 @@ def fetch_weights(source: ModelSource) -> None:
 
 
 def base_folder(folder: Path, *, weights: bool = False) -> Path | None:
-    """Where the model lies that a folder's adapters belong to; None for a folder that holds no adapters.
+    """Find the folder of the model that a folder's adapters belong to; None for a folder that holds no adapters.
 
     Args:
+        folder: which may hold adapters.
         weights: whether to fetch them, where that model is on the Hub.
 
     Raises:
@@ -146,12 +148,12 @@ def base_folder(folder: Path, *, weights: bool = False) -> Path | None:
 
 
 def base_revision(base: Path) -> str | None:
-    """The commit of a base on the Hub; None for a folder here."""
+    """Read the commit of a base on the Hub off its folder; None for a folder that is no snapshot."""
     return base.name if base.parent.name == "snapshots" else None
 
 
 def load_config(location: str) -> PretrainedConfig:
-    """A model's config, its labels named by strings from 0 on; an adapter's is that of the model it belongs to.
+    """Load a model's config, its labels named by strings from 0 on; of adapters that of the model they belong to.
 
     Raises:
         InputError: labels whose order is not clear, or modules that a newer version of this package described.
@@ -199,7 +201,7 @@ def _check_folder(folder: Path, *, weights: bool) -> None:
 
 
 def size_on_disk(folder: Path) -> int:
-    """Bytes of a model folder's weight files; an adapter counts with the model it belongs to, if that lies here."""
+    """Sum the bytes of a model folder's weight files; adapters count with the model they belong to, if it is here."""
     size = sum(path.stat().st_size for path in [*weight_files(folder), *folder.glob(ADAPTER_WEIGHTS)])
     base = base_of(folder)
     return size + (size_on_disk(Path(base)) if base is not None and Path(base).is_dir() else 0)

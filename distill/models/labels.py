@@ -1,4 +1,4 @@
-"""A model's labels: their names in order, written into a config, and which of them is which of the task's."""
+"""A model's labels: their names in order, written into a config, and matched with those of the task."""
 
 import re
 from collections import Counter
@@ -15,7 +15,12 @@ _DEFAULT_LABEL = re.compile(r"LABEL_\d+")
 
 
 def set_labels(config: PretrainedConfig, task: Task) -> None:
-    """Write the task's label names and problem type into the model's config, where the task has labels."""
+    """Write the task's label names and problem type into the model's config, where the task has labels.
+
+    Args:
+        config: is changed.
+        task: whose labels the model predicts.
+    """
     if not KINDS[task.kind].names_labels:
         return
     names = task.label_names or ("score",)
@@ -27,10 +32,16 @@ def set_labels(config: PretrainedConfig, task: Task) -> None:
 def label_order(
     config: PretrainedConfig, task: Task, label_map: Mapping[str, str] | None = None, *, where: str
 ) -> list[int] | None:
-    """For each label of the task, the model's id of it; None where both agree.
+    """Find for each label of the task the model's id of it; None where both have the same order.
 
     Names that are the same are taken first; the others are compared without case, and with spaces and hyphens as
     underscores.
+
+    Args:
+        config: the model's, with its label names.
+        task: whose labels are wanted.
+        label_map: the model's label names → the task's, where they differ.
+        where: the model, for messages.
 
     Raises:
         InputError: the label sets differ, differ by case alone in a way that leaves several readings, or the model only
@@ -67,7 +78,11 @@ def label_order(
 
 
 def names_in_order(id2label: Mapping[Any, Any] | Sequence[Any]) -> list[str]:
-    """The names of a config's labels, by their ids, which may count from 1."""
+    """List the names of a config's labels by their ids, which may count from 1.
+
+    Raises:
+        InputError: ids with gaps.
+    """
     by_id = dict(enumerate(id2label)) if isinstance(id2label, list) else {int(key): id2label[key] for key in id2label}
     ids = sorted(by_id)
     if ids and ids != list(range(ids[0], ids[0] + len(ids))):

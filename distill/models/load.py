@@ -1,4 +1,4 @@
-"""Load what a recipe calls a model: its weights, in the class for the task and with the task's label order."""
+"""Load a model that a recipe names: its weights, in the class for the task and with the task's label order."""
 
 import contextlib
 import logging
@@ -83,10 +83,11 @@ def load_classifier(
     dtype: torch.dtype | str = "auto",
     merge: bool = False,
 ) -> PreTrainedModel:
-    """A trained classification (or regression) model whose outputs stand in the order of the task's labels.
+    """Load a trained model whose outputs stand in the order of the task's labels.
 
     Args:
         location: folder or Hub id.
+        task: whose labels it predicts.
         label_map: the model's label names → the task's, where they differ.
         dtype: of the weights; the stored one by default.
         merge: add adapters to the weights, so that layers can be taken from it.
@@ -113,11 +114,13 @@ def load_classifier(
 
 
 def load_for_finetuning(location: str, task: Task, *, from_scratch: bool = False) -> PreTrainedModel:
-    """A pretrained model with a head for the task in float32; a head that is missing or of another shape is new.
+    """Load a pretrained model with a head for the task in float32; a head that is missing or of another shape is new.
 
     What is new is drawn from torch's global generator: seed it first.
 
     Args:
+        location: folder or Hub id.
+        task: whose labels it will predict.
         from_scratch: all of it is new.
 
     Raises:
@@ -145,7 +148,11 @@ def _read_tokenizer(config: PretrainedConfig, location: str, kind: TaskKind) -> 
 
 
 def model_class(config: PretrainedConfig, kind: TaskKind) -> type[PreTrainedModel]:
-    """The class of models of this config for a kind of task.
+    """Find the class of models of a config for a kind of task.
+
+    Args:
+        config: of the model, whose family decides.
+        kind: of the task, whose head the class has.
 
     Raises:
         InputError: its family has none.
@@ -158,7 +165,15 @@ def model_class(config: PretrainedConfig, kind: TaskKind) -> type[PreTrainedMode
 
 
 def saved_class(location: str, config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The class that a model was saved as: the one in its config, or else the first that all its weights fit."""
+    """Find the class that a model was saved as: the one in its config, or else the first that all its weights fit.
+
+    Args:
+        location: the model's folder.
+        config: of the model.
+
+    Raises:
+        InputError: weight files that are broken.
+    """
     named = getattr(transformers, (config.architectures or [""])[0], None)
     if named is not None:
         return named
@@ -174,7 +189,12 @@ def saved_class(location: str, config: PretrainedConfig) -> type[PreTrainedModel
 
 
 def from_config(config: PretrainedConfig, kind: TaskKind) -> PreTrainedModel:
-    """A float32 model of this config with new weights (from torch's global generator), none of them quantized."""
+    """Make a float32 model of a config with new weights (from torch's global generator), none of them quantized.
+
+    Args:
+        config: of the model; modules of other sizes that it describes are put in.
+        kind: of the task, whose head the model gets.
+    """
     copied = without_replacements(config)
     copied.architectures = copied.architectures or []  # DeiT has two heads, and `from_config` looks here which is meant
     model = auto_class(kind).from_config(copied, dtype=torch.float32, trust_remote_code=False)
@@ -182,7 +202,7 @@ def from_config(config: PretrainedConfig, kind: TaskKind) -> PreTrainedModel:
 
 
 def longest_input(config: PretrainedConfig) -> int | None:
-    """The most tokens that the model's position embeddings hold; None where they set no limit."""
+    """Give the most tokens that the model's position embeddings hold; None where they set no limit."""
     positions = getattr(config, "max_position_embeddings", None)
     if positions is None or config.model_type not in POSITIONS_AFTER_PADDING:
         return positions

@@ -1,4 +1,4 @@
-"""Training and evaluation mode of a model's modules, given back as they were."""
+"""Training mode, evaluation mode and attention of models for the length of a block, then as they were before."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from distill.common.private_names import attention_of_config
 
 @contextmanager
 def modes_kept(models: Sequence[nn.Module]) -> Iterator[None]:
-    """Each module is in training or in evaluation mode again as it was before."""
+    """Restore whether each module is in training or in evaluation mode."""
     before = {module: module.training for model in models for module in model.modules()}
     try:
         yield
@@ -24,7 +24,7 @@ def modes_kept(models: Sequence[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; what was in training mode is so again afterwards."""
+    """Put a model into evaluation mode; modules that were in training mode are so again afterwards."""
     training = [module for module in model.modules() if module.training]
     if training:
         model.eval()
@@ -40,7 +40,12 @@ _LONGEST_EAGER = 128
 
 @contextmanager
 def attention_of(models: Sequence[PreTrainedModel | PeftModel], implementation: str) -> Iterator[None]:
-    """Compute the attention of these models another way (`eager`, `sdpa`); each has its own again afterwards."""
+    """Compute the attention of models by another implementation; each has its own again afterwards.
+
+    Args:
+        models: any number.
+        implementation: transformers' name of it (`eager`, `sdpa`).
+    """
     before = [attention_of_config(model.config) for model in models]
     try:
         for model in models:
@@ -53,10 +58,15 @@ def attention_of(models: Sequence[PreTrainedModel | PeftModel], implementation: 
 
 @contextmanager
 def fast_attention(models: Sequence[PreTrainedModel | PeftModel], longest: int, device: torch.device) -> Iterator[None]:
-    """On the CPU, plain attention for rows of at most `longest` tokens where that is faster.
+    """Compute plain attention on the CPU where rows are short enough for it to be faster.
 
     torch's fused attention takes twice as long in training for short rows there (recipes/README.md); for long ones it
     saves memory. The models have their own attention again afterwards.
+
+    Args:
+        models: those with fused attention are changed.
+        longest: tokens of the longest row.
+        device: that computes.
     """
     plain_is_faster = device.type == "cpu" and longest <= _LONGEST_EAGER
     fused = [model for model in models if plain_is_faster and attention_of_config(model.config) == "sdpa"]

@@ -18,7 +18,7 @@ _PACKABLE = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbe
 
 @contextmanager
 def packed(models: Sequence[PreTrainedModel]) -> Iterator[None]:
-    """Run the blocks of these models on packed rows; what comes out of the last block is padded again.
+    """Run the blocks of models on packed rows; what comes out of the last block is padded again.
 
     A token attends to those of its own row alone, so all that is computed is what it is with padding, to rounding.
     States that are caught between blocks are packed (see `unpacked`).
@@ -38,9 +38,10 @@ def packed(models: Sequence[PreTrainedModel]) -> Iterator[None]:
 
 
 def unpacked(states: Tensor, attention_mask: Tensor) -> Tensor:
-    """1×N×D packed states as B×T×D, zeros for padding; states that are not packed as they are.
+    """Pad packed states 1×N×D to B×T×D, with zeros; states that are not packed stay as they are.
 
     Args:
+        states: of a batch, between two blocks.
         attention_mask: B×T with N ones.
     """
     if states.shape[:2] == attention_mask.shape:

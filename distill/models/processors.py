@@ -1,4 +1,4 @@
-"""What turns rows into a model's inputs: its tokenizer, fitted to the model, or its image processor."""
+"""Tokenizers and image processors, which turn rows into a model's inputs, fitted to the model."""
 
 from pathlib import Path
 
@@ -26,9 +26,11 @@ POSITIONS_AFTER_PADDING = {
 
 
 def load_tokenizer(location: str, max_length: int | None = None) -> PreTrainedTokenizerBase:
-    """The model's tokenizer; `max_length` becomes its `model_max_length`, so `pipeline(truncation=True)` cuts there.
+    """Load a model's tokenizer; one without a padding token gets the token of the model's padding id, or its end token.
 
-    One without a padding token gets the token of the model's padding id, or else its end token.
+    Args:
+        location: folder or Hub id.
+        max_length: in tokens; becomes its `model_max_length`, so that `pipeline(truncation=True)` cuts there.
 
     Raises:
         InputError: there is none, or it has no token to pad with.
@@ -67,7 +69,7 @@ def _padding_token(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig 
 
 
 def holds_tokenizer(location: str) -> bool:
-    """Whether a folder holds a tokenizer; of a Hub id it is not known yet."""
+    """Tell whether a folder holds a tokenizer; a Hub id is taken for one that does."""
     folder = Path(location)
     return not folder.is_dir() or any((folder / name).is_file() for name in TOKENIZER_FILES)
 
@@ -76,6 +78,11 @@ def fit_to_tokenizer(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBas
     """Let a model pad with its tokenizer's padding token: a causal classifier reads the last token that is none.
 
     Where positions count from the padding id on, as RoBERTa's do, it belongs to the weights and stays.
+
+    Args:
+        config: the model's, which is changed.
+        tokenizer: that makes its inputs.
+        where: the model, for messages.
 
     Raises:
         InputError: the tokenizer has tokens that the model has no embeddings for.
@@ -96,10 +103,15 @@ def fit_to_tokenizer(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBas
 def load_processor(
     location: str, kind: TaskKind | None, max_length: int | None = None
 ) -> PreTrainedTokenizerBase | BaseImageProcessor:
-    """What turns a task's rows into the model's inputs: its tokenizer, or its image processor.
+    """Load the tokenizer, or for images the image processor, that turns a task's rows into the model's inputs.
+
+    Args:
+        location: folder or Hub id.
+        kind: of the task; None for texts of any.
+        max_length: in tokens, as in `load_tokenizer`.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or it can't read the kind's rows.
     """
     reads = "text" if kind is None else KINDS[kind].reads
     if reads == "words":

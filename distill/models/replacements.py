@@ -24,12 +24,17 @@ if TYPE_CHECKING:  # the quantizer is registered while they are being imported
 
 
 class Replacement(Protocol):
-    """How a module is built that stands in place of the one that the config describes."""
+    """The way in which a module is built that stands in place of the one that the config describes."""
 
     kind: ClassVar[str]
 
     def put(self, model: PreTrainedModel, name: str) -> None:
-        """Put it there, on the device that torch makes tensors on just now."""
+        """Put the module into a model, on the device that torch makes tensors on just now.
+
+        Args:
+            model: is changed.
+            name: of the module that it takes the place of.
+        """
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,12 @@ class Resized:
     out_features: int
 
     def put(self, model: PreTrainedModel, name: str) -> None:
-        """Put a linear layer of these sizes there, with a bias if there was one."""
+        """Put a linear layer of these sizes into a model, with a bias if there was one.
+
+        Args:
+            model: is changed.
+            name: of the layer that it takes the place of.
+        """
         before: Any = model.get_submodule(name)
         module: nn.Module
         if isinstance(before, Conv1D):
@@ -71,7 +81,12 @@ class Removed:
     bias: str | None = None
 
     def put(self, model: PreTrainedModel, name: str) -> None:
-        """Put a module there that computes nothing."""
+        """Put a module that computes nothing into a model.
+
+        Args:
+            model: is changed.
+            name: of the module that it takes the place of.
+        """
         model.set_submodule(name, RemovedModule(model.get_submodule(name), self.attention, self.bias))
 
 
@@ -163,19 +178,24 @@ def is_quantized(config: PretrainedConfig) -> bool:
 
 
 def structure_of(config: PretrainedConfig) -> list[Entry]:
-    """What a config says of modules of other sizes, and of those left out."""
+    """Read from a config the modules of other sizes, and those left out."""
     return [entry for entry in entries_of(config) if entry.kind in STRUCTURAL]
 
 
 def without_replacements(config: PretrainedConfig) -> PretrainedConfig:
-    """A copy of a config that describes a model of plain modules, none of them quantized."""
+    """Copy a config so that it describes a model of plain modules, none of them quantized."""
     plain = config.to_dict()
     plain.pop("quantization_config", None)
     return type(config).from_dict(plain)
 
 
 def put_structure(model: PreTrainedModel, structure: list[Entry]) -> PreTrainedModel:
-    """Give a new model the modules that another config describes, drawn as its family draws them, and note them."""
+    """Put the modules that another config describes into a new model, drawn as its family draws them, and note them.
+
+    Args:
+        model: is changed, and its config.
+        structure: as `structure_of` reads it.
+    """
     if not structure:
         return model
     for entry in structure:
@@ -190,7 +210,12 @@ def put_structure(model: PreTrainedModel, structure: list[Entry]) -> PreTrainedM
 
 
 def resolve_name(name: str, model: PreTrainedModel) -> str | None:
-    """The name of a module in a model of the same family, with another head or none; None where it lacks it."""
+    """Find the name of a module in a model of the same family with another head; None where it lacks the module.
+
+    Args:
+        name: in the one model.
+        model: the other, with a head or none.
+    """
     prefix = model.base_model_prefix
     for candidate in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
         try:

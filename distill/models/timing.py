@@ -1,4 +1,4 @@
-"""How long calls take, measured in turns so that a busy moment of the machine hits all of them, and on what."""
+"""The time that calls take, measured in turns so that a busy moment of the machine hits all of them."""
 
 import time
 from collections.abc import Callable, Hashable, Mapping
@@ -19,9 +19,11 @@ Name = TypeVar("Name", bound=Hashable)
 def interleaved_medians(
     calls: Mapping[Name, Callable[[], object]], *, rounds: int, device: torch.device
 ) -> dict[Name, float]:
-    """The median seconds of each call over rounds in which every one has its turn, after one that warms up.
+    """Measure the median seconds of each call over rounds in which every one has its turn, after one that warms up.
 
     Args:
+        calls: by any key.
+        rounds: that are measured.
         device: which the calls compute on; it is waited for.
     """
     measured: dict[Name, list[float]] = {name: [] for name in calls}
@@ -34,7 +36,12 @@ def interleaved_medians(
 
 
 def seconds_of(call: Callable[[], object], device: torch.device) -> float:
-    """How long one call takes, what it leaves to a device included."""
+    """Measure the seconds that one call takes, with what it leaves to a device.
+
+    Args:
+        call: what is timed.
+        device: which it computes on; it is waited for.
+    """
     wait_for(device)
     start = time.perf_counter()
     call()
@@ -45,7 +52,14 @@ def seconds_of(call: Callable[[], object], device: torch.device) -> float:
 def random_inputs(
     model: PreTrainedModel, batch_size: int, sequence_length: int, device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """Rows of random tokens without padding, always the same; images of a model's size where it takes these."""
+    """Make rows of random tokens without padding, always the same; images of the model's size where it takes these.
+
+    Args:
+        model: which takes them.
+        batch_size: rows.
+        sequence_length: tokens of a row.
+        device: to put them on.
+    """
     generator = torch.Generator().manual_seed(0)
     if "pixel_values" in input_names(model):
         size = getattr(model.config, "image_size", _IMAGE_SIZE)

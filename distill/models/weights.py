@@ -1,4 +1,4 @@
-"""What the weight files of a model folder hold, and whether they are those of its config."""
+"""The weight files of a model folder, and whether their weights are those of its config."""
 
 import contextlib
 import json
@@ -40,7 +40,7 @@ _SHOWN = 3
 
 @dataclass(frozen=True)
 class Fit:
-    """How stored weights stand to a model: where all is empty, every weight of the model is stored in its shape."""
+    """The comparison of stored weights with a model: where all is empty, every weight is stored in its shape."""
 
     lacking: tuple[str, ...] = ()
     """Weights of the model that are not stored, heads and poolers aside."""
@@ -59,7 +59,7 @@ class Fit:
 
     @property
     def problem(self) -> str | None:
-        """What keeps the weights from being those of the model, its head aside."""
+        """What keeps the weights from being those of the model, its head aside; None where nothing does."""
         parts = []
         if self.reshaped:
             shapes = [
@@ -79,12 +79,12 @@ class Fit:
 
     @property
     def untrained(self) -> tuple[str, ...]:
-        """Weights of head and pooler that would be new."""
+        """The weights of head and pooler that would be new."""
         return (*self.new_head, *self.new_pooler, *(name for name, _, _ in self.reshaped_head))
 
     @property
     def notes(self) -> list[str]:
-        """What is new where a head may be, beside one that was not there at all."""
+        """Notes on a head or pooler that would be new, beside one that is not stored at all."""
         notes = []
         if self.reshaped_head:
             shapes = [f"{name} {_shape(stored)} → {_shape(wanted)}" for name, stored, wanted in self.reshaped_head]
@@ -95,7 +95,7 @@ class Fit:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a model folder."""
+    """List the weight files of a model folder."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
@@ -103,7 +103,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def stored_shapes(files: Iterable[Path]) -> dict[str, torch.Tensor]:
-    """Every stored weight as a tensor on meta, from the files' headers alone.
+    """Read every stored weight as a tensor on meta, from the files' headers alone.
 
     Raises:
         InputError: a file that is cut off or no safetensors.
@@ -121,10 +121,12 @@ def stored_shapes(files: Iterable[Path]) -> dict[str, torch.Tensor]:
 def plain_names(
     stored: Mapping[str, torch.Tensor], model_class: type[PreTrainedModel], config: PretrainedConfig
 ) -> dict[str, str]:
-    """The name under which each stored weight is looked for; another than its own where a wrapper left a known prefix.
+    """Find the name in the model of each stored weight: its own, or the one without a known prefix of a wrapper.
 
     Args:
         stored: tensors on meta.
+        model_class: of the model.
+        config: of the model.
     """
     own = {name: name for name in stored}
     candidates = [own]
@@ -147,10 +149,13 @@ def fit_of(
     config: PretrainedConfig,
     names: Mapping[str, str],
 ) -> Fit:
-    """How stored weights stand to a model, found by loading them on meta: transformers' own renaming applies.
+    """Compare stored weights with a model by loading them on meta: transformers' own renaming applies.
 
     Args:
-        names: the one under which each is looked for.
+        stored: tensors on meta, by stored name.
+        model_class: of the model.
+        config: of the model.
+        names: the name in the model by each stored one.
     """
     with quiet_loading(), unsharded():
         model, info = model_class.from_pretrained(
@@ -167,12 +172,14 @@ def fit_of(
 def load_weights(
     location: str, model_class: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype | str
 ) -> tuple[PreTrainedModel, Fit]:
-    """The model with its stored weights, and how these stand to it; what is not stored is drawn anew.
+    """Load a model with its stored weights, and compare these with it; what is not stored is drawn anew.
 
     A known prefix of their names is left out, and that is said.
 
     Args:
         location: a folder, or a Hub id.
+        model_class: of the model.
+        config: of the model.
         dtype: of the weights; `auto` is the stored one.
 
     Raises:
@@ -199,9 +206,11 @@ def load_weights(
 
 
 def fit_problems(fit: Fit, kind: TaskKind, *, new_head: bool) -> list[str]:
-    """What is wrong with stored weights.
+    """List what is wrong with stored weights.
 
     Args:
+        fit: of the weights and the model.
+        kind: of the task that the model is for.
         new_head: whether the head may be new; where it may not, a pooler that nothing reads still may.
     """
     if fit.problem is not None:
@@ -215,7 +224,12 @@ def fit_problems(fit: Fit, kind: TaskKind, *, new_head: bool) -> list[str]:
 
 
 def with_head_of_adapters(fit: Fit, folder: Path) -> Fit:
-    """A base's fit, less what is stored beside its adapters."""
+    """Leave out of a base's fit the weights that are stored beside its adapters.
+
+    Args:
+        fit: of the base.
+        folder: which holds the adapters.
+    """
     beside = stored_beside_adapters(folder)
     return replace(
         fit,
@@ -226,18 +240,18 @@ def with_head_of_adapters(fit: Fit, folder: Path) -> Fit:
 
 
 def no_head_message(missing: list[str]) -> str:
-    """What to say of a model without a trained head."""
+    """Write the message on a model without a trained head."""
     return f"has no trained head for this task ({', '.join(missing[:3])} missing); fine-tune it first (run: finetune)"
 
 
 def prefix_note(names: Mapping[str, str]) -> str | None:
-    """What is to be said of weights that are looked for under other names than their own."""
+    """Write the note on weights that are read under other names than their own; None where none is."""
     name = next((name for name, new in names.items() if new != name), None)
     return None if name is None else f"its weights' names are read without a wrapper's prefix ({name} as {names[name]})"
 
 
 def readable_on_meta(config: PretrainedConfig) -> bool:
-    """Whether a model's weights can be looked at without loading them; not where another package quantized them."""
+    """Tell whether a model's weights can be looked at without loading them: not if another package quantized them."""
     quantization = getattr(config, "quantization_config", None)
     if quantization is None:
         return True
@@ -246,7 +260,15 @@ def readable_on_meta(config: PretrainedConfig) -> bool:
 
 
 def refuse_not_finite(model: nn.Module, where: str) -> None:
-    """Raise an `InputError` for a model with weights that are NaN or infinite."""
+    """Raise an error for a model with weights that are NaN or infinite.
+
+    Args:
+        model: any module.
+        where: the model, for the message.
+
+    Raises:
+        InputError: with the names of such weights.
+    """
     broken = [
         name
         for name, weight in model.state_dict().items()
@@ -265,7 +287,7 @@ def on_meta() -> Iterator[None]:
 
 @contextlib.contextmanager
 def unsharded() -> Iterator[None]:
-    """Without ZeRO-3, which would shard weights that are not there."""
+    """Turn off ZeRO-3, which would shard weights that are not there."""
     sharding = sharding_config()
     deepspeed.unset_hf_deepspeed_config()
     try:
@@ -290,7 +312,7 @@ def quiet_loading() -> Iterator[None]:
 
 @contextlib.contextmanager
 def reading(location: str) -> Iterator[None]:
-    """Tell of weights that cannot be read as an `InputError`."""
+    """Turn errors in reading weights into an `InputError`."""
     try:
         yield
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # none there, other shapes, or broken files

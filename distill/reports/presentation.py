@@ -148,8 +148,8 @@ def _write_apart(axis: Any, labels: list[tuple[float, float, str]]) -> None:
 
 
 def remarks(report: Report) -> list[str]:
-    """List what a reader must not overlook: compressed models that are no gain over their parent or its bfloat16
-    weights.
+    """List what a reader must not overlook: compressed models that are no gain over their parent, or over its bf16
+    form.
     """
     said = []
     for model in report.models:
