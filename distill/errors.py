@@ -26,8 +26,8 @@ class TrainingDiverged(RuntimeError):
 
 def in_one_line(error: Exception) -> str:
     """What an exception says; its kind where that is next to nothing (`KeyError('x')`)."""
-    said = " ".join(str(error).split())
-    return said if " " in said else f"{type(error).__name__} {said}".strip()
+    message = " ".join(str(error).split())
+    return message if " " in message else f"{type(error).__name__} {message}".strip()
 
 
 class FolderInUse(RuntimeError):

@@ -108,8 +108,10 @@ def check_launch() -> None:
     """
     if parse_flag_from_env("ACCELERATE_USE_FSDP") and runs_on_cpu():
         raise InputError("FSDP needs GPUs, and would be left out on a CPU; use accelerate_configs/multi_cpu.yaml there")
-    alone = "ACCELERATE_USE_CPU" in os.environ and "LOCAL_RANK" not in os.environ  # only its simple launcher does so
-    if alone and "MASTER_ADDR" in os.environ:  # where they would meet
+    is_single = (
+        "ACCELERATE_USE_CPU" in os.environ and "LOCAL_RANK" not in os.environ
+    )  # only its simple launcher does so
+    if is_single and "MASTER_ADDR" in os.environ:  # where they would meet
         raise InputError(
             "accelerate was asked for several processes, but started one (`--cpu --num_processes N` and "
             f"`distributed_type: MULTI_CPU` do that without MPI). Launch with {_LAUNCH}; if one process is meant, "

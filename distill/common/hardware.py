@@ -107,8 +107,8 @@ def _glibc() -> Any:
     """The C library where freed memory can be kept; None where it has no such settings (musl), and where the
     environment makes them."""
     tunables = os.environ.get("GLIBC_TUNABLES", "")
-    said = [name for name in _MALLOPT if f"MALLOC_{name.upper()}_" in os.environ or f"malloc.{name}=" in tunables]
-    if said or not sys.platform.startswith("linux"):
+    in_environ = [name for name in _MALLOPT if f"MALLOC_{name.upper()}_" in os.environ or f"malloc.{name}=" in tunables]
+    if in_environ or not sys.platform.startswith("linux"):
         return None
     library = ctypes.CDLL(None)
     return None if getattr(library, "mallopt", None) is None else library

@@ -92,12 +92,12 @@ def hub_problem(
     """
     where = where or reference
     name, revision = split_revision(reference)
-    chain, said = list(causes(error)), str(error)  # datasets leaves out what an error came from
-    if any(isinstance(each, GatedRepoError) for each in chain) or "is a gated dataset" in said:
+    chain, message = list(causes(error)), str(error)  # datasets leaves out what an error came from
+    if any(isinstance(each, GatedRepoError) for each in chain) or "is a gated dataset" in message:
         return f"{where}: is gated; ask for access on its page on the Hub, and log in with `hf auth login` or HF_TOKEN"
-    if any(isinstance(each, RevisionNotFoundError) for each in chain) or said.startswith("Revision '"):
+    if any(isinstance(each, RevisionNotFoundError) for each in chain) or message.startswith("Revision '"):
         return f"{where}: {name} is on the Hub, but has no revision {revision!r}"
-    if any(isinstance(each, RepositoryNotFoundError) for each in chain) or "doesn't exist on the Hub" in said:
+    if any(isinstance(each, RepositoryNotFoundError) for each in chain) or "doesn't exist on the Hub" in message:
         return (
             f"{where}: {nothing_here}, and none of that name on the Hub, or a private one "
             "(then log in with `hf auth login` or HF_TOKEN)"

@@ -193,8 +193,8 @@ def _id(element: Element, known: _Names) -> int | None:
 
 def _are_booleans(elements: Mapping[Element, int], known: _Names) -> bool:
     """Whether labels are booleans that stand for two names, the first of which is false."""
-    told = known.source != "rows" or [name.lower() for name in known.names] == [*_BOOLEANS]
-    return told and len(known.names) == 2 and all(str(each).lower() in _BOOLEANS for each in elements)
+    are_named = known.source != "rows" or [name.lower() for name in known.names] == [*_BOOLEANS]
+    return are_named and len(known.names) == 2 and all(str(each).lower() in _BOOLEANS for each in elements)
 
 
 def _renamed(column: LabelColumn, task: Task, notes: list[str], problems: list[str]) -> dict[Element, int | None]:
@@ -305,13 +305,13 @@ def _unknown(unknown: Counter, column: LabelColumn, task: Task, known: _Names) -
     value = min(unknown, key=str)
     row = next(row for row, labels in enumerate(column.rows) if value in labels)
     what = "classes" if KINDS[task.kind].labels.one_class else "labels"
-    told = f"holds {str(value)!r}, which is none of the {what} ({_shown(known.names)}); the first is row {row}"
+    problem = f"holds {str(value)!r}, which is none of the {what} ({_shown(known.names)}); the first is row {row}"
     if known.source == "rows":
-        return f"{told}. No training row has it: add some, remove these, or name all in data.label_names"
+        return f"{problem}. No training row has it: add some, remove these, or name all in data.label_names"
     if numbers:
-        return f"{told}. As names are numbers, numbers in the rows are names too, not ids"
+        return f"{problem}. As names are numbers, numbers in the rows are names too, not ids"
     of_model = ". These are the model's names; label_map says what the rows call each"
-    return told + of_model if known.source == "model" else told
+    return problem + of_model if known.source == "model" else problem
 
 
 def _labels_alike(task: Task) -> list[str]:

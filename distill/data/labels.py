@@ -68,8 +68,8 @@ def read_labels(
 def _wrong_names(names: Sequence[str], task: Task) -> list[str]:
     rule = KINDS[task.kind].labels
     if names and (task.label_names or not rule.named):
-        told = "the columns name the labels" if task.label_names else f"not for {task.kind}"
-        return [f"data.label_names: {told}; leave it out"]
+        reason = "the columns name the labels" if task.label_names else f"not for {task.kind}"
+        return [f"data.label_names: {reason}; leave it out"]
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         return [f"data.label_names: {twice[0]!r} stands there twice; each label has a name of its own"]

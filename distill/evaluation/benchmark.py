@@ -171,21 +171,21 @@ def slower_or_not_smaller(model: Measurement, parent: Measurement) -> list[str]:
         model: a measured one.
         parent: the model that it was made from.
     """
-    said = []
+    sentences = []
     size, parent_size = model.size_on_disk_bytes, parent.size_on_disk_bytes
     if size and parent_size and size >= parent_size:
         sizes = f"{size / 1e6:.1f} MB against {parent_size / 1e6:.1f} MB"
-        said.append(f"{model.name} is not smaller than {parent.name}: {sizes}.")
+        sentences.append(f"{model.name} is not smaller than {parent.name}: {sizes}.")
     where = f"than {parent.name} on {model.device}"
     slower = model.latency_ms.p50 / parent.latency_ms.p50
     if slower > 1.05:
         latencies = f"{model.latency_ms.p50:.1f} ms against {parent.latency_ms.p50:.1f} ms"
-        said.append(f"{model.name} is slower {where}: {latencies} ({slower:.2f}×).")
+        sentences.append(f"{model.name} is slower {where}: {latencies} ({slower:.2f}×).")
     throughput, parent_throughput = (m.throughput_samples_per_second for m in (model, parent))
     if throughput < parent_throughput / 1.05:
         rates = f"{throughput:.1f} against {parent_throughput:.1f} rows/s ({throughput / parent_throughput:.2f}×)"
-        said.append(f"{model.name} has less throughput {where}: {rates}.")
-    return said
+        sentences.append(f"{model.name} has less throughput {where}: {rates}.")
+    return sentences
 
 
 def _load(location: str) -> PreTrainedModel:

@@ -191,9 +191,11 @@ def with_stored_adapters(model: PreTrainedModel, folder: Path, *, merge: bool = 
         raise InputError(f"{folder}: holds prompts, which are no adapters of layers; they can't be read here")
     with safetensors.safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
         stored = set(file.keys())
-    astray = sorted(stored ^ set(get_peft_model_state_dict(adapted, save_embedding_layers=False)))
-    if astray:
-        raise InputError(f"{folder}: its adapters are not those of {model.name_or_path} (without a match: {astray[0]})")
+    unmatched = sorted(stored ^ set(get_peft_model_state_dict(adapted, save_embedding_layers=False)))
+    if unmatched:
+        raise InputError(
+            f"{folder}: its adapters are not those of {model.name_or_path} (without a match: {unmatched[0]})"
+        )
     return adapted.merge_and_unload() if merge else adapted.get_base_model()
 
 

@@ -184,8 +184,8 @@ def load_config(location: str) -> PretrainedConfig:
 
 def _labels_of_adapters(folder: Path) -> int | None:
     """How many labels the head has that is stored beside adapters; None where there is none."""
-    beside = stored_beside_adapters(folder)
-    rows = [shape[0] for name, shape in beside.items() if _OUTPUT_LAYER.search(name) and len(shape) == 2]
+    shapes = stored_beside_adapters(folder)
+    rows = [shape[0] for name, shape in shapes.items() if _OUTPUT_LAYER.search(name) and len(shape) == 2]
     return rows[-1] if rows else None
 
 

@@ -69,11 +69,11 @@ class _Packing:
             self._valid = attention_mask.bool()
             row = torch.arange(len(self._valid), device=self._valid.device).unsqueeze(-1).expand_as(self._valid)
             row = row[self._valid]
-            own = (row.unsqueeze(0) == row.unsqueeze(1))[None, None]
+            mask = (row.unsqueeze(0) == row.unsqueeze(1))[None, None]
             if attention_of_config(self._model.config) == "eager":
                 lowest = torch.finfo(torch.float32).min
-                own = torch.zeros(own.shape, device=own.device).masked_fill(~own, lowest)
-            self._mask = own
+                mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, lowest)
+            self._mask = mask
 
     def _enter(
         self, block: nn.Module, arguments: tuple, options: dict[str, Any]

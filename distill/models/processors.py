@@ -150,7 +150,7 @@ def _reading_words(tokenizer: PreTrainedTokenizerBase, location: str) -> PreTrai
 
 def _reads_words(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a word by itself becomes the tokens that it becomes in a text."""
-    alone = tokenizer(["a", "a"], is_split_into_words=True, add_special_tokens=False)["input_ids"]
+    one_by_one = tokenizer(["a", "a"], is_split_into_words=True, add_special_tokens=False)["input_ids"]
     in_text = tokenizer("a a", add_special_tokens=False)["input_ids"]
-    word = alone[len(alone) // 2 :]
+    word = one_by_one[len(one_by_one) // 2 :]
     return in_text[-len(word) :] == word

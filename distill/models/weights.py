@@ -128,8 +128,8 @@ def plain_names(
         model_class: of the model.
         config: of the model.
     """
-    own = {name: name for name in stored}
-    candidates = [own]
+    unchanged = {name: name for name in stored}
+    candidates = [unchanged]
     renamed = {name: _WRAPPERS.sub("", name) for name in stored}
     for _ in range(_MOST_ROOTS + 1):
         if len(set(renamed.values())) == len(renamed) and renamed not in candidates:
@@ -230,12 +230,12 @@ def with_head_of_adapters(fit: Fit, folder: Path) -> Fit:
         fit: of the base.
         folder: which holds the adapters.
     """
-    beside = stored_beside_adapters(folder)
+    beside_adapters = stored_beside_adapters(folder)
     return replace(
         fit,
-        new_head=tuple(name for name in fit.new_head if name not in beside),
-        new_pooler=tuple(name for name in fit.new_pooler if name not in beside),
-        reshaped_head=tuple(each for each in fit.reshaped_head if each[0] not in beside),
+        new_head=tuple(name for name in fit.new_head if name not in beside_adapters),
+        new_pooler=tuple(name for name in fit.new_pooler if name not in beside_adapters),
+        reshaped_head=tuple(each for each in fit.reshaped_head if each[0] not in beside_adapters),
     )
 
 

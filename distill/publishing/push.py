@@ -91,7 +91,7 @@ def push_folder(
     if not log.is_terminal:
         disable_progress_bars()
     api = HfApi()
-    with _told(repo_id):
+    with _one_message_each(repo_id):
         if collection is not None:
             _check_collection(api, collection)
         found = _repository(api, repo_id, private=private, revision=revision)
@@ -285,7 +285,7 @@ def _check_collection(api: HfApi, slug: str) -> None:
 
 
 @contextmanager
-def _told(repo_id: str) -> Iterator[None]:
+def _one_message_each(repo_id: str) -> Iterator[None]:
     """Failing requests as one message each, without the token that they carried."""
     try:
         yield

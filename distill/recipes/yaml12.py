@@ -96,8 +96,8 @@ def yaml_problem(error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None)
     if mark is None:
         return " ".join(str(error).replace('in "<unicode string>", ', "at ").split())
-    said = ", ".join(part for part in (error.context, error.problem) if part)  # type: ignore[attr-defined]
-    return f"line {mark.line + 1}, column {mark.column + 1}: {said}"
+    message = ", ".join(part for part in (error.context, error.problem) if part)  # type: ignore[attr-defined]
+    return f"line {mark.line + 1}, column {mark.column + 1}: {message}"
 
 
 # --- another recipe that may be meant --------------------------------------------------------------------------------

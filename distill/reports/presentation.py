@@ -48,8 +48,8 @@ def print_report(report: Report) -> None:
         results.print(line)
     if cut := describe_cut(report.truncated):
         results.print(f"rows {cut}")
-    for said in remarks(report):
-        results.print(remark(said))
+    for sentence in remarks(report):
+        results.print(remark(sentence))
 
 
 def as_markdown(plan: Plan, report: Report) -> str:
@@ -151,14 +151,14 @@ def remarks(report: Report) -> list[str]:
     """List what a reader must not overlook: compressed models that are no gain over their parent, or over its bf16
     form.
     """
-    said = []
+    sentences = []
     for model in report.models:
         parent = report.entry(model.parents[0]) if model.parents else None  # a distill step's is its teacher
         if parent is None or model.run is None:
             continue
         if VERBS[model.run].is_smaller(model.num_parameters, parent.num_parameters):
-            said += remarks_on(model, parent, report.variants)
-    return said
+            sentences += remarks_on(model, parent, report.variants)
+    return sentences
 
 
 def _metric(report: Report) -> str:

@@ -58,14 +58,14 @@ def scores(counts: NDArray) -> dict[str, float]:
 
 def _marked(marks: Sequence[_Mark]) -> set[tuple[str, int, int]]:
     found: set[tuple[str, int, int]] = set()
-    begun, (before, its_type) = 0, _OUTSIDE
+    begun, (before, entity_type) = 0, _OUTSIDE
     for place, (mark, kind) in enumerate([*marks, _OUTSIDE]):
-        anew = mark in "BS" or before in "ESO" or kind != its_type
+        anew = mark in "BS" or before in "ESO" or kind != entity_type
         if before != "O" and (anew or mark == "O"):
-            found.add((its_type, begun, place))
+            found.add((entity_type, begun, place))
         if mark != "O" and anew:
             begun = place
-        before, its_type = mark, kind
+        before, entity_type = mark, kind
     return found
 
 
@@ -74,10 +74,10 @@ def _reader(names: Sequence[str]) -> Callable[[str], _Mark]:
     tags = {name for name in names if name != "O"}
     before = {name: (_MARKS[found[1]], found[2]) for name in tags if (found := _PREFIXED.fullmatch(name))}
     behind = {name: (_MARKS[found[2]], found[1]) for name in tags if (found := _SUFFIXED.fullmatch(name))}
-    alone = {name: (_MARKS[name], "_") for name in tags if name in _MARKS}
+    bare = {name: (_MARKS[name], "_") for name in tags if name in _MARKS}
     # Types may look like marks (E-MAIL, or PER-B of a type B): what reads all tags is meant before what reads some.
-    readings = [each for each in (before, behind, alone) if any(mark in "BI" for mark, _ in each.values())]
-    readings = [each for each in readings if each.keys() == tags] or [each for each in readings if each is not alone]
+    readings = [each for each in (before, behind, bare) if any(mark in "BI" for mark, _ in each.values())]
+    readings = [each for each in readings if each.keys() == tags] or [each for each in readings if each is not bare]
     readings += [each for each in (before, behind) if each.keys() == tags]
     known = readings[0] if readings else {}
     return lambda tag: _OUTSIDE if tag == "O" else known.get(tag, ("I", tag))

@@ -115,7 +115,7 @@ def logits_in_chunks(model: PreTrainedModel, inputs: Mapping[str, Tensor], mask:
         mask: B×T booleans with N true.
     """
     encoder = plain_model(model).base_model
-    whole, own = encoder.forward, encoder.__dict__.get("forward")
+    whole, replaced = encoder.forward, encoder.__dict__.get("forward")
     known: list[Any] = []
     states: list[Tensor] = []
 
@@ -131,7 +131,7 @@ def logits_in_chunks(model: PreTrainedModel, inputs: Mapping[str, Tensor], mask:
         while not known or states:
             yield logits_of(model(**inputs))[0]
     finally:
-        if own is None:
+        if replaced is None:
             del encoder.forward
         else:
-            encoder.forward = own
+            encoder.forward = replaced

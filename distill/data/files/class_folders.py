@@ -60,10 +60,10 @@ def read_text_folders(folder: Path, task: Task, notes: list[str]) -> dict[str, d
             raise InputError(
                 f"{folder}: neither train.* ({', '.join(READABLE)}) nor class folders with .txt files in it"
             )
-        told: list[str] = []
-        texts = [_text(path, told) for path in files]
-        if told:
-            notes.append(f"{told[0]}; {len(told)} of {len(files)} files are like it")
+        remarks: list[str] = []
+        texts = [_text(path, remarks) for path in files]
+        if remarks:
+            notes.append(f"{remarks[0]}; {len(remarks)} of {len(files)} files are like it")
         rows = {"text": texts, "label": [path.parent.name for path in files]}
         found[split] = datasets.Dataset.from_dict(rows)
     return found

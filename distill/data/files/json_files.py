@@ -39,17 +39,17 @@ def read_json(path: Path, columns: Iterable[str], notes: list[str]) -> pa.Table:
     columns = set(columns)
     chunks, sizes = Spill(), []
     lines = array("q")
-    told: list[str] = []
+    remarks: list[str] = []
     while found := _columns(itertools.islice(rows, _ROWS_AT_ONCE)):
         of_part, values = found
         lines.extend(of_part)
         chunk = {
-            name: _array(name, of_column, of_part, unit, name in columns, told) for name, of_column in values.items()
+            name: _array(name, of_column, of_part, unit, name in columns, remarks) for name, of_column in values.items()
         }
         chunks.add(pa.table(chunk))
         sizes.append(len(of_part))
-    table = _joined(chunks.tables(), sizes, lines, unit, columns, told)
-    notes += of_text + [f"{path.name}: {note}" for note in dict.fromkeys(told)]
+    table = _joined(chunks.tables(), sizes, lines, unit, columns, remarks)
+    notes += of_text + [f"{path.name}: {note}" for note in dict.fromkeys(remarks)]
     return table
 
 
@@ -127,7 +127,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _array(name: str, values: list[Any], lines: Sequence[int], unit: str, used: bool, told: list[str]) -> pa.Array:
+def _array(name: str, values: list[Any], lines: Sequence[int], unit: str, used: bool, remarks: list[str]) -> pa.Array:
     """One column of some rows, as text where its values are of several types."""
     try:
         return pa.array(values)
@@ -136,17 +136,17 @@ def _array(name: str, values: list[Any], lines: Sequence[int], unit: str, used: 
         # Strings differ where a half was replaced; NaN differs from itself, and is no string.
         changed = [line for line, old, new in zip(lines, values, whole, strict=True) if repr(old) != repr(new)]
         if used:
-            told.append(
+            remarks.append(
                 f"{len(changed)} rows of column {name!r} hold half of a surrogate pair, read as U+FFFD (the first is "
                 f"{unit} {changed[0]})"
             )
-        return _array(name, whole, lines, unit, used, told)
+        return _array(name, whole, lines, unit, used, remarks)
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError):
-        return _of_several_types(name, values, lines, unit, used, told)
+        return _of_several_types(name, values, lines, unit, used, remarks)
 
 
 def _of_several_types(
-    name: str, values: list[Any], lines: Sequence[int], unit: str, used: bool, told: list[str]
+    name: str, values: list[Any], lines: Sequence[int], unit: str, used: bool, remarks: list[str]
 ) -> pa.Array:
     present = [(line, value) for line, value in zip(lines, values, strict=True) if value is not None]
     first = present[0][1]
@@ -164,12 +164,12 @@ def _of_several_types(
         return pa.array([None if value is None else json.dumps(value) for value in values])
     if used:
         where = f", from {unit} {other[0]} on {_kind(other[1])} too" if other else " of several types or sizes"
-        told.append(f"column {name!r} holds {_kind(first)}{where}; all are read as text")
+        remarks.append(f"column {name!r} holds {_kind(first)}{where}; all are read as text")
     return array
 
 
 def _joined(
-    chunks: list[pa.Table], sizes: list[int], lines: Sequence[int], unit: str, columns: set[str], told: list[str]
+    chunks: list[pa.Table], sizes: list[int], lines: Sequence[int], unit: str, columns: set[str], remarks: list[str]
 ) -> pa.Table:
     """The chunks as one table, a column that differs in type between them as text.
 
@@ -189,7 +189,7 @@ def _joined(
             joined[name] = pa.chunked_array([piece for part in cast for piece in part.chunks], wanted)
         except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError):
             values = [value for part in parts for value in part.to_pylist()]
-            joined[name] = _of_several_types(name, values, lines, unit, name in columns, told)
+            joined[name] = _of_several_types(name, values, lines, unit, name in columns, remarks)
     return pa.table(joined)
 
 
