@@ -88,7 +88,7 @@ class LengthBatches(BatchSampler):
         return [batches[number] for number in order]
 
     def _split(self, batches: Batches) -> Batches | None:
-        """Until there are as many as in the first epoch; None if that can't be."""
+        """Split batches until there are as many as in the first epoch; None if that can't be."""
         while len(batches) < self._num_batches:
             longest = max(range(len(batches)), key=lambda number: len(batches[number]))
             if len(batches[longest]) < 2 * self.num_processes:
@@ -109,7 +109,7 @@ class LengthBatches(BatchSampler):
         return batches
 
     def _cut(self, rows: NDArray[np.int64]) -> Batches:
-        """Batches of rows in order of length, each with a row or more for every process."""
+        """Cut rows into batches in order of length, each with a row or more for every process."""
         batches = []
         while len(rows):
             if self.max_tokens is None:
@@ -177,7 +177,7 @@ class Reader:
                 self._fillers["labels"] = label_filler
 
     def __call__(self, numbers: list[int]) -> dict[str, Any]:
-        """The batch of these rows."""
+        """Make the padded batch of these rows."""
         if self._arrow is not None:
             return self._padded(self._arrow[numbers])
         if hasattr(self._rows, "__getitems__"):
@@ -235,7 +235,7 @@ def with_columns(collate: Callable[[list], Any], fillers: Mapping[str, int]) -> 
 
 
 def _holds_numbers(rows: Any) -> bool:
-    """Whether rows are a plain `datasets.Dataset` of numbers and lists of them."""
+    """Tell whether rows are a plain `datasets.Dataset` of numbers and lists of them."""
     if not isinstance(rows, datasets.Dataset) or rows.format["type"] is not None:
         return False
     types = pyarrow.types

@@ -42,7 +42,7 @@ class LabelColumn:
 
 @dataclass(frozen=True)
 class _Names:
-    """The label names of the set."""
+    """The label names of a data set, and where they are from."""
 
     names: tuple[str, ...]
     source: Literal["user", "column", "model", "rows"]
@@ -110,7 +110,7 @@ def encode_labels(
 def _declared(
     columns: list[LabelColumn], task: Task, label_names: Sequence[str], model_labels: Sequence[str]
 ) -> _Names | None:
-    """The names, unless only the rows tell them."""
+    """Take the label names that a task, a user or a model gives; None where only the rows tell them."""
     of_user = tuple(task.label_names or label_names)
     of_column = next((column.classes for column in columns if column.classes), ())
     if of_user or of_column:
@@ -121,7 +121,7 @@ def _declared(
 
 
 def _names_of_rows(columns: list[LabelColumn], task: Task, notes: list[str], problems: list[str]) -> _Names:
-    """The values of the training rows (of all rows, where there are none to train on) as names, in order."""
+    """Collect the values of the training rows (of all rows, where there are none to train on) as names, in order."""
     of_train = [column for column in columns if column.split == "train"]
     elements = {element for column in of_train or columns for element in column.elements}
     everywhere = {element for column in columns for element in column.elements}
@@ -153,7 +153,7 @@ def _is_number(text: str) -> bool:
 def _ids(
     column: LabelColumn, task: Task, known: _Names, notes: list[str], problems: list[str]
 ) -> dict[Element, int | None]:
-    """The id of each label that a split holds."""
+    """Find the id of each label that a split holds."""
     elements, where = column.elements, f"column {task.label!r}"
     if known.source == "user" and column.classes and not any(_id(name, known) is not None for name in column.classes):
         return _renamed(column, task, notes, problems)
@@ -176,7 +176,7 @@ def _ids(
 
 
 def _id(element: Element, known: _Names) -> int | None:
-    """The id of a label: a name's place; a number is its own id where the names are no numbers."""
+    """Find the id of a label: a name's place; a number is its own id where the names are no numbers."""
     names = known.names
     if isinstance(element, int) and not known.of_numbers:
         return element if element in range(len(names)) else None
@@ -192,13 +192,13 @@ def _id(element: Element, known: _Names) -> int | None:
 
 
 def _are_booleans(elements: Mapping[Element, int], known: _Names) -> bool:
-    """Whether labels are booleans that stand for two names, the first of which is false."""
+    """Tell whether labels are booleans that stand for two names, the first of which is false."""
     are_named = known.source != "rows" or [name.lower() for name in known.names] == [*_BOOLEANS]
     return are_named and len(known.names) == 2 and all(str(each).lower() in _BOOLEANS for each in elements)
 
 
 def _renamed(column: LabelColumn, task: Task, notes: list[str], problems: list[str]) -> dict[Element, int | None]:
-    """The ids of a `ClassLabel` none of whose names is one of the user's, who names its ids anew."""
+    """Find the ids of a `ClassLabel` none of whose names is one of the user's, who names its ids anew."""
     classes, names = column.classes or (), task.label_names or ()
     ids: dict[Element, int | None] = {name: number for number, name in enumerate(classes)}
     outside = Counter(
@@ -217,7 +217,7 @@ def whole_number(element: Element) -> int:
 
 
 def _form(name: str) -> str:
-    """A name without case, and with spaces and hyphens as underscores."""
+    """Write a name without case, and with spaces and hyphens as underscores."""
     return name.strip().lower().replace("-", "_").replace(" ", "_")
 
 
@@ -231,7 +231,7 @@ def _rows_of_ids(column: LabelColumn, ids: Mapping[Element, int | None], task: T
 
 
 def _are_zeros_and_ones(columns: list[LabelColumn], names: Sequence[str], task: Task, problems: list[str]) -> bool:
-    """Whether lists of labels hold zeros and ones, one place a label, and no ids; what may be both is a problem."""
+    """Tell whether lists of labels hold zeros and ones, one place a label, or ids; what may be either is a problem."""
     rows = [row for column in columns for row in column.rows]
     elements = {element for row in rows for element in row}
     if any(column.classes for column in columns) or not elements or not elements <= {0, 1}:
@@ -298,7 +298,7 @@ def outside_ids(outside: Counter, names: Sequence[str]) -> str:
 
 
 def _unknown(unknown: Counter, column: LabelColumn, task: Task, known: _Names) -> str:
-    """What is wrong with labels that are none of the task's."""
+    """Say which labels are none of the task's, and what may be meant."""
     numbers = Counter({each: count for each, count in unknown.items() if isinstance(each, int)})
     if numbers and not known.of_numbers:
         return outside_ids(numbers, known.names)
@@ -315,7 +315,7 @@ def _unknown(unknown: Counter, column: LabelColumn, task: Task, known: _Names) -
 
 
 def _labels_alike(task: Task) -> list[str]:
-    """A note where names of classes differ by case and spaces alone."""
+    """Note names of classes that differ by case and spaces alone."""
     by_form: dict[str, list[str]] = defaultdict(list)
     for name in task.label_names or ():
         by_form[name.strip().lower()].append(name)
@@ -324,14 +324,14 @@ def _labels_alike(task: Task) -> list[str]:
 
 
 def _no_outside_tag(task: Task) -> list[str]:
-    """A note where every word of token classification would count as one of an entity."""
+    """Note that every word of token classification would count as one of an entity, as no label is O."""
     if not KINDS[task.kind].labels.tags or "O" in (task.label_names or ()):
         return []
     return ["none of the labels is O, so entity F1 takes every word for a part of an entity; accuracy counts words"]
 
 
 def _absent(task: Task, encoded: Mapping[str, list]) -> list[str]:
-    """Notes of the labels that no training row has, and of evaluation rows that have them."""
+    """Note the labels that no training row has, and the evaluation rows that have them."""
     if "train" not in encoded:
         return []
     names = task.label_names or ()
@@ -345,7 +345,7 @@ def _absent(task: Task, encoded: Mapping[str, list]) -> list[str]:
 
 
 def _counts(rows: list, task: Task) -> Counter[int]:
-    """How many labels of each id there are."""
+    """Count the labels of each id."""
     rule = KINDS[task.kind].labels
     if rule.sets:
         return Counter(index for row in rows for index, value in enumerate(row) if value)

@@ -84,7 +84,7 @@ def _wrong_names(names: Sequence[str], task: Task) -> list[str]:
 
 
 def _column(rows: datasets.Dataset, task: Task, split: str, problems: list[str]) -> LabelColumn | None:
-    """The labels of a split, or None with what is wrong in `problems`."""
+    """Read the labels of a split; None, with what is wrong in `problems`, where they can't be read."""
     values, where, rule = rows[task.label][:], where_of(task, split), KINDS[task.kind].labels
     missing = [row for row, value in enumerate(values) if is_missing(value)]
     if missing:
@@ -126,7 +126,7 @@ def is_missing(value: Any) -> bool:
 
 
 def _element(value: Any, task: Task) -> Element:
-    """A value as a name or a whole number: 1.0 is 1; a boolean is a name, but a number in lists of labels."""
+    """Read a value as a name or a whole number: 1.0 is 1; a boolean is a name, but a number in lists of labels."""
     if isinstance(value, bool):
         return int(value) if KINDS[task.kind].labels.sets else str(value)
     if isinstance(value, int):
@@ -137,7 +137,7 @@ def _element(value: Any, task: Task) -> Element:
 
 
 def _numbers_in_text(columns: list[LabelColumn]) -> list[LabelColumn]:
-    """The columns with numbers for texts like "1" and "1.0", where all texts of the set are such: csv has no others."""
+    """Turn texts like "1" and "1.0" into numbers where all texts of the set are such: csv has no others."""
     texts = [each for column in columns if not column.classes for each in column.elements if isinstance(each, str)]
     if not texts or not all(map(WHOLE_NUMBER.fullmatch, texts)):
         return columns
@@ -154,7 +154,7 @@ def _numbers_in_text(columns: list[LabelColumn]) -> list[LabelColumn]:
 
 
 def _scores(rows: datasets.Dataset, task: Task, split: str, problems: list[str]) -> list[float] | None:
-    """The scores of a regression as floats (texts that are numbers too), or None with what is wrong in `problems`."""
+    """Read a regression's scores as floats (texts that are numbers too); None, with a problem, where one is none."""
     values, where, feature = rows[task.label][:], where_of(task, split), rows.features[task.label]
     missing = [row for row, value in enumerate(values) if is_missing(value)]
     if missing:
@@ -173,7 +173,7 @@ def _scores(rows: datasets.Dataset, task: Task, split: str, problems: list[str])
 
 
 def _score_problem(value: Any) -> str | None:
-    """What keeps a value from being a score, or None."""
+    """Say why a value is no score; None where it is one."""
     if isinstance(value, bool):
         return ", which is no score; say kind: classification"
     if isinstance(value, str):

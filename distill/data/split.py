@@ -76,7 +76,7 @@ def random_part(rows: datasets.Dataset, limit: int, seed: int) -> datasets.Datas
 
 
 def _chosen(rows: datasets.Dataset, wanted: NDArray[np.bool_]) -> datasets.Dataset:
-    """Some of the rows in their order; texts side by side, as `datasets` reads selected rows one by one.
+    """Select some of the rows in their order; texts are copied, as `datasets` reads selected rows one by one.
 
     Args:
         wanted: of each row whether it is among them.
@@ -103,10 +103,10 @@ def classes_without_rows(rows: datasets.Dataset, task: Task) -> int:
 
 
 def _counts_to_cut(sizes: list[int], fraction: float, generator: np.random.Generator) -> list[int]:
-    """How many of each class are cut off, never all of one.
+    """Choose how many rows of each class are cut off, never all of one.
 
-    Each class gives its share, rounded. Where that misses the whole's share, as it does if most classes are small
-    (0.4 of a row rounds to none), the shares are rounded by the largest remainder, ties by chance.
+    Each class gives its share, rounded. Where that misses the whole's share, as it does if most classes are small (0.4
+    of a row rounds to none), the shares are rounded by the largest remainder, ties by chance.
     """
     rounded = [min(round(size * fraction), size - 1) for size in sizes]
     wanted = sum(sizes) * fraction
@@ -125,7 +125,7 @@ def _counts_to_cut(sizes: list[int], fraction: float, generator: np.random.Gener
 
 
 def _by_text(rows: datasets.Dataset, task: Task) -> tuple[NDArray[Any], NDArray[Any]]:
-    """The numbers of the rows with those of equal texts side by side, and of each whether it is its text's first.
+    """Order the rows' numbers so that equal texts are side by side, and tell of each whether it is its text's first.
 
     Arrays of a million rows are tens of megabytes, so the numbers are of 32 bits where these are enough.
     """
@@ -136,7 +136,7 @@ def _by_text(rows: datasets.Dataset, task: Task) -> tuple[NDArray[Any], NDArray[
 
 
 def _hashes(rows: datasets.Dataset, task: Task) -> NDArray[np.uint64]:
-    """64 bits of what tells a row from others: its texts, or for questions the context alone, or an image's bytes.
+    """Hash (64 bits) what tells a row from others: its texts, or for questions the context alone, or an image's bytes.
 
     Of a million different texts two have the same ones with a chance of 3 in 10⁸, and then share a side.
     """

@@ -86,7 +86,7 @@ def _finished(writer: ArrowWriter, write: Callable[[ArrowWriter], None]) -> None
 
 
 def _lock(path: Path) -> FileLock:
-    """Of a file: one of 256 locks, as a lock for each would leave a file for all that ever was."""
+    """Lock a file by one of 256 locks, as a lock for each would leave a file for all that ever was."""
     locks = path.parent / ".locks"
     locks.mkdir(parents=True, exist_ok=True)
     return FileLock(str(locks / f"{path.name[:2]}.lock"), is_singleton=False)

@@ -192,11 +192,11 @@ def _as_table(pairs: Iterable[tuple[str, str]]) -> pa.Table:
 
 
 def _terms(text: str) -> list[str]:
-    """What of a text counts in TF-IDF; its characters where there are no words (single letters, signs)."""
+    """List the terms of a text for TF-IDF; its characters where there are no words (single letters, signs)."""
     words = _words(_UNSEPARATED.sub(" ", text))
     return words + _pieces(_UNSEPARATED.findall(text)) or _pieces([text])
 
 
 def _pieces(runs: Sequence[str]) -> list[str]:
-    """Runs of one to three characters."""
+    """List the pieces of one to three characters of runs of characters."""
     return [run[start : start + size] for run in runs for size in (1, 2, 3) for start in range(len(run) - size + 1)]

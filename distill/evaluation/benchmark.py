@@ -189,7 +189,7 @@ def slower_or_not_smaller(model: Measurement, parent: Measurement) -> list[str]:
 
 
 def _load(location: str) -> PreTrainedModel:
-    """The model in the class that it was saved as.
+    """Load a model in the class that it was saved as.
 
     Raises:
         InputError: weights that are not those of its config.
@@ -202,7 +202,7 @@ def _load(location: str) -> PreTrainedModel:
 
 
 def _skeleton(model: PreTrainedModel) -> PreTrainedModel:
-    """The unquantized model on meta: its parameters and operations without its weights."""
+    """Build the unquantized model on meta: its parameters and operations without its weights."""
     plain_config = without_replacements(model.config)
     set_attention_of_config(plain_config, "eager")  # matrix products that the FLOP counter sees
     with torch.device("meta"):

@@ -125,7 +125,7 @@ def metrics_while_training(data: Data, rows: datasets.Dataset) -> ScoringArgumen
 
 
 def _read(model: PreTrainedModel, task: Task, rows: datasets.Dataset, inputs: _Inputs, name: str) -> list:
-    """What the kind's `read` keeps of each tokenized row, in their order."""
+    """Keep of each tokenized row what the kind's `read` makes of a model's outputs, in the order of the rows."""
     found: list = [None] * len(rows)
     of_rows = KINDS[task.kind].targets.per_row or "labels" not in rows.column_names
     labels = [None] * len(rows) if of_rows else rows["labels"]  # an image's would be decoded with it
@@ -140,11 +140,7 @@ def _read(model: PreTrainedModel, task: Task, rows: datasets.Dataset, inputs: _I
 def _inputs(
     model: PreTrainedModel, rows: datasets.Dataset, tokenizer: Processor, *, batch_size: int, text: str
 ) -> _Inputs:
-    """Those of `input_batches` that the model takes, on its device.
-
-    Args:
-        text: beside the progress bar.
-    """
+    """Select from `input_batches` the inputs that the model takes, on its device."""
     batches = input_batches(
         rows, tokenizer, batch_size=batch_size, padding_side=None if targets_of(model).per_row else "right"
     )

@@ -136,7 +136,7 @@ def _bootstrap(score: Scorer, num_rows: int) -> tuple[float, tuple[float, float]
 
 
 def _weights(rows: NDArray[np.int64], num_rows: int) -> NDArray[np.float64]:
-    """How often each of N rows stands among the numbers …×N: …×N."""
+    """Count how often each of N rows is among the row numbers …×N of resamples: …×N."""
     drawn = rows.reshape(-1, num_rows)
     places = drawn + num_rows * np.arange(len(drawn))[:, None]
     return np.bincount(places.ravel(), minlength=drawn.size).reshape(rows.shape).astype(np.float64)

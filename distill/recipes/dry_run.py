@@ -78,7 +78,7 @@ def push_problems(recipe: Recipe) -> list[str]:
 
 
 def _benchmark_problems(plan: Plan) -> Sequence[str]:
-    """Models that can't be measured at the run's end."""
+    """List the models that can't be measured at the run's end."""
     configs = {name: planned.plan.config for name, planned in plan.steps.items()}
     if plan.baseline in plan.sources:
         configs[plan.baseline] = plan.sources[plan.baseline].config

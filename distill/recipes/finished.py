@@ -62,7 +62,7 @@ def _time(record: StepRecord) -> datetime:
 
 
 def _is_as_described(planned: PlannedStep, record: StepRecord) -> bool:
-    """Whether options, inputs and rows are those of the plan as far as step.json says."""
+    """Tell whether options, inputs and rows are those of the plan, as far as step.json says."""
     now = planned.described
     inputs = {name: record.sources.get(name) for name in now.sources}
     same = (record.run, record.parents, record.kind, record.labels) == (now.run, now.parents, now.kind, now.labels)

@@ -82,7 +82,7 @@ def _find_outside(
     weights: bool = True,
     adapters: bool = False,
 ) -> ModelSource:
-    """The model from outside, kept in `sources`; a mistyped step's name is told as such, and the Hub not asked."""
+    """Find a model from outside, and keep it in `sources`; a mistyped step's name is told without asking the Hub."""
     if reference not in sources or (sources[reference].base is not None and not adapters):
         near = near_name(reference, steps, similarity=0.75)
         if near and "/" not in reference and not Path(reference).exists():
@@ -96,7 +96,7 @@ def _find_outside(
 
 
 def _classifier_problems(source: ModelSource, data: Data | None, label_map: dict[str, str] | None) -> list[str]:
-    """What keeps a model from outside from being used as it is: no trained head, or other labels."""
+    """List what keeps a model from outside from being used as it is: no trained head, or other labels."""
     if data is None:
         return []
     fit, _ = stored_fit(source, data.task, new_head=False)

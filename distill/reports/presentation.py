@@ -128,7 +128,7 @@ def draw(report: Report, path: Path | BinaryIO) -> None:
 
 
 def _write_apart(axis: Any, labels: list[tuple[float, float, str]]) -> None:
-    """Names beside their points (x, y), moved up or down where they would lie on another."""
+    """Write names beside their points (x, y), moved up or down where they would lie on another name."""
     taken: list[tuple[float, float, float]] = []
     pixels_per_point = axis.figure.dpi / 72
     for x, y, name in sorted(labels):
@@ -162,13 +162,13 @@ def remarks(report: Report) -> list[str]:
 
 
 def _metric(report: Report) -> str:
-    """The primary metric, and which way is better where it is not the usual one."""
+    """Name the primary metric, and which way is better where it is not the usual one."""
     name = report.metric.replace("_", " ")
     return f"{name} (lower is better)" if is_better_lower(report.metric) else name
 
 
 def _rows(report: Report) -> list[list[str]]:
-    """The table of the report: a header and one row per model."""
+    """Make the table of the report: a header and one row per model."""
     header = ["model", report.metric.replace("_", " "), "95 % interval", "retention", "agreement", "divergence"]
     header += ["params", "MB on disk", "MB loaded", "ms", "rows/s", "GFLOPs", "train s"]
     rows = [header]
@@ -193,7 +193,7 @@ def _rows(report: Report) -> list[list[str]]:
 
 
 def _comparison_lines(report: Report) -> list[str]:
-    """One sentence for each comparison."""
+    """Write one sentence for each comparison."""
     lines = []
     for each in report.comparisons:
         low, high = each.interval

@@ -118,7 +118,7 @@ def _model_fingerprint(plan: Plan, name: str) -> str:
 
 
 def _record_of(plan: Plan, name: str) -> StepRecord:
-    """What step.json of a model says; nothing of one from outside."""
+    """Read a model's step.json; an empty record of a model from outside."""
     return (read_step(plan.steps[name].folder) if name in plan.steps else None) or StepRecord()
 
 
@@ -152,7 +152,7 @@ def _predicted_tokens(plan: Plan, location: str) -> str | None:
 
 
 def _scored_with() -> dict[str, Any]:
-    """What else a score may hang on: the device, and the versions of what computes there."""
+    """Describe what else a score depends on: the device, and the versions of what computes there."""
     around = environment()
     versions = {package: around[package] for package in ("torch", "transformers", "bitsandbytes", "peft")}
     return versions | {"device": around["gpu"] or around["cpu"]}
@@ -161,7 +161,7 @@ def _scored_with() -> dict[str, Any]:
 def _benchmarks(
     plan: Plan, locations: dict[str, str], fingerprints: dict[str, str], cache: Path
 ) -> dict[str, Measurement]:
-    """All models together in alternating rounds, or none: timings of different runs don't compare."""
+    """Measure all models together in alternating rounds, or none: timings of different runs don't compare."""
     options = plan.recipe.benchmark
     key = _key(fingerprints, asdict(options), environment(), code_fingerprint("evaluation.benchmark"))
     known = _read_cache(cache / "benchmark.json", key)
@@ -201,7 +201,7 @@ def _comparisons(
 
 
 def _recoveries(plan: Plan, evaluations: dict[str, Evaluation], benchmarks: dict[str, Measurement]) -> list[Recovery]:
-    """What GPTQ, training or mixing formats won back of a plain quantization's divergence from the baseline.
+    """Measure what GPTQ, training or mixing formats won back of a plain quantization's divergence from the baseline.
 
     Each such model made from the baseline is held against the plainly quantized baseline that takes the same bytes,
     adapters aside.
@@ -276,7 +276,7 @@ def _entry(
 
 
 def _truncated(models: list[ModelEntry]) -> Truncated | None:
-    """Of each split the counts of the model whose tokenizer cut the most rows."""
+    """Count for each split the rows that were cut by the model whose tokenizer cut the most."""
     most: Truncated = {}
     for model in models:
         for split, each in (model.truncated or {}).items():
@@ -285,7 +285,7 @@ def _truncated(models: list[ModelEntry]) -> Truncated | None:
 
 
 def _divergence(plan: Plan, evaluation: Evaluation, baseline: Evaluation | None) -> dict[str, float] | None:
-    """From the baseline's predictions; None for kinds with more than one prediction a row."""
+    """Compute the divergence from the baseline's predictions; None for kinds with more than one prediction a row."""
     if baseline is None or baseline.logits is None or evaluation.logits is None:
         return None
     return divergence_from(plan.data.task, baseline.logits, evaluation.logits)

@@ -108,7 +108,7 @@ def _metadata(
     is_adapter: bool,
     adapted: str | None,
 ) -> ModelCardData:
-    """The front matter, by the Hub's specification (hub-docs, modelcard.md and model-cards.md)."""
+    """Make the front matter, by the Hub's specification (hub-docs, modelcard.md and model-cards.md)."""
     root, is_glue = record.root or Root(""), "task" in recipe
     base_model = adapted or recipe.get("base_model") or root.hub_id
     verb = VERBS[record.run]
@@ -137,7 +137,7 @@ def _metadata(
 
 
 def _eval_results(record: StepRecord, recipe: dict[str, Any], entry: ModelEntry) -> list[EvalResult]:
-    """Every measured metric, under the split that it was measured on."""
+    """List every measured metric, under the split that it was measured on."""
     task, path = recipe.get("task"), record.data["path"]
     if task:
         of_a_copy = "" if path is None else " (rows of a copy)"
@@ -189,7 +189,7 @@ def _what(record: StepRecord) -> str:
 
 
 def _shown(record: StepRecord, reference: str) -> str:
-    """A model as a card names it: one from a local folder by the folder's name alone."""
+    """Name a model as a card does: one from a local folder by the folder's name alone."""
     is_local = record.sources.get(reference, reference) is None
     return code(_base_name(reference) if is_local else reference)
 
@@ -199,7 +199,7 @@ def _base_name(path: str) -> str:
 
 
 def _replaced(folder: Path) -> set[str]:
-    """Kinds of modules in a folder, or in the one that its adapters adapt, that plain transformers doesn't know."""
+    """List the kinds of modules, in a folder or in its adapters' base, that plain transformers doesn't know."""
     base = base_of(folder)
     file = (folder if base is None else Path(base)) / "config.json"
     config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
@@ -248,7 +248,7 @@ def _read_markdown(file: Path) -> str:
 
 
 def _is_of_others(line: str, others: set[str]) -> bool:
-    """Whether a line of the report's lists is about other models alone: `a: …`, `a − b: …` or `a is slower than …`."""
+    """Tell whether a line of the report's lists is about other models: `a: …`, `a − b: …` or `a is slower than …`."""
     words = line.split()
     if words[:1] != ["-"] or len(words) < 4 or words[1].rstrip(":") not in others:
         return False

@@ -126,7 +126,11 @@ def named_images(rows: datasets.Dataset, column: str) -> str:
 
 
 def _image_inside(folder: Path, name: str | None, column: str, row: int) -> str:
-    """The path of an image in a folder; a data set from elsewhere must not show files of this machine."""
+    """Find an image inside of a folder; a data set from elsewhere must not show files of this machine.
+
+    Raises:
+        InputError: the path leads out of the folder, or to no file.
+    """
     if not name:
         raise InputError(f"column {column!r} names no image in row {row}")
     path = folder / name

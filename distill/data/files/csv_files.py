@@ -105,7 +105,7 @@ def _width(line: str) -> int:
 
 
 def _unwrapped(line: str) -> str:
-    """A line's inside where it is one quoted cell that holds several; else the line as it is."""
+    """Unwrap a line that is one quoted cell which holds several; any other stays as it is."""
     if not (line.startswith('"') and line.rstrip().endswith('"')):
         return line
     try:
@@ -165,14 +165,14 @@ def _spaced(dialect: dict[str, Any], layout: _Layout) -> dict[str, Any]:
 
 
 def _after(lines: Iterable[str], layout: _Layout) -> Iterator[str]:
-    """The lines from the header on."""
+    """Iterate over the lines from the header on."""
     for number, line in enumerate(lines):
         if number >= layout.skipped:
             yield line
 
 
 def _numbered(reader: Any, layout: _Layout) -> Iterator[tuple[int, list[str]]]:
-    """Rows with the number of the line on which each begins."""
+    """Iterate over rows with the number of the line on which each begins."""
     begins = layout.skipped + 1
     try:
         for row in reader:
@@ -208,7 +208,7 @@ def _ragged(rows: list[tuple[int, int]], width: int, layout: _Layout) -> str:
 
 
 def _parse_otherwise(path: Path, layout: _Layout, label: str, error: _BadQuotes) -> _Found:
-    """Backslashes before quotes, or, between tabs, quotes that are part of the text; else the first error."""
+    """Parse with backslashes before quotes, or, between tabs, with quotes as text; else raise the first error."""
     try:
         found = _parse(path, layout, _BACKSLASHED, label)
     except (_BadQuotes, InputError):
@@ -221,7 +221,7 @@ def _parse_otherwise(path: Path, layout: _Layout, label: str, error: _BadQuotes)
 
 
 def _literal(path: Path, layout: _Layout, label: str) -> _Found | None:
-    """The rows with quotes as part of the text, where every line then has the header's number of cells."""
+    """Parse with quotes as part of the text, where every line then has the header's number of cells."""
     try:
         found = _parse(path, layout, _LITERAL, label)
     except (InputError, _BadQuotes):
@@ -231,10 +231,7 @@ def _literal(path: Path, layout: _Layout, label: str) -> _Found | None:
 
 
 def _swallowed(path: Path, layout: _Layout, found: _Found, label: str) -> str | None:
-    """Where an open quote that another one closes has made a cell of several rows, or None.
-
-    A line inside of a cell counts as a row if it has the header's number of cells, and a label that other rows have.
-    """
+    """Say where an open quote that another one closes has made a cell of several rows; None where none has."""
     if not found.of_several_lines or label not in found.names:
         return None
     place = found.names.index(label)
@@ -276,7 +273,9 @@ def _as_table(found: _Found) -> pa.Table:
 
 @contextmanager
 def _cells_of_any_length() -> Iterator[None]:
-    """csv refuses cells of more than 131,072 characters unless told otherwise, for the whole process."""
+    """Let csv read cells of more than 131,072 characters, which it refuses by default; the limit is the whole
+    process's.
+    """
     limit = csv.field_size_limit(sys.maxsize)
     try:
         yield

@@ -54,10 +54,7 @@ def read_json(path: Path, columns: Iterable[str], notes: list[str]) -> pa.Table:
 
 
 def _columns(rows: Iterable[_Row]) -> tuple[list[int], dict[str, list[Any]]] | None:
-    """The numbers of some rows and their values by column; None where there is no row.
-
-    Columns take a quarter of the memory of as many objects.
-    """
+    """Sort some rows into columns, with the rows' numbers; None where there is no row."""
     numbers: list[int] = []
     columns: dict[str, list[Any]] = {}
     for count, (number, row) in enumerate(rows):
@@ -73,7 +70,7 @@ def _columns(rows: Iterable[_Row]) -> tuple[list[int], dict[str, list[Any]]] | N
 
 
 def _rows(path: Path, notes: list[str]) -> tuple[Iterator[_Row], str]:
-    """The rows, and whether `line` or `row` is what is counted."""
+    """Open a file's rows, and say whether a `line` or a `row` is what is counted."""
     lines = text_lines(path, notes)
     start = next((line for line in lines if line.strip()), "")
     try:
@@ -100,7 +97,7 @@ def _of_lines(path: Path, notes: list[str]) -> Iterator[_Row]:
 
 
 def _of_list(path: Path, notes: list[str]) -> Iterator[_Row]:
-    """Rows of a file that is one list of objects, or an object with one such list and nothing else of rows."""
+    """Read the rows of a file that is one list of objects, or an object with one such list and nothing else of rows."""
     value = json.loads("".join(text_lines(path, notes)), object_pairs_hook=_object)
     if isinstance(value, dict):
         lists = {
@@ -128,7 +125,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _array(name: str, values: list[Any], lines: Sequence[int], unit: str, used: bool, remarks: list[str]) -> pa.Array:
-    """One column of some rows, as text where its values are of several types."""
+    """Make one column of some rows, as text where its values are of several types."""
     try:
         return pa.array(values)
     except UnicodeEncodeError:
@@ -171,11 +168,7 @@ def _of_several_types(
 def _joined(
     chunks: list[pa.Table], sizes: list[int], lines: Sequence[int], unit: str, columns: set[str], remarks: list[str]
 ) -> pa.Table:
-    """The chunks as one table, a column that differs in type between them as text.
-
-    Args:
-        sizes: rows of each chunk, as one that lacks all columns knows none.
-    """
+    """Join the chunks to one table; a column that differs in type between them becomes text."""
     joined = {}
     for name in dict.fromkeys(name for chunk in chunks for name in chunk.column_names):
         parts = [
@@ -194,7 +187,7 @@ def _joined(
 
 
 def _as_text(value: Any) -> Any:
-    """A value with numbers and booleans as JSON writes them, inside of lists too."""
+    """Write a value as text, numbers and booleans as JSON writes them, inside of lists too."""
     if isinstance(value, list):
         return [_as_text(each) for each in value]
     if isinstance(value, dict):

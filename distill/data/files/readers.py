@@ -99,7 +99,7 @@ def _read(task: Task, location: str | Path, name: str | None) -> SplitsRead:
 def _read_files(
     files: Mapping[str, list[Path]], task: Task, fingerprints: Mapping[str, str], notes: list[str]
 ) -> dict[str, datasets.Dataset]:
-    """The rows of each split's files."""
+    """Read the rows of each split's files."""
     of_images = KINDS[task.kind].reads == "images"
     if of_images and all(ending(paths[0]) == ".parquet" for paths in files.values()):
         # Images stay on disk; as patterns, brackets and stars in the paths would name other files.
@@ -179,7 +179,7 @@ def hub_revision(splits: Mapping[str, datasets.Dataset]) -> str | None:
 
 
 def _read_file(path: Path, task: Task, notes: list[str]) -> pa.Table:
-    """The columns of one file; those of csv and tsv are text, whatever stands in them."""
+    """Read the columns of one file; those of csv and tsv are text, whatever stands in them."""
     if not is_readable(path):
         raise InputError(f"{path}: not a {', '.join(READABLE)} file")
     suffix = ending(path)

@@ -86,7 +86,7 @@ def is_readable(path: Path) -> bool:
 
 
 def _names(task: Task) -> dict[str, list[str]]:
-    """What each split may be called, the usual name first."""
+    """List what each split may be called, the usual name first."""
     names = {"train": ["train"], "validation": list(_VALIDATION), "test": ["test"]}
     for split, _ in task.validation_splits:
         if split != "validation":
@@ -129,7 +129,7 @@ def _stem(path: Path) -> str:
 
 
 def _in_order(path: Path) -> list[int | str]:
-    """`train-10` comes after `train-9`."""
+    """Make the sort key by which `train-10` comes after `train-9`."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
 
 
