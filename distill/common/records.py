@@ -1,4 +1,4 @@
-"""What a run folder says of itself, step.json and report.json, and JSON as we write it."""
+"""The records of a run folder, step.json and report.json, and JSON as we write it."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Which rows are trained on and which are scored: a validation split cut from train, and random parts."""
+"""The split of rows into those to train on and those to score: a validation part cut from train, random parts."""
 
 import hashlib
 from typing import Any

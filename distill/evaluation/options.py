@@ -1,4 +1,4 @@
-"""What can be chosen of a measurement; without torch, so that help and what is wrong come at once."""
+"""The options of `distill bench` and of a recipe's `benchmark:` block; without torch, as `distill.cli` reads them."""
 
 from dataclasses import dataclass, field
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""Where a model lies, and its config: a folder here, a folder in an installed package, adapters, or the Hub."""
+"""Model folders and their configs: a folder here, one in an installed package, adapters, or the Hub."""
 
 import re
 from dataclasses import dataclass

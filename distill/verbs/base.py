@@ -1,4 +1,4 @@
-"""What a verb of a recipe is, what its plan and its step hand over, and what each leaves to be told of its run."""
+"""The interface of a verb: its options, the plan of a step, what a step returns, and the words on cards."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import Field, asdict, dataclass

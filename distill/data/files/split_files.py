@@ -1,4 +1,4 @@
-"""Which files of a folder are which split: `train.csv`, `dev.jsonl`, `test-00000-of-00002.parquet`."""
+"""The files of each split in a folder: `train.csv`, `dev.jsonl`, `test-00000-of-00002.parquet`."""
 
 import re
 from collections import defaultdict
