@@ -177,6 +177,20 @@ def test_each_metric_stands_under_the_split_that_it_was_measured_on(card):
             "- Losses: 0.5 × soft (kl, temperature 2.0), 0.5 × hard, 1.0 to 0.0 × hidden (cosine)",
         ),
         (
+            "trim_vocabulary",
+            "`a` and `b` with a vocabulary of the tokens that the training rows use most",
+            "finetune",
+            ["distill", "trim_vocabulary"],
+            "- Vocabulary: 30,522 → 12,000 tokens (`vocab_size: 12000`)",
+        ),
+        (
+            "prune",
+            "`a` and `b` without some of its attention heads or feed-forward neurons",
+            "finetune",
+            ["pruning", "distill", "prune"],
+            "- Left: 12, 9 heads; 768 neurons in every block",
+        ),
+        (
             "quantize",
             "`a` and `b` quantized with bitsandbytes: linear layers in int8, embeddings in int8",
             "quantized",
@@ -187,8 +201,13 @@ def test_each_metric_stands_under_the_split_that_it_was_measured_on(card):
 )
 def test_every_verb_has_its_words_tags_and_relation(card, verb, sentence, relation, tags, detail):
     quantized = {"format": "int8", "embeddings": None, "skip": None, "overrides": None, "bits_budget": None}
-    options = {**record()["options"], **quantized, "model": "b"}
-    found = card({"base_model": "org/root"}, run=verb, parents=["a", "b"], options=options)
+    trimmed = {"vocab_size": 12000, "coverage": None, "min_count": None}
+    pruned = {"heads": None, "neurons": None, "intermediate_size": None, "speedup": 1.5}
+    pruned |= {"importance": "fisher", "rounds": 1, "reconstruct": True}
+    options = {**record()["options"], **quantized, **trimmed, **pruned, "model": "b"}
+    decided = {"vocab_size_before": 30522, "vocab_size": 12000, "tokens": 9, "touched": {}}
+    decided |= {"heads": [12, 9], "neurons": [768, 768], "speedup": 1.52, "threads": 1}
+    found = card({"base_model": "org/root"}, run=verb, parents=["a", "b"], options=options, decided=decided)
     assert f"(no, yes), {sentence}." in found.text
     assert found.data.base_model_relation == relation
     assert found.data.tags == tags
