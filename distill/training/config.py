@@ -241,7 +241,11 @@ class DistillationConfig(TrainingConfig):
     """
 
     learning_rate: Annotated[float, Field(gt=0)] | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "Peak learning rate; by default 2e-4 · 384 / the student's hidden size."}
+        default=None,
+        metadata={
+            "help": "Peak learning rate; by default 2e-4 · 384 / the student's hidden size, in a recipe a quarter of "
+            "it where a trained `model` keeps its layers, as after prune."
+        },
     )
     num_train_epochs: Annotated[float, Field(gt=0)] = field(
         default=8.0,
@@ -375,9 +379,15 @@ PARTS = ("soft", "hard", "hidden", "embedding", "attention", "relation", "contra
 """Of the loss; each has a `…_weight`, and `loss/…` in the log."""
 
 
-def default_learning_rate(width: int) -> float:
-    """2e-4 for a student 384 wide, and inversely with the width (Yang et al. 2022, table 3, for Adam)."""
-    return 2e-4 * 384 / width
+def default_learning_rate(width: int, *, trained: bool = False) -> float:
+    """2e-4 for a student 384 wide, and inversely with the width (Yang et al. 2022, table 3, for Adam).
+
+    Args:
+        width: hidden size of the student.
+        trained: whether it predicts well already, as a pruned model does: a quarter then, since larger steps undo more
+            in the beginning than they win back (recipes/README.md, shapes).
+    """
+    return 2e-4 * 384 / width / (4 if trained else 1)
 
 
 def is_on(weight: float | Schedule) -> bool:

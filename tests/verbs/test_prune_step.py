@@ -191,3 +191,22 @@ def test_a_speedup_that_was_missed_is_said(tmp_path, model, sst2_folder, monkeyp
     said = capsys.readouterr().err
     assert "measured 1.30 × as fast: 4, 0, 2 heads; 0, 64, 128 neurons" in said
     assert "speedup: 1.5 was not met; these sizes came nearest" in said
+
+
+def test_a_trained_model_that_keeps_its_layers_learns_at_a_quarter_of_the_rate(tmp_path, model, sst2_folder):
+    steps = """
+  half: {run: prune, model: MODEL, neurons: 0.5}
+  recovered: {run: distill, model: half, teacher: MODEL, max_steps: 1}
+  said: {run: distill, model: half, teacher: MODEL, max_steps: 1, learning_rate: 3e-3}
+  cut: {run: distill, model: half, teacher: MODEL, num_layers: 2, max_steps: 1}
+  adapted: {run: distill, model: half, teacher: MODEL, lora: {}, max_steps: 1}
+"""
+    made = make_plan(load_recipe(write_recipe(tmp_path, model, sst2_folder, steps)))
+    run_plan(made, only=["half", "recovered", "said", "cut"])
+    rates = {
+        name: json.loads((made.steps[name].folder / "step.json").read_text())["learning_rate"]
+        for name in ("recovered", "said", "cut")
+    }
+    of_width = 2e-4 * 384 / 64
+    assert rates == pytest.approx({"recovered": of_width / 4, "said": 3e-3, "cut": of_width})
+    assert made.steps["adapted"].plan.learning_rate == pytest.approx(of_width)

@@ -13,12 +13,12 @@ from distill.errors import InputError
 from distill.models.labels import set_labels
 from distill.models.load import from_config, load_processor
 from distill.models.replacements import is_quantized
-from distill.models.structure import LayerPairs, depth_of
+from distill.models.structure import LayerPairs, depth_of, width_of
 from distill.models.weights import on_meta
 from distill.tasks.base import TaskKind
 from distill.tasks.kinds import KINDS
 from distill.tasks.metrics import computed
-from distill.training.config import DistillationConfig, is_on
+from distill.training.config import DistillationConfig, default_learning_rate, is_on
 from distill.training.features import FeatureExtractor, FeatureSpec
 from distill.training.teachers import comparable, layer_pairs
 from distill.verbs.base import ModelInput, StepPlan, source_of
@@ -35,6 +35,8 @@ class TrainingPlan(StepPlan):
     """0-based source layers that a built student's stand for, freshly initialised or not."""
     teachers: tuple[ModelInput | None, ...]
     """What it learns from; None for predictions that stand in the rows."""
+    learning_rate: float
+    """The highest, by default what the student's width and its start ask for."""
 
     @property
     def pairs_of_teachers(self) -> list[LayerPairs | None]:
@@ -97,6 +99,8 @@ def plan_training(
         raise InputError(*problems)
     if data is not None:
         set_labels(config, data.task)
+    is_built = cuts or of_teacher
+    goes_on = source.has_head and not is_built and not options.from_scratch and options.lora is None
     return TrainingPlan(
         inputs=inputs,
         config=config,
@@ -104,9 +108,10 @@ def plan_training(
         layer_pairs=pairs,
         weight_bytes=None,
         is_adapter=options.leaves_adapter,
-        is_built=cuts or of_teacher,
+        is_built=is_built,
         seeds=seeds,
         teachers=tuple(teachers),
+        learning_rate=options.learning_rate or default_learning_rate(width_of(config), trained=goes_on),
     )
 
 

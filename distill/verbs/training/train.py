@@ -1,5 +1,6 @@
 """How a verb that trains makes its model as planned: the student, the rows that are read, and the training."""
 
+import copy
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -69,9 +70,10 @@ def train(
     rows = read_rows(data, started_from, [None if each is None else each.location for each in plan.teachers])
     clock = Clock()
     checkpoint = _checkpoint_to_go_on_from(options)
-    trained = options
+    trained = copy.copy(options)
+    trained.learning_rate = plan.learning_rate
     if checkpoint is not None:
-        trained = with_step_counts(options, checkpoint)
+        trained = with_step_counts(trained, checkpoint)
     if options.lora is not None and Path(started_from).is_dir():
         model.name_or_path = str(Path(started_from).resolve())  # where the adapter will look for it, from anywhere
     trainer = DistillationTrainer(
