@@ -93,6 +93,9 @@ class StepResult:
     truncated: dict[str, dict[str, int]] | None = None
     """Of each split its `rows`, and those that the model's tokenizer `cut`; null where none was read, and for
     images."""
+    other_tokens: dict[str, dict[str, int]] | None = None
+    """Of each teacher with other tokens than the student: the training `rows`, and those `left_out` of losses that
+    compare token with token."""
     decided: dict[str, Any] | None = None
     """What the plan left to the step, since it hangs on weights or the clock, and what else a card tells of the model;
     null where there is nothing."""

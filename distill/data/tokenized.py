@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets.arrow_writer import ArrowWriter
+from numpy.typing import NDArray
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 from distill.common.console import progress
@@ -112,6 +113,43 @@ def beside(rows: datasets.Dataset, others: datasets.Dataset, names: list[str], p
     """
     columns = others.select_columns(names).rename_columns({name: prefix + name for name in names})
     return datasets.concatenate_datasets([rows, columns], axis=1)
+
+
+def same_tokens(
+    rows: datasets.Dataset,
+    others: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    other: PreTrainedTokenizerBase,
+) -> NDArray[np.bool_]:
+    """Whether two tokenizers cut each row into the same tokens, whatever the ids of these in either vocabulary.
+
+    Args:
+        rows: as `tokenizer` cut them.
+        others: the same rows, as `other` cut them.
+    """
+    ids, ids_of_other = tokenizer.get_vocab(), other.get_vocab()
+    translated = np.full(max(ids.values()) + 1, -1)
+    translated[list(ids.values())] = [ids_of_other.get(token, -1) for token in ids]
+    tables = (each.select_columns(["input_ids"]).with_format("arrow").iter(_ROWS_AT_ONCE) for each in (rows, others))
+    found = [np.zeros(0, dtype=np.bool_)]
+    for both in zip(*tables, strict=True):
+        first, second = (table["input_ids"].combine_chunks() for table in both)
+        lengths = pc.list_value_length(first).to_numpy()
+        same = lengths == pc.list_value_length(second).to_numpy()
+        tokens, tokens_of_other = (column.filter(pa.array(same)).flatten().to_numpy() for column in (first, second))
+        differ = translated[tokens] != tokens_of_other
+        same[np.repeat(np.flatnonzero(same), lengths[same])[differ]] = False
+        found.append(same)
+    return np.concatenate(found)
+
+
+def same_specials(tokenizer: Processor, other: Processor) -> bool:
+    """Whether two tokenizers put the same tokens around a text; where not, they read no row as the same tokens."""
+    both = (tokenizer, other)
+    if any(isinstance(each, BaseImageProcessor) for each in both):
+        return False
+    first, second = (each.convert_ids_to_tokens(each("")["input_ids"]) for each in both)
+    return first == second
 
 
 def _source_of(encode: Encode) -> str:

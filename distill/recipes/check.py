@@ -16,7 +16,7 @@ from distill.recipes.recipe import located, problem_at
 from distill.tasks.base import TaskKind
 from distill.training.cache_plan import show_bytes
 from distill.verbs.all import VERBS
-from distill.verbs.base import Estimate
+from distill.verbs.base import Estimate, describe_left_out
 from distill.verbs.references import is_teacher
 
 
@@ -51,6 +51,8 @@ def print_plan(plan: Plan) -> None:
         if cut is not None and cut not in said:  # each tokenizer's once
             results.print(f"  {cut}")
             said.append(cut)
+        for line in describe_left_out(estimate.other_tokens):
+            results.print(f"  {line}")
         for line in VERBS[planned.step.run].lines(planned.step.options, planned.plan):
             results.print(f"  {line}")
         if name in reruns:

@@ -1,4 +1,4 @@
-"""What a `DistillationTrainer` is given from Python: everything wrong with it at once, and its own copy of the rest."""
+"""What a `DistillationTrainer` is given: everything wrong with it at once, and its own copy of the rest."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -14,11 +14,13 @@ from transformers import PretrainedConfig, PreTrainedModel, TrainingArguments
 from distill.common.console import log
 from distill.data.batches import row_lengths
 from distill.errors import InputError
-from distill.models.structure import width_of
+from distill.models.replacements import structure_of
+from distill.models.structure import LayerPairs, depth_of, width_of
 from distill.tasks.base import is_better_lower
 from distill.tasks.kinds import targets_of
 from distill.tasks.outputs import plain_model
-from distill.training.config import DistillationConfig, TrainingConfig, default_learning_rate
+from distill.training.config import PARTS, DistillationConfig, TrainingConfig, default_learning_rate, is_on
+from distill.training.features import resolve_layer_map
 
 
 def own_arguments(args: TrainingArguments | None, student: PretrainedConfig, *, with_teacher: bool) -> TrainingConfig:
@@ -184,3 +186,65 @@ def check_class_weights(args: TrainingConfig, model: PreTrainedModel) -> None:
     if args.class_weights is not None and (of_scores or len(args.class_weights) != model.config.num_labels):
         outputs = "a score" if of_scores else f"{model.config.num_labels} classes"
         raise InputError(f"class_weights: {len(args.class_weights)} weights, but the model predicts {outputs}")
+
+
+def layer_pairs(config: DistillationConfig, num_student_layers: int, num_teacher_layers: int) -> LayerPairs:
+    """For each loss that is on and matches layers, its (student, teacher) pairs.
+
+    Raises:
+        InputError: with every layer map that is out of range.
+    """
+    maps = {"hidden": ("layer_map", 0), "attention": ("attention_layer_map", 1), "relation": ("relation_layer_map", 1)}
+    pairs: LayerPairs = {}
+    problems: list[str] = []
+    for part, (name, lowest) in maps.items():
+        if is_on(config.loss_weights[part]):
+            try:
+                pairs[part] = resolve_layer_map(
+                    getattr(config, name), num_student_layers, num_teacher_layers, name=name, lowest=lowest
+                )
+            except InputError as error:
+                problems += error.problems
+    if problems:
+        raise InputError(*problems)
+    return pairs
+
+
+def token_losses(config: DistillationConfig) -> list[str]:
+    """The weights of losses that are on and compare token with token."""
+    on = [part for part in PARTS if is_on(config.loss_weights[part])]
+    return [f"{part}_weight" for part in on if part not in ("soft", "hard", "contrastive")]
+
+
+def comparable(config: DistillationConfig, models: Sequence[PretrainedConfig], *, same_tokens: bool) -> list[str]:
+    """What keeps losses that are on from comparing two models: blocks that are not there, or other tokens.
+
+    Args:
+        models: configs of the student and of the teacher.
+        same_tokens: whether both read the same tokens, in some rows at least.
+    """
+    on = [part for part in PARTS if is_on(config.loss_weights[part])]
+    inside = [f"{part}_weight" for part in on if part not in ("soft", "hard")]
+    without = [model.model_type for model in models if not depth_of(model)]
+    problems = []
+    if inside and without:
+        problems.append(f"{', '.join(inside)}: {without[0]} has no transformer blocks to compare; set it to 0")
+    of_tokens = token_losses(config)
+    if of_tokens and not same_tokens:
+        problems.append(
+            f"{', '.join(of_tokens)}: compares token with token, but student and teacher have a tokenizer each, which "
+            "read hardly a row as the same tokens; set it to 0 (soft_weight and contrastive_weight compare whole rows)"
+        )
+    patches = [getattr(model, "patch_size", None) for model in models]
+    if of_tokens and patches[0] != patches[1]:
+        problems.append(
+            f"{', '.join(of_tokens)}: compares patch with patch, but the student cuts images into patches of "
+            f"{patches[0]} pixels and the teacher of {patches[1]}; set it to 0"
+        )
+    of_heads = [name for name in inside if name in ("attention_weight", "relation_weight")]
+    if of_heads and any("att" in name for model in models for entry in structure_of(model) for name in entry.names):
+        problems.append(
+            f"{', '.join(of_heads)}: compares heads, and a model lacks some of those that its config says; set it to 0 "
+            "(hidden_weight compares whole blocks)"
+        )
+    return problems

@@ -127,6 +127,36 @@ class Representations:
             pooled=None if self.pooled is None else self.pooled.clone(),
         )
 
+    def at_tokens(self, places: Tensor) -> "Representations":
+        """The same of other tokens of each row; what is pooled stays.
+
+        Args:
+            places: B×T, where each of the new tokens stands among these.
+        """
+
+        def moved(states: Tensor) -> Tensor:
+            return states.take_along_dim(places.unsqueeze(-1), dim=1)
+
+        rows, columns = places[:, None, :, None], places[:, None, None, :]
+        return Representations(
+            hidden=[moved(state) for state in self.hidden],
+            attention=[maps.take_along_dim(rows, dim=2).take_along_dim(columns, dim=3) for maps in self.attention],
+            relations=[[moved(state) for state in states] for states in self.relations],
+            embedding=None if self.embedding is None else moved(self.embedding),
+            pooled=self.pooled,
+        )
+
+
+def token_places(mask: Tensor, other_mask: Tensor) -> Tensor:
+    """B×T: where the n-th token of each row stands in a batch that is padded otherwise; where there is none, any place.
+
+    Args:
+        mask: B×T of the batch that is asked about, 1 for tokens and 0 for padding; other_mask: B×T' of the other one.
+    """
+    tokens_first = other_mask.argsort(dim=1, descending=True, stable=True)
+    number = (mask.cumsum(1) - 1).clamp(min=0, max=other_mask.shape[1] - 1)
+    return tokens_first.gather(1, number)
+
 
 def tokens_of_image(model: PreTrainedModel, wanted: Sequence["FeatureSpec"]) -> int:
     """Tokens that a vision transformer makes of an image; 1 for other models, and where none is compared."""

@@ -61,7 +61,7 @@ class Objective:
         Args:
             model: the student as it is wrapped for the training.
             inputs: the batch, completed.
-            counts: of the whole step (shape 4), see `count`.
+            counts: of the whole step (shape 6), see `count`.
             state: how far the training has come.
             all_logits: also those of a masked language model's tokens that no loss reads.
 

@@ -14,9 +14,9 @@ from distill.training.config import DistillationConfig, TrainingConfig, is_on, v
 from distill.training.features import Representations
 from distill.training.teachers import Teacher
 
-COUNTS = 4
-ROWS, TOKENS, LABELS, PREDICTIONS = range(COUNTS)
-"""What losses count, as positions in a tensor of counts."""
+COUNTS = 6
+ROWS, TOKENS, LABELS, PREDICTIONS, COMPARED_ROWS, COMPARED_TOKENS = range(COUNTS)
+"""What losses count, as positions in a tensor of counts; compared are rows whose tokens are the teacher's."""
 
 _ONE = torch.ones(())
 
@@ -40,14 +40,34 @@ class Part:
         return torch.where(counted > 0, counted, 1)
 
 
-def count(config: TrainingConfig, targets: Targets, batch: Mapping[str, Tensor], counted_rows: Tensor) -> Tensor:
-    """Rows, tokens, labels and predictions of the rows that count (B, of a batch): shape 4."""
+def count(
+    config: TrainingConfig,
+    targets: Targets,
+    batch: Mapping[str, Tensor],
+    counted_rows: Tensor,
+    teachers: Sequence[Teacher] = (),
+) -> Tensor:
+    """Rows, tokens, labels, predictions, compared rows and their tokens, of the rows that count: shape 6.
+
+    Where teachers compare different rows, those of each weigh what its losses do.
+
+    Args:
+        counted_rows: B booleans.
+    """
     tokens = (batch["attention_mask"] * counted_rows.unsqueeze(-1)).sum()
     expected = targets.batch_targets(batch, counted_rows)
     labels = torch.zeros((), device=tokens.device)
     if expected.labels is not None:
         labels = losses.label_count(expected.labels, _class_weights(config, tokens.device))
-    return torch.stack([counted_rows.sum().float(), tokens.float(), labels.float(), expected.mask.sum().float()])
+    rows = compared_rows = counted_rows.sum()
+    compared_tokens = tokens
+    if any(teacher.same_tokens for teacher in teachers):
+        shares = torch.tensor([teacher.share for teacher in teachers], device=tokens.device)
+        compared = torch.stack([teacher.compared_rows(batch, counted_rows) for teacher in teachers]).float()
+        compared_rows = shares @ compared.sum(1)
+        compared_tokens = shares @ (compared @ batch["attention_mask"].sum(1).float())
+    counts = [rows, tokens, labels, expected.mask.sum(), compared_rows, compared_tokens]
+    return torch.stack([each.float() for each in counts])
 
 
 def parts_of_batch(
@@ -125,25 +145,27 @@ def against_teacher(
     expected = teacher.targets.batch_targets(batch, counted_rows)
     at_mask = teacher.targets.masks_inputs and logits.shape[:-1] != expected.mask.shape
     taught, seen = teacher.outputs(batch, mask=expected.mask if at_mask else None)
-    tokens = batch["attention_mask"] * counted_rows.unsqueeze(-1)
+    compared = teacher.compared_rows(batch, counted_rows)
+    tokens = batch["attention_mask"] * compared.unsqueeze(-1)
     parts = {}
     if is_on(config.soft_weight):
         logits, taught = logits[..., : teacher.vocabulary], taught[..., : teacher.vocabulary]
         total = _soft(config, logits, taught, expected, temperature, teacher.targets)
         parts["soft"] = Part(total, PREDICTIONS)
     if shown.hidden and config.hidden_loss == "pkd":
-        parts["hidden"] = Part(losses.pkd_loss(shown.hidden, seen.hidden, counted_rows, _ONE), ROWS)
+        parts["hidden"] = Part(losses.pkd_loss(shown.hidden, seen.hidden, compared, _ONE), COMPARED_ROWS)
     elif shown.hidden:
         compare = {"mse": losses.hidden_loss, "cosine": losses.cosine_loss}[config.hidden_loss]
-        parts["hidden"] = Part(compare(shown.hidden, seen.hidden, tokens, _ONE), TOKENS)
+        parts["hidden"] = Part(compare(shown.hidden, seen.hidden, tokens, _ONE), COMPARED_TOKENS)
     if shown.embedding is not None and seen.embedding is not None:
-        parts["embedding"] = Part(losses.hidden_loss([shown.embedding], [seen.embedding], tokens, _ONE), TOKENS)
+        total = losses.hidden_loss([shown.embedding], [seen.embedding], tokens, _ONE)
+        parts["embedding"] = Part(total, COMPARED_TOKENS)
     if shown.attention:
         total = losses.attention_loss(shown.attention, seen.attention, tokens, _ONE, distance=config.attention_loss)
-        parts["attention"] = Part(total, TOKENS)
+        parts["attention"] = Part(total, COMPARED_TOKENS)
     if shown.relations:
         total = losses.relation_loss(shown.relations, seen.relations, tokens, _ONE, num_heads=teacher.relation_heads)
-        parts["relation"] = Part(total, TOKENS)
+        parts["relation"] = Part(total, COMPARED_TOKENS)
     if shown.pooled is not None and seen.pooled is not None and teacher.negatives is not None:
         total = losses.contrastive_loss(
             shown.pooled, seen.pooled, teacher.negatives, config.contrastive_temperature, counted_rows, _ONE

@@ -84,7 +84,8 @@ class TrainingRows:
         models = [student, *(each.model for each in self._teachers if each.model is not None)]
         inputs = {name for model in models for name in input_names(model)}
         labels = ("label", "label_ids", *self._targets.label_columns)
-        return [*inputs, *labels, *self.fillers, self._args.length_column_name, *STORED_COLUMNS]
+        same_tokens = [each.same_tokens for each in self._teachers if each.same_tokens]
+        return [*inputs, *labels, *self.fillers, *same_tokens, self._args.length_column_name, *STORED_COLUMNS]
 
     def lengths(self, dataset: Any) -> NDArray[np.int64] | None:
         """Tokens of each row, where batches are drawn by them; else None, and Trainer deals the rows."""
@@ -146,9 +147,11 @@ class TrainingRows:
         return batch
 
     def counts(self, batches: Iterable[Mapping[str, Tensor]], device: torch.device) -> Tensor:
-        """What some batches of this process count together (shape 4), see `count`."""
-        completed = map(self.completed, batches)
-        counts = [count(self._args, self._targets, batch, batch[COUNTED_ROWS]).to(device) for batch in completed]
+        """What some batches of this process count together (shape 6), see `count`."""
+        counts = [
+            count(self._args, self._targets, batch, batch[COUNTED_ROWS], self._teachers).to(device)
+            for batch in map(self.completed, batches)
+        ]
         return torch.stack(counts).sum(0) if counts else torch.zeros(COUNTS, device=device)
 
     def planned_caches(self, dataset: Any, batch_size: int) -> list[tuple[Teacher, CachePlan]]:

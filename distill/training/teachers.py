@@ -10,17 +10,17 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 from torch.profiler import record_function
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from distill.errors import InputError
 from distill.models.adapters import has_prompts
 from distill.models.modes import evaluating
-from distill.models.replacements import structure_of
 from distill.models.structure import LayerPairs, depth_of, input_names, width_of
 from distill.tasks.base import STORED_COLUMNS, STORED_LOGITS, STORED_PROBABILITIES
 from distill.tasks.kinds import targets_of
 from distill.tasks.outputs import all_finite, head_at_mask, plain_model
 from distill.tasks.targets import Targets
+from distill.training.arguments import comparable, layer_pairs
 from distill.training.cache import (
     TEACHER_OUTPUTS,
     TeacherCache,
@@ -33,11 +33,14 @@ from distill.training.features import (
     FeatureSpec,
     ProjectedStudent,
     Representations,
-    resolve_layer_map,
+    token_places,
 )
 
 FROM_DATA = "data"
 """In place of a teacher model: its predictions stand in a column of the rows."""
+
+SAME_TOKENS = "same_tokens"
+"""Behind `own_columns`: whether that teacher's tokens of a row are the student's, whatever their ids."""
 
 
 AnyTeacher: TypeAlias = PreTrainedModel | PeftModel | Literal["data"]
@@ -66,6 +69,8 @@ class Teacher:
     """Of the columns that hold its inputs, where it reads other tokens than the student."""
     more: str = ""
     """Of the columns that it reads beside the student's, where its tokens are the same (token types)."""
+    same_tokens: str = ""
+    """The column that says which rows' tokens can be compared with the student's; none where all can."""
     vocabulary: int | None = None
     """Words that are compared, where the two differ in how far they fill up their vocabularies."""
     top_k: int = 0
@@ -96,7 +101,11 @@ class Teacher:
         if finite.device.type == "cpu":
             self.refuse_not_finite()
         # Outside of inference mode, as the student's backward may keep them.
-        return logits.clone(), shown.cloned()
+        logits, shown = logits.clone(), shown.cloned()
+        if self.same_tokens:  # at the student's tokens; in rows that are not compared at any
+            masks = batch["attention_mask"], batch[f"{self.prefix}attention_mask"]
+            shown = shown.at_tokens(token_places(*masks))
+        return logits, shown
 
     def refuse_not_finite(self) -> None:
         """Raise an `InputError` if it has predicted NaN or infinite values."""
@@ -112,13 +121,19 @@ class Teacher:
         read = {name.removeprefix(own): value for name, value in batch.items() if name.startswith(own)}
         return {**batch, **read} if self.more else read
 
+    def compared_rows(self, batch: Mapping[str, Tensor], counted_rows: Tensor) -> Tensor:
+        """B booleans: the rows that count whose tokens are compared with the student's."""
+        same = batch.get(self.same_tokens)
+        return counted_rows if same is None else counted_rows & same.bool()
+
     def can_judge(self, batch: Mapping[str, Any]) -> bool:
         """Whether a batch holds what it reads, or its stored predictions."""
         if self.model is None:
             return bool(set(STORED_COLUMNS) & batch.keys())
         if self.more:
             return any(name.startswith(self.more) for name in batch)
-        return not self.prefix or f"{self.prefix}input_ids" in batch
+        needed = {f"{self.prefix}input_ids", self.same_tokens or f"{self.prefix}input_ids"}
+        return not self.prefix or needed <= batch.keys()
 
     @property
     def layout(self) -> Layout | None:
@@ -159,7 +174,8 @@ def match_teachers(
     """Each teacher with the layers, widths and heads that are compared.
 
     Args:
-        columns: of the training rows; `teacher1_input_ids` are the first teacher's own tokens.
+        columns: of the training rows; `teacher1_input_ids` are the first teacher's own tokens, and losses that compare
+            token with token leave out the rows whose `teacher1_same_tokens` is 0.
         vocabulary: words of the tokenizer, if it is known; a language model's outputs beyond them are padding.
         pairs: of each teacher, as `layer_pairs` found them before; by default they are found here.
 
@@ -197,6 +213,7 @@ def match_teachers(
                     number=len(matched),
                     prefix=prefix if f"{prefix}input_ids" in own else "",
                     more=prefix if own and f"{prefix}input_ids" not in own else "",
+                    same_tokens=f"{prefix}{SAME_TOKENS}" if f"{prefix}{SAME_TOKENS}" in columns else "",
                     vocabulary=vocabulary,
                     pairs=None if pairs is None else pairs[len(matched)],
                 )
@@ -238,62 +255,6 @@ def stored_logits(batch: Mapping[str, Tensor], targets: Targets) -> Tensor:
     return targets.from_probabilities(batch[STORED_PROBABILITIES].float())
 
 
-def layer_pairs(config: DistillationConfig, num_student_layers: int, num_teacher_layers: int) -> LayerPairs:
-    """For each loss that is on and matches layers, its (student, teacher) pairs.
-
-    Raises:
-        InputError: with every layer map that is out of range.
-    """
-    maps = {"hidden": ("layer_map", 0), "attention": ("attention_layer_map", 1), "relation": ("relation_layer_map", 1)}
-    pairs: LayerPairs = {}
-    problems: list[str] = []
-    for part, (name, lowest) in maps.items():
-        if is_on(config.loss_weights[part]):
-            try:
-                pairs[part] = resolve_layer_map(
-                    getattr(config, name), num_student_layers, num_teacher_layers, name=name, lowest=lowest
-                )
-            except InputError as error:
-                problems += error.problems
-    if problems:
-        raise InputError(*problems)
-    return pairs
-
-
-def comparable(config: DistillationConfig, models: Sequence[PretrainedConfig], *, same_tokens: bool) -> list[str]:
-    """What keeps losses that are on from comparing two models: blocks that are not there, or other tokens.
-
-    Args:
-        models: configs of the student and of the teacher.
-        same_tokens: whether both read the same tokens.
-    """
-    on = [part for part in PARTS if is_on(config.loss_weights[part])]
-    inside = [f"{part}_weight" for part in on if part not in ("soft", "hard")]
-    without = [model.model_type for model in models if not depth_of(model)]
-    problems = []
-    if inside and without:
-        problems.append(f"{', '.join(inside)}: {without[0]} has no transformer blocks to compare; set it to 0")
-    of_tokens = [name for name in inside if name != "contrastive_weight"]
-    if of_tokens and not same_tokens:
-        problems.append(
-            f"{', '.join(of_tokens)}: compares token with token, but student and teacher have a tokenizer each; set it "
-            "to 0 (soft_weight and contrastive_weight compare whole rows)"
-        )
-    patches = [getattr(model, "patch_size", None) for model in models]
-    if of_tokens and patches[0] != patches[1]:
-        problems.append(
-            f"{', '.join(of_tokens)}: compares patch with patch, but the student cuts images into patches of "
-            f"{patches[0]} pixels and the teacher of {patches[1]}; set it to 0"
-        )
-    of_heads = [name for name in inside if name in ("attention_weight", "relation_weight")]
-    if of_heads and any("att" in name for model in models for entry in structure_of(model) for name in entry.names):
-        problems.append(
-            f"{', '.join(of_heads)}: compares heads, and a model lacks some of those that its config says; set it to 0 "
-            "(hidden_weight compares whole blocks)"
-        )
-    return problems
-
-
 def _match(
     student: PreTrainedModel | PeftModel,
     teacher: PreTrainedModel | PeftModel,
@@ -305,10 +266,12 @@ def _match(
     number: int,
     prefix: str,
     more: str,
+    same_tokens: str,
     vocabulary: int | None,
     pairs: LayerPairs | None,
 ) -> Teacher:
-    problems = comparable(config, [model.config for model in (student, teacher)], same_tokens=not prefix)
+    configs = [model.config for model in (student, teacher)]
+    problems = comparable(config, configs, same_tokens=not prefix or bool(same_tokens))
     inside = [f"{part}_weight" for part in on if part not in ("soft", "hard")]
     if isinstance(teacher, PeftModel) and has_prompts(teacher) and (inside or not targets.per_row):
         problems.append(
@@ -353,7 +316,8 @@ def _match(
             known = "unknown, as no tokenizer was given" if vocabulary is None else f"{vocabulary} words"
             problems.append(
                 f"teacher: has a vocabulary of {sizes[0]} and the student of {sizes[1]}; they may differ by padding "
-                f"alone, and the tokenizer's is {known}"
+                f"alone, and the tokenizer's is {known}; a student with a trimmed vocabulary learns from the trimmed "
+                "teacher"
             )
     keeps_words = targets.over_vocabulary and not targets.masks_inputs and config.cache_teacher not in ("auto", "none")
     if keeps_words and config.soft_loss == "mse" and "soft" in on:
@@ -383,6 +347,7 @@ def _match(
         pairs=pairs,
         prefix=prefix,
         more=more,
+        same_tokens=same_tokens if prefix else "",
         vocabulary=shared_words,
         top_k=min(config.cache_top_k, teacher.config.vocab_size) if keeps_words else 0,
     )

@@ -64,7 +64,7 @@ class DistillationTrainer(transformers.Trainer):
             `TrainingConfig`.
         args: a `DistillationConfig`; of plain `TrainingArguments` every value is kept. The trainer has its own copy.
         peft_config: train adapters (PEFT) of the model alone, and save these; a model that has some will do too.
-        layer_pairs: what was planned for each teacher with `teachers.layer_pairs`; by default found by `args`.
+        layer_pairs: what was planned for each teacher with `arguments.layer_pairs`; by default found by `args`.
         trainer_arguments: the others of `transformers.Trainer`, but for `model_init` and `compute_loss_func`.
 
     Raises:
@@ -265,7 +265,7 @@ class DistillationTrainer(transformers.Trainer):
         """The weighted loss of one micro-batch: its share of the whole step's loss.
 
         Args:
-            num_items_in_batch: rows, tokens and labels of the whole step (shape 3); of this batch by default.
+            num_items_in_batch: what the whole step counts (see `parts.count`); this batch by default.
         """
         inputs = self.rows.completed(inputs)
         if num_items_in_batch is None:

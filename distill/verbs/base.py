@@ -3,13 +3,17 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import Field, asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Protocol, TypeAlias, TypeVar
 
 from transformers import PretrainedConfig
 
 from distill.common.records import StepRecord, StepResult
 from distill.data.load import Data, Truncated
 from distill.models.structure import LayerPairs
+
+OtherTokens: TypeAlias = dict[str, dict[str, int]]
+"""Of each teacher with other tokens than the student: the training `rows`, and those `left_out` of losses that compare
+token with token."""
 
 
 class Options(Protocol):
@@ -118,6 +122,18 @@ class Estimate:
     """Of its teachers' outputs, on disk."""
     truncated: Truncated | None = None
     """How many rows of each split the model's tokenizer cuts; null where none is read, and for images."""
+    other_tokens: OtherTokens | None = None
+    """What losses leave out; null where student and teachers read the same tokens, or none compares them."""
+
+
+def describe_left_out(other_tokens: OtherTokens | None) -> list[str]:
+    """How many rows losses leave out since a teacher reads them as other tokens, in words."""
+    return [
+        f"losses that compare token with token leave out {each['left_out']:,} of {each['rows']:,} training rows, which "
+        f"{teacher} reads as other tokens"
+        for teacher, each in (other_tokens or {}).items()
+        if each["left_out"]
+    ]
 
 
 O = TypeVar("O", bound=Options)  # noqa: E741

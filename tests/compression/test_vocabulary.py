@@ -528,8 +528,3 @@ def test_a_teacher_with_the_whole_vocabulary_reads_its_own_tokens(tmp_path):
         processing_class=read.processor, args=DistillationConfig(output_dir=str(tmp_path / "run"), disable_tqdm=True),
     )  # fmt: skip
     assert trainer.evaluate()["eval_loss/soft"] > 1e-4  # rows that read otherwise are predicted otherwise
-    with pytest.raises(InputError, match="hidden_weight: compares token with token"):
-        DistillationTrainer(
-            model=student, teacher=teacher, train_dataset=read.train, processing_class=read.processor,
-            args=DistillationConfig(output_dir=str(tmp_path / "run"), hidden_weight=1.0),
-        )  # fmt: skip

@@ -2,10 +2,10 @@
 
 import datasets
 import pytest
-from transformers import ByT5Tokenizer
+from transformers import ByT5Tokenizer, ViTImageProcessor
 
 from distill.data.load import DataOptions, describe_cut, load_data
-from distill.data.tokenized import cut_rows, tokenize
+from distill.data.tokenized import cut_rows, same_specials, same_tokens, tokenize
 from distill.tasks.base import GLUE
 from distill.tasks.kinds import own_task
 from tests.conftest import make_tokenizer, write_rows
@@ -76,3 +76,19 @@ def test_every_split_is_counted(tmp_path):
     assert describe_cut(counts) == "cut at max_length: 2 of 3 train rows, 1 of 2 validation rows"
     assert describe_cut({"train": {"rows": 3, "cut": 0}}) is None
     assert describe_cut(None) is None
+
+
+def test_rows_that_two_vocabularies_read_as_the_same_tokens():
+    whole, trimmed = make_tokenizer(["the", "film", "was", "good"]), make_tokenizer(["good", "film", "the"])
+    texts = ["the film", "the film was good", "good good film", "was", "[UNK] film", ""]
+    both = [encoded(GLUE["sst2"], 8, each, sentence=texts, label=[0] * 6) for each in (trimmed, whole)]
+    assert both[0]["input_ids"][0] != both[1]["input_ids"][0]  # other ids
+    same = [True, False, True, False, True, True]
+    assert same_tokens(*both, trimmed, whole).tolist() == same
+    assert same_tokens(*both[::-1], whole, trimmed).tolist() == same
+    longer = encoded(GLUE["sst2"], 8, whole, sentence=["the film film", *texts[1:]], label=[0] * 6)
+    assert same_tokens(both[0], longer, trimmed, whole).tolist() == [False, *same[1:]]
+    assert same_tokens(both[0].select([]), both[1].select([]), trimmed, whole).tolist() == []
+    assert same_specials(trimmed, whole)
+    assert not same_specials(whole, ByT5Tokenizer())
+    assert not same_specials(whole, ViTImageProcessor())

@@ -8,19 +8,26 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import ByteLevelBPETokenizer
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast, RobertaConfig
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+)
 
-from distill import DistillationConfig, DistillationTrainer, build_student
+from distill import DistillationConfig, DistillationTrainer, build_student, trim_vocabulary
 from distill.data.load import DataOptions, load_data
 from distill.errors import InputError
 from distill.evaluation.evaluate import evaluate_model
 from distill.models.load import load_tokenizer
 from distill.recipes.check import print_plan
+from distill.recipes.dry_run import runnable_plan
 from distill.recipes.plan import make_plan
 from distill.recipes.recipe import load_recipe
 from distill.reports.report import write_report
 from distill.runs.run import run_plan
 from distill.verbs.training.train import read_rows
+from tests.compression.test_vocabulary import OTHERS, TEXTS, model_of, tokenizer_of
 from tests.conftest import make_tokenizer, sentences, tiny_bert, write_rows
 
 RECIPE = """
@@ -190,3 +197,97 @@ steps:
   student: {{run: distill, teacher: teacher, model: {pairs}/distilbert, hidden_weight: 1.0, max_steps: 1}}
 """)
     assert make_plan(load_recipe(path, {"data.max_length": "32"})).steps["student"].plan.layer_pairs
+
+
+# --- a vocabulary that was trimmed ------------------------------------------------------------------------------------
+
+TRIMMED = """
+output_dir: {folder}/{how}
+data: {{kind: {kind}, path: {rows}, text: {text}, max_length: 64{data}}}
+steps:
+  student: {{run: distill, teacher: {folder}/teacher, model: {folder}/{model}, layer_map: uniform, max_steps: 3,
+             bf16: false, per_device_train_batch_size: 8, cache_teacher: {how}, {more}}}
+"""
+
+
+@pytest.fixture(scope="module")
+def trimmed(tmp_path_factory):
+    """A teacher, and students with most and with the least of its vocabulary; rows of pairs of texts."""
+    folder = tmp_path_factory.mktemp("trimmed")
+    tokenizer = tokenizer_of("bert")
+    teacher = model_of("bert", tokenizer)
+    given = {"teacher": (teacher, tokenizer)}
+    given["student"] = trim_vocabulary(model_of("bert", tokenizer), tokenizer, TEXTS, vocab_size=240)
+    given["bare"] = trim_vocabulary(model_of("bert", tokenizer), tokenizer, TEXTS, min_count=10**6)
+    for name, (model, its) in given.items():
+        model.save_pretrained(folder / name)
+        its.save_pretrained(folder / name)
+    rows = [{"a": a, "b": b, "label": f"LABEL_{number % 3}"} for number, (a, b) in enumerate(zip(
+        OTHERS[:60], OTHERS[60:120], strict=True))]  # fmt: skip
+    for split in ("train", "validation"):
+        write_rows(folder / "rows" / f"{split}.jsonl", rows)
+    return folder
+
+
+def planned(
+    folder, how="none", model="student", kind="classification", text="[a, b]", data="", more="hidden_weight: 1"
+):
+    path = folder / "recipe.yaml"
+    path.write_text(TRIMMED.format(
+        folder=folder, rows=folder / "rows", how=how, model=model, kind=kind, text=text, data=data, more=more,
+    ))  # fmt: skip
+    return runnable_plan(load_recipe(path, draft=True))
+
+
+def test_a_student_with_a_trimmed_vocabulary_learns_tokens_of_the_rows_that_both_read_alike(trimmed, capsys):
+    more = "hidden_weight: 1, relation_weight: 0.5, embedding_weight: 0.5, optim: sgd"
+    weights, records = [], []
+    for how in ("none", "relations"):
+        made = planned(trimmed, how, data=", sampled_pairs: 20", more=more)
+        if how == "none":
+            print_plan(made)
+            checked = " ".join(capsys.readouterr().out.split())
+        run_plan(made)
+        weights.append(AutoModelForSequenceClassification.from_pretrained(made.steps["student"].folder).state_dict())
+        records.append(json.loads((made.steps["student"].folder / "step.json").read_text()))
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weight, weights[1][name], rtol=1e-3, atol=1e-4)
+
+    tokenizers = [load_tokenizer(str(trimmed / name)) for name in ("student", "teacher")]
+    train = [dict(row) for split in ("train", "unlabelled") for row in made.data.splits[split]]
+    read = [[each.tokenize(row["a"], row["b"]) for row in train] for each in tokenizers]
+    left_out = sum(ours != theirs for ours, theirs in zip(*read, strict=True))
+    assert (len(train), 10 < left_out < 75) == (80, True)
+    told = {f"{trimmed}/teacher": {"rows": 80, "left_out": left_out}}
+    assert [record["other_tokens"] for record in records] == [told, told]
+    said = f"losses that compare token with token leave out {left_out} of 80 training rows"
+    assert said in checked
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("part", ["hidden", "attention", "relation", "embedding"])
+def test_two_that_read_hardly_a_row_alike_are_refused(trimmed, part):
+    message = f"{part}_weight: compares token with token, but student and teacher have a tokenizer each"
+    with pytest.raises(InputError, match=message):
+        planned(trimmed, model="bare", more=f"{part}_weight: 1")
+
+
+def test_predictions_of_whole_rows_need_no_token_to_be_the_same(trimmed):
+    made = planned(trimmed, model="bare", more="contrastive_weight: 0.1")
+    run_plan(made)
+    assert json.loads((made.steps["student"].folder / "step.json").read_text())["other_tokens"] is None
+
+
+def test_language_models_learn_from_the_trimmed_teacher(tmp_path):
+    tokenizer = tokenizer_of("bert")
+    teacher = model_of("bert", tokenizer, AutoModelForMaskedLM)
+    teacher.save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    write_rows(tmp_path / "rows" / "train.jsonl", [{"text": text} for text in OTHERS])
+    small, its = trim_vocabulary(teacher, tokenizer, TEXTS, vocab_size=240)
+    small.save_pretrained(tmp_path / "words")
+    its.save_pretrained(tmp_path / "words")
+    with pytest.raises(InputError, match=r"or say teacher: .*/words if that has its trimmed vocabulary"):
+        planned(tmp_path, model="words", kind="masked-lm", text="[text]")
+    with pytest.raises(InputError, match="a student with a trimmed vocabulary learns from the trimmed teacher"):
+        DistillationTrainer(model=small, teacher=teacher, args=options_for(tmp_path / "run"))

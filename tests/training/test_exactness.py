@@ -76,6 +76,11 @@ CASES = {
     "masked anew": {"kind": "masked anew", "hard_weight": 0.5, "mlm_probability": 0.3},
     "images": {"kind": "images", "hard_weight": 0.5, "hidden_weight": 0.5, "embedding_weight": 0.2},
     "two tokenizers": {"kind": "two tokenizers", "hard_weight": 0.5, "contrastive_weight": 0.1},
+    "some rows of other tokens": {
+        **{f"{part}_weight": 0.3 for part in PARTS if part != "contrastive"},
+        "kind": "some rows of other tokens",
+    },
+    "some rows of other tokens, pkd": only("hidden", hidden_loss="pkd", kind="some rows of other tokens"),
 }
 MODELS = {
     "tokens": BertForTokenClassification,
@@ -113,6 +118,11 @@ def make_rows(kind="classes", count=8, seed=0):
         ids = [[token + 3 for token in row[1:-1]] for row in data["input_ids"]]
         data = data.add_column("teacher1_input_ids", ids)
         return data.add_column("teacher1_attention_mask", [[1] * len(row) for row in ids])
+    if kind == "some rows of other tokens":  # every other row lacks a token, and all have other ids
+        ids = [[token + 3 for token in row[: len(row) - number % 2]] for number, row in enumerate(data["input_ids"])]
+        data = data.add_column("teacher1_input_ids", ids)
+        data = data.add_column("teacher1_same_tokens", [number % 2 == 0 for number in range(count)])
+        return data.add_column("teacher1_attention_mask", [[1] * len(row) for row in ids])
     if kind == "spans":
         ends = [[1 + row % 2 for row in range(count)], [length - 2 for length in data["length"]]]
         return data.remove_columns("labels").add_column("start_positions", ends[0]).add_column("end_positions", ends[1])
@@ -148,6 +158,8 @@ def make_models(kind="classes", narrow=False):
     if kind == "label sets":
         changes = {"num_labels": 3, "problem_type": "multi_label_classification"}
     teacher = tiny_bert(**changes)
+    if kind == "some rows of other tokens":
+        return tiny_bert(vocab_size=40), tiny_bert(seed=3, num_hidden_layers=2)
     if kind == "two tokenizers":
         torch.manual_seed(1)
         sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
@@ -374,7 +386,7 @@ def test_the_step_equals_a_loop_written_by_hand(tmp_path):
     sorted(
         CASES.keys()
         - {"hard", "class weights", "contrastive", "every part", "hidden, upper layers unused", "two tokenizers"}
-        - {"quantization-aware"}
+        - {"quantization-aware", "some rows of other tokens", "some rows of other tokens, pkd"}
     ),
 )
 def test_a_student_equal_to_its_teacher_has_nothing_to_learn(tmp_path, case):

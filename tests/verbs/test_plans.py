@@ -4,10 +4,13 @@ import json
 import re
 
 import pytest
+import torch
 from safetensors import safe_open
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
+from distill import InputError, prune_model
 from distill.common.records import read_step
+from distill.compression.pruning.structure import block_sizes, prunable_sublayers
 from distill.compression.replacements import formats_of
 from distill.models.load import size_on_disk
 from distill.recipes.check import print_plan
@@ -21,7 +24,7 @@ CHOOSING = (
     "distill.verbs.training.planning.layer_pairs",
     "distill.verbs.training.planning.student_config",
     "distill.training.teachers.layer_pairs",
-    "distill.training.teachers.resolve_layer_map",
+    "distill.training.arguments.resolve_layer_map",
     "distill.verbs.quantize.choose_formats",
     "distill.verbs.quantize.budget_in_bytes",
     "distill.verbs.quantize.check_budget",
@@ -119,3 +122,46 @@ def test_a_budget_is_a_bound_and_the_step_records_what_it_decided(made):
         names = set(file.keys())
     assert {f"{name}.weight" for name in decided["formats"]} <= names
     assert size_on_disk(planned.folder) == pytest.approx(decided["weight_bytes"], rel=0.2)  # and the file's header
+
+
+def pruned_recipe(folder, sst2_folder, weights):
+    """A pruned model that lacks heads, neurons and one whole sublayer, which learns from the one it was made from."""
+    teacher = tiny_bert(id2label={0: "negative", 1: "positive"}, label2id={"negative": 0, "positive": 1})
+    teacher.save_pretrained(folder / "teacher")
+    pruned = prune_model(
+        teacher, heads=[4, 2, 0, 4], neurons=[64, 128, 96, 0], importance="magnitude", reconstruct=False
+    )
+    pruned.save_pretrained(folder / "pruned")
+    for name in ("teacher", "pruned"):
+        make_tokenizer().save_pretrained(folder / name)
+    path = folder / "r.yaml"
+    path.write_text(
+        f"task: sst2\noutput_dir: {folder / 'run'}\ndata: {{path: {sst2_folder}, max_length: 24}}\nsteps:\n"
+        f"  recovered: {{run: distill, model: {folder / 'pruned'}, teacher: {folder / 'teacher'}, {weights}, "
+        "max_steps: 3, learning_rate: 1e-3}\n"
+    )
+    return path
+
+
+def test_a_pruned_model_recovers_with_all_its_layers_and_keeps_its_structure(tmp_path, sst2_folder):
+    plan = make_plan(load_recipe(pruned_recipe(tmp_path, sst2_folder, "hidden_weight: 1")))
+    planned = plan.steps["recovered"]
+    every = [(layer, layer) for layer in range(1, 5)]
+    assert planned.plan.layer_pairs == {str(tmp_path / "teacher"): {"hidden": every}}
+    assert (planned.plan.layers, planned.plan.is_built) == ((0, 1, 2, 3), False)
+    run_plan(plan)
+    made, before = (
+        AutoModelForSequenceClassification.from_pretrained(folder) for folder in (planned.folder, tmp_path / "pruned")
+    )
+    sizes = [block_sizes(prunable_sublayers(model, ("heads", "neurons"))) for model in (made, before)]
+    assert sizes[0] == sizes[1]
+    assert (list(sizes[0].heads), list(sizes[0].neurons)) == ([4, 2, 0, 4], [64, 128, 96, 0])
+    assert any(not torch.equal(weight, before.state_dict()[name]) for name, weight in made.state_dict().items())
+    losses = [line["loss/hidden"] for line in read_step(planned.folder).log if "loss/hidden" in line]
+    assert losses[-1] > 0
+
+
+@pytest.mark.parametrize("part", ["attention", "relation"])
+def test_heads_that_a_pruned_model_lacks_are_not_compared(tmp_path, sst2_folder, part):
+    with pytest.raises(InputError, match=rf"recovered.{part}_weight: compares heads, and a model lacks some"):
+        make_plan(load_recipe(pruned_recipe(tmp_path, sst2_folder, f"{part}_weight: 1")))

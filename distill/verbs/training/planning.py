@@ -9,6 +9,7 @@ from transformers import PretrainedConfig
 
 from distill.compression.student import build_student, choose_layers, is_fresh, student_config
 from distill.data.load import Data, token_fingerprint
+from distill.data.tokenized import Processor, same_specials
 from distill.errors import InputError
 from distill.models.labels import set_labels
 from distill.models.load import from_config, load_processor
@@ -18,9 +19,9 @@ from distill.models.weights import on_meta
 from distill.tasks.base import TaskKind
 from distill.tasks.kinds import KINDS
 from distill.tasks.metrics import computed
+from distill.training.arguments import comparable, layer_pairs
 from distill.training.config import DistillationConfig, default_learning_rate, is_on
 from distill.training.features import FeatureExtractor, FeatureSpec
-from distill.training.teachers import comparable, layer_pairs
 from distill.verbs.base import ModelInput, StepPlan, source_of
 from distill.verbs.training.options import TrainingOptions
 
@@ -37,6 +38,8 @@ class TrainingPlan(StepPlan):
     """What it learns from; None for predictions that stand in the rows."""
     learning_rate: float
     """The highest, by default what the student's width and its start ask for."""
+    same_tokens: bool = True
+    """Whether all of them read the tokens that the student reads, as far as their tokenizers are there already."""
 
     @property
     def pairs_of_teachers(self) -> list[LayerPairs | None]:
@@ -68,6 +71,7 @@ def plan_training(
     kind = None if data is None else data.task.kind
     config, layers = copy.deepcopy(source.config), None
     pairs: dict[str, LayerPairs] = {}
+    same_tokens = True
     problems = _adapter_problems(options, source, of_teacher=of_teacher)
     problems += [] if data is None else _best_metric_problems(options, losses, data)
     try:
@@ -89,8 +93,13 @@ def plan_training(
                 problems.append(
                     f"{'teacher' if of_teacher else 'model'}: its {what} is not that of {teacher.reference}, and "
                     f"{kind} compares what both read piece by piece; start from a model that reads the same"
+                    + ("" if of_teacher else f", or say teacher: {source.reference} if that has its trimmed vocabulary")
                 )
-            problems += comparable(losses, [config, teacher.config], same_tokens=same)
+            alike = same or (
+                (kind is None or KINDS[kind].pairs) and same_specials(*_processors((source, teacher), kind))
+            )
+            problems += comparable(losses, [config, teacher.config], same_tokens=alike)
+            same_tokens &= same
             pairs[teacher.reference] = layer_pairs(losses, depth_of(config), depth_of(teacher.config))
             problems += _reading_problems(pairs[teacher.reference], teacher.config, config, kind)
     except InputError as error:
@@ -112,6 +121,7 @@ def plan_training(
         seeds=seeds,
         teachers=tuple(teachers),
         learning_rate=options.learning_rate or default_learning_rate(width_of(config), trained=goes_on),
+        same_tokens=same_tokens,
     )
 
 
@@ -200,6 +210,11 @@ def _lone_adapter_problems(options: TrainingOptions, source: ModelInput, *, chan
 def _reads(model: ModelInput, kind: TaskKind | None) -> str:
     """A fingerprint of the tokens (or pixels) that a model reads of rows."""
     return token_fingerprint(load_processor(model.tokenizer_location, kind))
+
+
+def _processors(models: Iterable[ModelInput], kind: TaskKind | None) -> list[Processor]:
+    """What turns rows into what each of some models reads."""
+    return [load_processor(model.tokenizer_location, kind) for model in models]
 
 
 def _reading_problems(

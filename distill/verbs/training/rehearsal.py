@@ -32,6 +32,7 @@ from distill.training.teachers import FROM_DATA
 from distill.training.trainer import DistillationTrainer
 from distill.verbs.training.options import TrainingOptions
 from distill.verbs.training.planning import TrainingPlan
+from distill.verbs.training.train import read_rows, rows_left_out
 
 _SHARDING = ("fsdp", "deepspeed")
 _CHECKPOINTING_OF_TRANSFORMERS = ("every_n_layers", "offload")  # all others are torch's
@@ -50,6 +51,8 @@ def training_problems(options: TrainingOptions, plan: TrainingPlan, data: Data |
     problems = [*_logger_problems(options), *_outside_problems(options)]
     if data is not None:
         problems += _batch_problems(options, data, unlabelled=bool(plan.teachers))
+    if not problems and data is not None and not plan.same_tokens:
+        problems = _token_problems(options, plan, data)
     if not problems and data is not None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the training says them
@@ -114,6 +117,16 @@ def _batch_problems(options: TrainingOptions, data: Data, *, unlabelled: bool) -
     if not options.dataloader_drop_last or rows >= batch:
         return []
     return [f"dataloader_drop_last: leaves nothing of {rows} rows, as a batch is {batch}; leave it out"]
+
+
+def _token_problems(options: TrainingOptions, plan: TrainingPlan, data: Data) -> list[str]:
+    """Losses that compare tokens of a student and a teacher that read hardly a row as the same ones."""
+    teachers = [None if each is None else each.tokenizer_location for each in plan.teachers]
+    try:
+        rows_left_out(read_rows(data, plan.source.tokenizer_location, teachers), options, plan)
+    except InputError as error:
+        return list(error.problems)
+    return []
 
 
 def _rehearsal_problems(options: TrainingOptions, plan: TrainingPlan, kind: TaskKind) -> list[str]:

@@ -30,7 +30,7 @@ from distill.training.trainer import DistillationTrainer
 from distill.verbs.base import Estimate, Memory
 from distill.verbs.training.options import TrainingOptions
 from distill.verbs.training.planning import TrainingPlan
-from distill.verbs.training.train import batch_of, read_rows, rows_cut
+from distill.verbs.training.train import batch_of, read_rows, rows_cut, rows_left_out
 
 _TIMED_BATCHES = 3
 _SETTINGS = {field.name for field in fields(QuantizationSettings)}
@@ -95,7 +95,7 @@ def _timed(
     timed.qat_delay = 0.0  # the steps that take longer
     read_from = [None if teacher is None else teacher.tokenizer_location for teacher in plan.teachers]
     inputs = read_rows(data, plan.source.tokenizer_location, read_from)
-    rows = inputs.train
+    rows, other_tokens = inputs.train, rows_left_out(inputs, options, plan)
     forget_precision()
     trainer = DistillationTrainer(
         model=student,
@@ -164,6 +164,7 @@ def _timed(
         seconds=float(expected),
         cache_bytes=sum(cached.size for _, cached in caches),
         truncated=rows_cut(data, inputs.processor, plan),
+        other_tokens=other_tokens,
     )
 
 

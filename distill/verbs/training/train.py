@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
+import pyarrow.compute as pc
 from transformers import PreTrainedModel, PrinterCallback
 
 from distill.common.console import log
@@ -19,11 +20,13 @@ from distill.data.load import (
     token_fingerprint,
     tokenizer_fingerprint,
 )
-from distill.data.tokenized import Processor, beside
+from distill.data.tokenized import Processor, beside, same_tokens
+from distill.errors import InputError
 from distill.evaluation.evaluate import metrics_while_training
 from distill.models.adapters import in_float32, lora_config, merged
 from distill.models.load import load_processor
 from distill.tasks.kinds import KINDS
+from distill.training.arguments import comparable, token_losses
 from distill.training.callbacks import ProgressLines, StepProfile
 from distill.training.checkpoints import (
     Clock,
@@ -31,11 +34,15 @@ from distill.training.checkpoints import (
     other_batches,
     with_step_counts,
 )
-from distill.training.teachers import AnyTeacher, own_columns
+from distill.training.config import DistillationConfig
+from distill.training.teachers import SAME_TOKENS, AnyTeacher, own_columns
 from distill.training.trainer import DistillationTrainer
-from distill.verbs.base import StepResult
+from distill.verbs.base import OtherTokens, StepResult, describe_left_out
 from distill.verbs.training.options import TrainingOptions
 from distill.verbs.training.planning import TrainingPlan
+
+_FEWEST_COMPARED = 0.01
+"""Of the training rows, the share that losses of tokens need at least."""
 
 
 def built_student(source: PreTrainedModel, options: TrainingOptions, plan: TrainingPlan) -> PreTrainedModel:
@@ -68,6 +75,7 @@ def train(
     """
     kind, started_from = data.task.kind, plan.source.location
     rows = read_rows(data, started_from, [None if each is None else each.location for each in plan.teachers])
+    other_tokens = rows_left_out(rows, options, plan)
     clock = Clock()
     checkpoint = _checkpoint_to_go_on_from(options)
     trained = copy.copy(options)
@@ -101,6 +109,8 @@ def train(
         log.print(f"      {said}")
         if cut := describe_cut(truncated):
             log.print(f"      {cut}")
+        for line in describe_left_out(other_tokens):
+            log.print(f"      {line}")
     with in_float32(trainer.student):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if options.merge:
@@ -120,6 +130,7 @@ def train(
         learning_rate=trainer.args.learning_rate,
         log=trainer.state.log_history,
         truncated=truncated,
+        other_tokens=other_tokens,
     )
 
 
@@ -172,21 +183,50 @@ def read_rows(data: Data, processor_from: str, teachers_from: Sequence[str | Non
         own = load_processor(location, kind, data.max_length)
         if tokenizer_fingerprint(own) == tokenizer_fingerprint(processor):
             continue
-        same_tokens, prefix = token_fingerprint(own) == token_fingerprint(processor), own_columns(number)
-        train = _with_own_inputs(train, data.training_rows(own, unlabelled=True), own, prefix, same_tokens=same_tokens)
-        others = data.tokenized(scored, own)
-        validation = _with_own_inputs(validation, others, own, prefix, same_tokens=same_tokens)
+        tokenizers, prefix = (processor, own), own_columns(number)
+        train = _with_own_inputs(train, data.training_rows(own, unlabelled=True), tokenizers, prefix)
+        validation = _with_own_inputs(validation, data.tokenized(scored, own), tokenizers, prefix)
     return ReadRows(processor, train, validation)
 
 
-def _with_own_inputs(
-    rows: datasets.Dataset, others: datasets.Dataset, own: Processor, prefix: str, *, same_tokens: bool
-) -> datasets.Dataset:
-    """Rows with what a teacher reads otherwise than the student: all of its inputs, or where the tokens are the same
-    the token types that one of the two is not given.
+def rows_left_out(rows: ReadRows, options: TrainingOptions, plan: TrainingPlan) -> OtherTokens | None:
+    """Of teachers with other tokens than the student, the training rows that losses of tokens leave out; None where
+    there are no such teachers, or no such losses.
+
+    Raises:
+        InputError: hardly a row is left.
     """
-    if not same_tokens:
-        return beside(rows, others, [name for name in own.model_input_names if name in others.column_names], prefix)
+    if not isinstance(options, DistillationConfig) or not token_losses(options):
+        return None
+    found: OtherTokens = {}
+    for number, teacher in enumerate(plan.teachers):
+        column = f"{own_columns(number)}{SAME_TOKENS}"
+        if teacher is None or column not in rows.train.column_names:
+            continue
+        same = pc.sum(rows.train.with_format("arrow")[column][:]).as_py()
+        if same < _FEWEST_COMPARED * len(rows.train):
+            raise InputError(*comparable(options, [plan.config, teacher.config], same_tokens=False))
+        found[teacher.reference] = {"rows": len(rows.train), "left_out": len(rows.train) - same}
+    return found or None
+
+
+def _with_own_inputs(
+    rows: datasets.Dataset, others: datasets.Dataset, tokenizers: tuple[Processor, Processor], prefix: str
+) -> datasets.Dataset:
+    """Rows with what a teacher reads otherwise than the student: all of its inputs, and which rows are the same tokens;
+    or where all are, the token types that one of the two is not given.
+
+    Args:
+        rows: as the student reads them.
+        others: as the teacher does.
+        tokenizers: the student's and the teacher's.
+        prefix: of the new columns.
+    """
+    processor, own = tokenizers
+    if token_fingerprint(own) != token_fingerprint(processor):
+        names = [name for name in own.model_input_names if name in others.column_names]
+        same = same_tokens(rows, others, processor, own)
+        return beside(rows, others, names, prefix).add_column(f"{prefix}{SAME_TOKENS}", same)
     types = "token_type_ids"
     if (types in rows.column_names) == (types in others.column_names):
         return rows
