@@ -16,6 +16,7 @@ from distill import (
     InputError,
     build_student,
     load_data,
+    prune_model,
 )
 from distill.training.config import TrainingConfig
 from tests.conftest import make_tokenizer, sentences, tiny_bert, write_rows
@@ -267,3 +268,48 @@ def test_rows_whose_ids_stand_for_other_classes_are_refused(tmp_path):
         rows.features["labels"].int2str(each) for each in rows["labels"]
     ]
     make_trainer(config(tmp_path / "out"), model=student, teacher=teacher, train_dataset=aligned).train()
+
+
+# --- models of which something was pruned -----------------------------------------------------------------------------
+
+WITHOUT_SOME = {
+    "a feed-forward": {"neurons": [128, 0, 64, 128]},
+    "an attention": {"heads": [4, 0, 4, 4]},
+    "heads": {"heads": [4, 2, 4, 1]},
+}
+
+
+@pytest.mark.parametrize("left", WITHOUT_SOME)
+@pytest.mark.parametrize("part", ["hidden", "embedding", "attention", "relation"])
+@pytest.mark.parametrize("whose", ["model", "teacher"])
+def test_losses_of_pruned_models_compare_what_is_there(tmp_path, left, part, whose):
+    pruned = prune_model(tiny_bert(), importance="magnitude", reconstruct=False, **WITHOUT_SOME[left])
+    models = {"model": tiny_bert(seed=1), "teacher": tiny_bert(seed=1), whose: pruned}
+    args = config(tmp_path, **{f"{part}_weight": 1.0}, bf16=False, learning_rate=1e-2, logging_steps=1)
+    if part in ("attention", "relation") and "heads" in WITHOUT_SOME[left]:
+        with pytest.raises(InputError, match=f"{part}_weight: compares heads, and a model lacks some of those"):
+            make_trainer(args, **models)
+        return
+    trainer = make_trainer(args, **models)
+    trainer.train()
+    found = [log[f"loss/{part}"] for log in trainer.state.log_history if f"loss/{part}" in log]
+    assert all(0 < loss < float("inf") for loss in found)
+
+
+@pytest.mark.parametrize(("family", "changes"), [
+    ("DistilBert", {"dim": 64, "hidden_dim": 128, "n_layers": 4, "n_heads": 4}),
+    ("GPT2", {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_inner": 128, "pad_token_id": 0}),
+    ("ModernBert", {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
+                    "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "cls_token_id": 2, "sep_token_id": 3}),
+])  # fmt: skip
+def test_hidden_states_of_other_families_without_a_sublayer_are_compared(tmp_path, family, changes):
+    made = getattr(transformers, f"{family}Config")(vocab_size=25, **changes)
+    models = [getattr(transformers, f"{family}ForSequenceClassification")(copy.deepcopy(made)) for _ in range(2)]
+    settings = {"importance": "magnitude", "reconstruct": False, "heads": [4, 0, 4, 4], "neurons": [128, 128, 0, 64]}
+    pruned = prune_model(models[0], **settings)
+    trainer = make_trainer(config(tmp_path, hidden_weight=1.0, bf16=False), model=pruned, teacher=models[1])
+    trainer.train()
+    assert trainer.state.log_history[-1]["step"] == 2
+    for part in ("attention", "relation"):
+        with pytest.raises(InputError, match=f"{part}_weight: compares heads"):
+            make_trainer(config(tmp_path, **{f"{part}_weight": 1.0}), model=pruned, teacher=models[1])
