@@ -44,8 +44,6 @@ def unpacked(states: Tensor, attention_mask: Tensor) -> Tensor:
         states: of a batch, between two blocks.
         attention_mask: B×T with N ones.
     """
-    if states.shape[:2] == attention_mask.shape:
-        return states
     padded = states.new_zeros(*attention_mask.shape, states.shape[-1])
     return padded.index_put((attention_mask.bool(),), states[0])
 

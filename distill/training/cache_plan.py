@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ class Layout:
     top_k: int = 0
     """For a causal LM: likeliest words that are kept of each token, and the mass of the others in one; 0: all."""
 
-    @property
+    @cached_property
     def predicts_tokens(self) -> bool:
         """Whether logits are stored for each token; a span's are two, for its start and its end."""
         return not self.targets.per_row
@@ -37,7 +38,7 @@ class Layout:
         described = {name: getattr(self, name) for name in ("num_outputs", "width", "top_k")}
         return described | {"wanted": asdict(self.wanted), "problem": self.targets.name}
 
-    @property
+    @cached_property
     def states_per_token(self) -> int:
         """Layers of hidden states, embedding layer, and three states for each layer of relations."""
         return len(self.wanted.hidden) + self.wanted.embedding + 3 * len(self.wanted.relations)

@@ -16,7 +16,7 @@ from distill.common.hardware import available_cores, freed_memory_kept
 from distill.common.private_names import put_forward, take_prepared_forward
 from distill.compression.quantization.qat import FakeQuantization, check_quantizable, fake_quantized
 from distill.compression.student import dropout
-from distill.models.modes import fast_attention, modes_kept
+from distill.models.modes import evaluating, fast_attention, modes_kept
 from distill.models.packing import packed
 from distill.training.checkpoints import load_ranges
 from distill.training.config import DistillationConfig, TrainingConfig
@@ -69,7 +69,7 @@ class RunConditions:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Teachers lie on the device, and what the losses compare can be read; within itself it changes nothing."""
+        """Teachers predict on the device, and what the losses compare can be read; within itself it changes nothing."""
         if self._is_running:  # an evaluation in the middle of a training
             yield
             return
@@ -85,6 +85,8 @@ class RunConditions:
                 stack.enter_context(using_cache(self._student.config, self._args.use_cache))
                 stack.enter_context(self._forward_as_prepared())
                 stack.enter_context(on_device(self._teachers, self._device))
+                for teacher in self._teachers:
+                    stack.enter_context(evaluating(teacher))
                 for extractor in self._extractors:
                     stack.enter_context(extractor.attached())
                 yield
@@ -138,6 +140,7 @@ class QuantizationAwareness:
     def __init__(self, student: PreTrainedModel, args: TrainingConfig):
         if args.quantization is not None:
             check_quantizable(student, args.quantization)
+        self.is_on = args.quantization is not None
         self._student, self._args = student, args
         self._fake: FakeQuantization | None = None
 

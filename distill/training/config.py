@@ -1,7 +1,6 @@
 """What training minimises and how: TrainingArguments with our defaults, and the losses' options on top."""
 
 import copy
-import math
 import os
 import sys
 from collections.abc import Iterable
@@ -74,19 +73,6 @@ Schedule = TypedDict(
 Schedule.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
 
 Weight = Annotated[float, Field(ge=0)] | Schedule
-
-
-def value_at(value: float | Schedule, progress: float) -> float:
-    """A constant, or a schedule's value.
-
-    Args:
-        progress: optimizer steps done over all steps, 0 to 1.
-    """
-    if not isinstance(value, dict):
-        return value
-    if value.get("shape", "linear") == "cosine":
-        progress = (1 - math.cos(math.pi * progress)) / 2
-    return value["from"] + (value["to"] - value["from"]) * progress
 
 
 def _inherited(name: str) -> Any:
@@ -358,7 +344,8 @@ class DistillationConfig(TrainingConfig):
                 self.temperature is not None
             )
         self.temperature = 2.0 if self.temperature is None else self.temperature
-        if min(value_at(self.temperature, progress) for progress in (0, 1)) == 0:
+        ends = self.temperature if isinstance(self.temperature, dict) else {"from": self.temperature}
+        if 0 in (ends["from"], ends.get("to")):
             return ["temperature: both ends of a schedule should be above 0"]
         return []
 

@@ -15,12 +15,7 @@ from distill.errors import InputError
 from distill.losses import mean_pool
 from distill.models.modes import attention_of
 from distill.models.packing import unpacked
-from distill.models.structure import (
-    accepted_inputs,
-    find_blocks,
-    input_names,
-    width_of,
-)
+from distill.models.structure import find_blocks, input_names, width_of
 from distill.tasks.outputs import logits_of, plain_model
 
 LayerMap = Literal["uniform", "last", "first"] | list[tuple[int, int]]
@@ -183,6 +178,8 @@ class FeatureExtractor:
     def __init__(self, model: PreTrainedModel | PeftModel, wanted: Sequence[FeatureSpec]):
         self.model = model
         self.wanted = wanted
+        self._inputs = frozenset(input_names(model))
+        self._needs_states = any(each.hidden_states for each in wanted)
         self._caught: dict[int, dict[str, Tensor]] | None = None
         self._names: tuple[str, ...] = ()
         self._attached = False
@@ -227,9 +224,9 @@ class FeatureExtractor:
         self._caught = {}
         try:
             outputs = self.model(
-                **accepted_inputs(self.model, inputs),
-                output_hidden_states=any(each.hidden_states for each in self.wanted),
-                output_attentions=any(each.attention for each in self.wanted),
+                **{name: value for name, value in inputs.items() if name in self._inputs},
+                output_hidden_states=self._needs_states,
+                output_attentions=self._needs_maps,
             )
         finally:
             caught, self._caught = self._caught, None
@@ -246,15 +243,15 @@ class FeatureExtractor:
                 raise InputError(f"{type(self.model).__name__} returned no {kind} of layer {max(layers)}")
         mask = inputs["attention_mask"]
         return Representations(
-            hidden=[unpacked(hidden[layer], mask) for layer in wanted.hidden],
+            hidden=[_padded(hidden[layer], mask) for layer in wanted.hidden],
             attention=[attentions[layer - 1] for layer in wanted.attention],
             relations=[self._projected(caught, layer, mask) for layer in wanted.relations],
-            embedding=unpacked(hidden[0], mask) if wanted.embedding else None,
-            pooled=mean_pool(unpacked(hidden[-1], mask), mask) if wanted.pooled else None,
+            embedding=_padded(hidden[0], mask) if wanted.embedding else None,
+            pooled=mean_pool(_padded(hidden[-1], mask), mask) if wanted.pooled else None,
         )
 
     def _projected(self, caught: dict[int, dict[str, Tensor]], layer: int, mask: Tensor) -> list[Tensor]:
-        states = [unpacked(caught[layer][name], mask) for name in self._names]
+        states = [_padded(caught[layer][name], mask) for name in self._names]
         if len(states) == 1:
             return list(states[0].chunk(3, dim=-1))
         heads = self.model.config.num_attention_heads if states[1].shape != states[0].shape else 1
@@ -283,6 +280,11 @@ class FeatureExtractor:
                 self._caught.setdefault(layer, {}).setdefault(name, output)
 
         return catch
+
+
+def _padded(states: Tensor, mask: Tensor) -> Tensor:
+    """States as B×T×D, where they are packed or not."""
+    return states if states.shape[:2] == mask.shape else unpacked(states, mask)
 
 
 def _for_every_query(state: Tensor, width: int, heads: int) -> Tensor:

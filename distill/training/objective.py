@@ -1,6 +1,7 @@
 """What a training minimizes: the weighted losses of its batches, added up exactly over steps and evaluations."""
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -16,10 +17,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from distill.data.batches import COUNTED_ROWS
 from distill.errors import TrainingDiverged
-from distill.models.structure import accepted_inputs
+from distill.models.structure import input_names
 from distill.tasks.outputs import head_at_mask, logits_of, plain_model
 from distill.tasks.targets import Targets
-from distill.training.config import Schedule, TrainingConfig, is_on, value_at
+from distill.training.config import DistillationConfig, Schedule, TrainingConfig, is_on
 from distill.training.parts import parts_of_batch
 from distill.training.teachers import Teacher
 
@@ -31,7 +32,7 @@ class Objective:
         student: the model that is trained, without what is wrapped around it.
         teachers: what it is compared with.
         args: the trainer's arguments.
-        weights: of each loss, by its name; looked up for every batch.
+        weights: of each loss, by its name; looked up for every batch, but for which are on (see `read_weights`).
         accelerator: adds up over all processes.
         targets: of the student.
     """
@@ -50,6 +51,10 @@ class Objective:
         self._weights, self._accelerator = weights, accelerator
         self._logged, self._evaluated = Sums(), Sums()
         self._finite = FiniteLosses(args)
+        self._inputs = frozenset(input_names(student))
+        self._is_quantized = getattr(plain_model(student), "is_quantized", False)
+        self._temperature = args.temperature if isinstance(args, DistillationConfig) else None
+        self.read_weights()
         for teacher in teachers:
             teacher.autocast = accelerator.autocast
 
@@ -71,12 +76,13 @@ class Objective:
         mask = None
         if self._targets.masks_inputs and model.training and not all_logits:
             mask = self._targets.batch_targets(inputs, inputs[COUNTED_ROWS]).mask
-        predicting = head_at_mask(self._student, mask)
+        predicting = nullcontext() if mask is None else head_at_mask(self._student, mask)
         with record_function("student forward"), self._arithmetic_of_student(), predicting:
             if self._teachers:
                 outputs = model(**inputs)
             else:
-                outputs = {"logits": logits_of(model(**accepted_inputs(self._student, inputs)))}
+                read = {name: value for name, value in inputs.items() if name in self._inputs}
+                outputs = {"logits": logits_of(model(**read))}
         progress = progress_of(state)
         with record_function("losses"):
             parts = parts_of_batch(
@@ -85,9 +91,9 @@ class Objective:
                 self._targets,
                 outputs,
                 inputs,
-                hard=is_on(self._weights["hard"]),
+                on=self._on,
                 training=model.training,
-                progress=progress,
+                temperature=None if self._temperature is None else value_at(self._temperature, progress),
             )
         weights = {name: value_at(self._weights[name], progress) for name in parts}
         losses = {name: part.total / part.divisor(counts) for name, part in parts.items()}
@@ -103,8 +109,11 @@ class Objective:
 
     def _arithmetic_of_student(self) -> AbstractContextManager:
         """A quantized student computes in bfloat16, whatever its adapters and its head are trained in."""
-        quantized = getattr(plain_model(self._student), "is_quantized", False)
-        return torch.autocast(self._args.device.type, torch.bfloat16) if quantized else nullcontext()
+        return torch.autocast(self._args.device.type, torch.bfloat16) if self._is_quantized else nullcontext()
+
+    def read_weights(self) -> None:
+        """Find the losses whose weights are ever above 0, from here on."""
+        self._on = frozenset(name for name, weight in self._weights.items() if is_on(weight))
 
     def begin_step(self) -> None:
         """Count an optimizer step, of which the batches follow."""
@@ -137,8 +146,9 @@ class Objective:
         return means
 
     def begin_evaluation(self) -> None:
-        """Forget the sums of the evaluation before."""
+        """Forget the sums of the evaluation before, and look at the weights again."""
         self._evaluated = Sums()
+        self.read_weights()
 
     def correct_metrics(self, metrics: dict[str, float], key: str, state: TrainerState) -> None:
         """Put the exact loss of the evaluation in place of Trainer's, and its parts beside it.
@@ -163,6 +173,19 @@ class Objective:
         self._finite.stop_if_not_finite(state)
         if not torch.stack([parameter.isfinite().all() for parameter in model.parameters()]).all():
             self._finite.stop(f"a weight was NaN or infinite at step {state.global_step}", state)
+
+
+def value_at(value: float | Schedule, progress: float) -> float:
+    """A constant, or a schedule's value.
+
+    Args:
+        progress: optimizer steps done over all steps, 0 to 1.
+    """
+    if not isinstance(value, dict):
+        return value
+    if value.get("shape", "linear") == "cosine":
+        progress = (1 - math.cos(math.pi * progress)) / 2
+    return value["from"] + (value["to"] - value["from"]) * progress
 
 
 def progress_of(state: TrainerState) -> float:

@@ -1,6 +1,6 @@
 """What a batch adds to the loss: the parts against labels and teachers, as sums beside what each is divided by."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from distill import losses
 from distill.data.batches import COUNTED_ROWS
 from distill.tasks.targets import IGNORED, BatchTargets, Targets, mask_classes
-from distill.training.config import DistillationConfig, TrainingConfig, is_on, value_at
+from distill.training.config import DistillationConfig, TrainingConfig
 from distill.training.features import Representations
 from distill.training.teachers import Teacher
 
@@ -77,22 +77,22 @@ def parts_of_batch(
     outputs: Mapping[str, Any],
     inputs: dict[str, Tensor],
     *,
-    hard: bool,
+    on: Collection[str],
     training: bool,
-    progress: float,
+    temperature: float | None,
 ) -> dict[str, Part]:
     """All parts of the loss of a batch, by name; several teachers' are added up.
 
     Args:
         outputs: the student's `logits` and, with teachers, `representations`.
         inputs: the batch, completed.
-        hard: whether the labels count.
+        on: names of the losses that count.
         training: whether a teacher that can't judge the rows is an error, or left out.
-        progress: optimizer steps done over all steps.
+        temperature: of the soft loss, now.
     """
     counted = inputs[COUNTED_ROWS]
     parts: dict[str, Part] = {}
-    if hard:
+    if "hard" in on:
         parts |= against_labels(config, targets, outputs["logits"], inputs, counted)
     if not isinstance(config, DistillationConfig):
         return parts
@@ -100,8 +100,7 @@ def parts_of_batch(
         if not training and not teacher.can_judge(inputs):
             continue  # validation rows need no stored predictions, nor tokens of the teacher's own
         shown = (outputs["logits"], outputs["representations"][number])
-        temperature = None if config.temperature is None else value_at(config.temperature, progress)
-        against = against_teacher(config, teacher, shown, inputs, counted, temperature=temperature)
+        against = against_teacher(config, teacher, shown, inputs, counted, soft="soft" in on, temperature=temperature)
         for name, part in against.items():
             parts[name] = parts[name] + part if name in parts else part
     return parts
@@ -133,11 +132,13 @@ def against_teacher(
     batch: Mapping[str, Tensor],
     counted_rows: Tensor,
     *,
+    soft: bool,
     temperature: float | None,
 ) -> dict[str, Part]:
     """The losses that are on, against one teacher.
 
     Args:
+        soft: whether its predictions count.
         student: its logits (as `logits_of` gives them) and the representations that stand against this teacher.
         counted_rows: B booleans.
     """
@@ -148,7 +149,7 @@ def against_teacher(
     compared = teacher.compared_rows(batch, counted_rows)
     tokens = batch["attention_mask"] * compared.unsqueeze(-1)
     parts = {}
-    if is_on(config.soft_weight):
+    if soft:
         logits, taught = logits[..., : teacher.vocabulary], taught[..., : teacher.vocabulary]
         total = _soft(config, logits, taught, expected, temperature, teacher.targets)
         parts["soft"] = Part(total, PREDICTIONS)

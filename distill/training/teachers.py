@@ -90,11 +90,13 @@ class Teacher:
         """
         if self.model is None or self.extractor is None:
             return stored_logits(batch, self.targets), Representations()
-        stored, layout = batch.get(TEACHER_OUTPUTS, {}).get(str(self.number)), self.layout
-        if stored is not None and layout is not None:
-            return restored(stored, layout, batch["attention_mask"])
-        predicting = head_at_mask(self.model, mask)
-        with record_function("teacher"), torch.inference_mode(), evaluating(self.model), self.autocast(), predicting:
+        stored = batch.get(TEACHER_OUTPUTS, {}).get(str(self.number))
+        if stored is not None and self.cache is not None:
+            return restored(stored, self.cache.layout, batch["attention_mask"])
+        predicting = nullcontext() if mask is None else head_at_mask(self.model, mask)
+        # A trainer has it in evaluation mode for the whole of a run.
+        mode = evaluating(self.model) if self.model.training else nullcontext()
+        with record_function("teacher"), torch.inference_mode(), mode, self.autocast(), predicting:
             logits, (shown,) = self.extractor(self.inputs(batch))
             finite = all_finite(logits, batch.get("attention_mask"))
         self.all_finite = finite if self.all_finite is None else self.all_finite & finite

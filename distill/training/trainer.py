@@ -167,6 +167,7 @@ class DistillationTrainer(transformers.Trainer):
         try:
             with self.training_conditions():
                 self.cache_teachers()
+                self.objective.read_weights()
                 shards = self.is_fsdp_enabled or self.is_deepspeed_enabled
                 if self.args.world_size > 1 and not shards and self.args.ddp_find_unused_parameters is None:
                     self.accelerator.ddp_handler.find_unused_parameters = self._has_idle_weights()
@@ -223,7 +224,8 @@ class DistillationTrainer(transformers.Trainer):
 
     def begin_quantized_step(self) -> None:
         """Quantize weights anew from here on; with `qat_delay` only once it is over."""
-        self.quantization.begin_step(self.state, self.accelerator.gather)
+        if self.quantization.is_on:
+            self.quantization.begin_step(self.state, self.accelerator.gather)
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches of like length (see `LengthBatches`), with what is cached of the teachers."""

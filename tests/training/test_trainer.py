@@ -23,8 +23,9 @@ from transformers import (
 from distill import DistillationConfig, DistillationTrainer, build_student
 from distill.errors import InputError, TrainingDiverged
 from distill.training.checkpoints import other_batches
-from distill.training.config import TrainingConfig, value_at
+from distill.training.config import TrainingConfig
 from distill.training.features import FeatureExtractor, FeatureSpec, resolve_layer_map
+from distill.training.objective import value_at
 from tests.conftest import make_tokenizer, tiny_bert
 from tests.training.test_exactness import OFF, make_rows
 
