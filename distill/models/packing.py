@@ -38,7 +38,7 @@ def packed(models: Sequence[PreTrainedModel]) -> Iterator[None]:
 
 
 def unpacked(states: Tensor, attention_mask: Tensor) -> Tensor:
-    """Pad packed states 1×N×D to B×T×D, with zeros; states that are not packed stay as they are.
+    """Pad packed states 1×N×D to B×T×D, with zeros.
 
     Args:
         states: of a batch, between two blocks.
