@@ -142,6 +142,72 @@ class Measurement:
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """How far a model's probabilities can be believed, over the rows of the first validation split."""
+
+    ece: float | None
+    """Expected calibration error over bins of as many predictions each."""
+    interval: list[float | None]
+    """Of it, at 95 %."""
+    brier: float | None
+    """Squared distance of probabilities and outcomes, from 0 to 2."""
+    nll: float | None
+    """Negative log-likelihood of what is right, in nats."""
+    temperature: float | None
+    """What logits are to be divided by, fitted on half of the rows; above 1 for a model that is too sure."""
+    held_out: dict[str, float | None] | None = None
+    """On the other half: what the temperature takes off the likelihood (`nll_gain`, its interval `nll_gain_low` and
+    `nll_gain_high`), and the calibration error before and after (`ece`, `ece_mended`)."""
+
+
+@dataclass(frozen=True)
+class Flips:
+    """Rows that a model gets right and its baseline wrong (gained), the other way round (lost), and McNemar's p."""
+
+    gained: int
+    lost: int
+    p: float
+    classes: dict[str, dict[str, float]] = field(default_factory=dict)
+    """The same of the rows of each class; these p are Holm's over the classes."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Some of the scored rows, and how every model does on them."""
+
+    by: str
+    """What they are alike in: `label`, `length`, `rare_tokens`, `confidence` (the baseline's) or a column."""
+    slice: str
+    rows: int
+    metric: str
+    metrics: dict[str, float | None]
+    """Of each model."""
+    intervals: dict[str, list[float | None]]
+    """Of each model, at 95 %."""
+    p: dict[str, float]
+    """Of each model but the baseline: how likely as many rows drawn by chance would have lost as much against the
+    baseline, by Holm's correction over all slices and models."""
+
+
+@dataclass(frozen=True)
+class Contamination:
+    """Rows of the first validation split that are among the rows trained on, and the metrics without them."""
+
+    rows: int
+    exact: int
+    """Rows that are there letter for letter, but for case, Unicode's forms and white space."""
+    near: int | None
+    """Rows that are nearly there; null where that was not looked for."""
+    examples: list[dict[str, Any]] | None
+    """Of such rows: `split`, `row`, `text`, and the row that it is like (`trained_split`, `trained_row`,
+    `trained_text`) with their `similarity`."""
+    metrics_without: dict[str, float | None]
+    """The primary metric of each model without these rows."""
+    splits: dict[str, dict[str, int | None]] = field(default_factory=dict)
+    """`rows`, `exact` and `near` of each scored split."""
+
+
+@dataclass(frozen=True)
 class Scores:
     """One scored model, with the models that it was made from."""
 
@@ -168,6 +234,8 @@ class ModelEntry(Measurement, Scores):  # the fields of the last base come first
     train_seconds: float | None
     samples_per_second: float | None
     truncated: dict[str, dict[str, int]] | None = None
+    calibration: Calibration | None = None
+    flips: Flips | None = None
 
 
 @dataclass(frozen=True)
@@ -204,6 +272,12 @@ class Report:
     comparisons: list[Comparison] = field(default_factory=list)
     recoveries: list[Recovery] = field(default_factory=list)
     truncated: dict[str, dict[str, int]] | None = None
+    slices: list[Slice] | None = None
+    worst_rows: list[dict[str, Any]] | None = None
+    """Of each model those whose predictions are farthest from the baseline's: `model`, `row` (its number in the first
+    validation split), `text`, `label`, `baseline` and `prediction` (what the two predict), `baseline_right`,
+    `divergence`."""
+    contamination: Contamination | None = None
 
     def entry(self, name: str) -> ModelEntry | None:
         """The model of this name, if the report holds it."""
@@ -252,7 +326,8 @@ def from_json(record: type[Record], content: dict[str, Any]) -> Record:
 def _as_hinted(value: Any, hint: Any) -> Any:
     """A value of JSON, with dataclasses in the places where a hint has them."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        hint = next((each for each in typing.get_args(hint) if is_dataclass(each)), Any)
+        kinds = [each for each in typing.get_args(hint) if is_dataclass(each) or typing.get_origin(each) is list]
+        hint = kinds[0] if kinds else Any
         return value if value is None else _as_hinted(value, hint)
     if is_dataclass(hint):
         if not isinstance(value, dict):

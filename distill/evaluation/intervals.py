@@ -15,8 +15,13 @@ from distill.tasks.scorers import Scorer
 RESAMPLES = 9999
 """Of the bootstrap; from seed to seed a bound moves by about a hundredth of the interval's width."""
 
-_DRAWN_AT_ONCE = 2**21
-"""Rows of resamples that are held at once, 80 MB."""
+_RESAMPLES_OF_RANKS = 2000
+"""Of a metric that ranks the rows of each resample anew."""
+
+_RANKED = {"spearmanr"}
+
+_DRAWN_AT_ONCE = 2**20
+"""Rows of resamples that are held at once: 8 MB in each of the few arrays made of them."""
 
 
 def score_interval(task: Task, predictions: Sequence, labels: Sequence) -> tuple[float, float]:
@@ -33,7 +38,7 @@ def score_interval(task: Task, predictions: Sequence, labels: Sequence) -> tuple
     num_rows = len(predictions)
     score = KINDS[task.kind].scorer(task, predictions, labels)
     if interval_method(task) != "Wilson":
-        return _bootstrap(score, num_rows)[1]
+        return bootstrap(score, num_rows, resamples=_resamples(task))[1]
     share = scorers.whole(score, num_rows)
     interval = stats.binomtest(round(share * num_rows), num_rows).proportion_ci(method="wilson")
     return min(float(interval.low), share), max(float(interval.high), share)
@@ -59,7 +64,25 @@ def paired_difference(
         labels: of the same rows.
     """
     one, other = (KINDS[task.kind].scorer(task, predictions, labels) for predictions in (first, second))
-    return _bootstrap(lambda weights: one(weights) - other(weights), len(first))
+    return bootstrap(lambda weights: one(weights) - other(weights), len(first), resamples=_resamples(task))
+
+
+def mean_interval(values: NDArray) -> tuple[float, float]:
+    """The 95 % interval of a mean: Wilson's of a share (booleans), the percentile bootstrap's of numbers.
+
+    Args:
+        values: B booleans, or B numbers.
+    """
+    if values.dtype == bool:
+        interval = stats.binomtest(int(values.sum()), len(values)).proportion_ci(method="wilson")
+        return float(interval.low), float(interval.high)
+    return bootstrap(scorers.mean(values), len(values))[1]
+
+
+def _resamples(task: Task) -> int:
+    """How many resamples the primary metric takes."""
+    of_average = task.metrics if task.primary_metric == "average" else ()
+    return _RESAMPLES_OF_RANKS if _RANKED & {task.primary_metric, *of_average} else RESAMPLES
 
 
 def agreement(task: Task, predictions: list, baseline: list) -> float:
@@ -84,7 +107,7 @@ def divergence_from(task: Task, reference: Sequence, logits: Sequence) -> dict[s
         logits: the model's.
     """
     of_rows = _divergences(task, reference, logits)
-    mean, (low, high) = _bootstrap(scorers.mean(of_rows), len(of_rows))
+    mean, (low, high) = bootstrap(scorers.mean(of_rows), len(of_rows))
     return {"mean": mean, "low": low, "high": high}
 
 
@@ -108,11 +131,11 @@ def won_back(task: Task, reference: Sequence, before: Sequence, after: Sequence)
         of_one = weights @ one
         return 1 - np.divide(weights @ other, of_one, out=np.full(np.shape(of_one), np.nan), where=of_one != 0)
 
-    value, interval = _bootstrap(share, len(one))
+    value, interval = bootstrap(share, len(one))
     return value, list(interval)
 
 
-def _bootstrap(score: Scorer, num_rows: int) -> tuple[float, tuple[float, float]]:
+def bootstrap(score: Scorer, num_rows: int, *, resamples: int = RESAMPLES) -> tuple[float, tuple[float, float]]:
     """The score of all rows, and the middle 95 % of the scores of seeded resamples (percentile bootstrap).
 
     The interval is widened to the score where it lies outside (a biased score, or rounding).
@@ -125,7 +148,7 @@ def _bootstrap(score: Scorer, num_rows: int) -> tuple[float, tuple[float, float]
         resampled = stats.bootstrap(
             (np.arange(num_rows),),
             lambda rows, axis: score(_weights(rows, num_rows)),
-            n_resamples=RESAMPLES,
+            n_resamples=resamples,
             batch=max(1, _DRAWN_AT_ONCE // num_rows),
             vectorized=True,
             method="percentile",

@@ -101,6 +101,16 @@ Encode: TypeAlias = Callable[[Batch, Sequence[int], Task, Any, EncodeOptions], B
 and of texts `cut`: whether `max_length` took something from a row."""
 
 
+@dataclass(frozen=True)
+class RowMetric:
+    """How each row by itself is scored."""
+
+    name: str
+    """Of the mean over rows; `is_better_lower` says which way it goes."""
+    of_rows: Callable[[Task, Any, Any], np.ndarray]
+    """(task, predictions, labels) → whether each row is right, as booleans; or a number of each row."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Kind:
     """What differs between kinds of task. Nothing has a default: a kind that leaves something out can't be made."""
@@ -147,6 +157,16 @@ class Kind:
     """(task, predictions, labels), one of each a row → the primary metric, for the score and for its bootstrap."""
     agreement: Callable[[Any, Any], float]
     """The predictions of two models → how far they are the same."""
+    row_metric: RowMetric | None
+    """None where what is predicted of a row is not one thing."""
+    classes: Callable[[Task, Any], dict[str, np.ndarray]]
+    """(task, labels) → for each class which rows are of it or hold it, as booleans; empty where there are no
+    classes."""
+    outcomes: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]] | None
+    """(logits B×C, labels) → logits B×L×C of the distributions that each row's prediction stands for, and the numbers
+    B×L of the outcomes that came true; None where predictions are no distributions, or their logits are not kept."""
+    in_words: Callable[[Task, Any], Any]
+    """(task, one row's prediction or label) → what a reader is shown of it, as JSON."""
     names_labels: bool
     """Whether a model's config says what its outputs are (classes, tags, or the score)."""
     auto_class: str

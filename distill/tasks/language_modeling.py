@@ -25,7 +25,7 @@ from distill.tasks.base import (
 )
 from distill.tasks.classification import CLASSES
 from distill.tasks.outputs import CHUNK, logits_in_chunks, refuse_not_finite_outputs
-from distill.tasks.rows import most_likely
+from distill.tasks.rows import as_predicted, most_likely, no_classes
 from distill.tasks.scorers import Scorer
 from distill.tasks.targets import (
     IGNORED,
@@ -319,6 +319,10 @@ MASKED_LM = Kind(
     while_training=language_while_training(MASKED_WORDS),
     scorer=language_scorer,
     agreement=token_agreement,
+    row_metric=None,  # its rows are windows of many tokens each
+    classes=no_classes,
+    outcomes=None,
+    in_words=as_predicted,
     names_labels=False,
     auto_class="AutoModelForMaskedLM",
     architectures=("ForMaskedLM",),

@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.tasks import scorers
-from distill.tasks.base import Batch, EncodeOptions, Kind, LabelRule, ScoringArguments, Task
+from distill.tasks.base import Batch, EncodeOptions, Kind, LabelRule, RowMetric, ScoringArguments, Task
 from distill.tasks.classification import CLASSES
 from distill.tasks.outputs import finite_logits
-from distill.tasks.rows import most_likely
+from distill.tasks.rows import most_likely, no_classes
 from distill.tasks.scorers import Scorer
 from distill.tasks.targets import IGNORED, SPAN_LABELS, BatchTargets, any_config
 
@@ -233,6 +233,16 @@ def span_scorer(task: Task, answers: Sequence[str], labels: Sequence[dict]) -> S
     return scorers.mean(answer_scores(answers, [label["text"] for label in labels])[:, 0])
 
 
+def rows_answered_right(task: Task, answers: Sequence[str], labels: Sequence[dict]) -> np.ndarray:
+    """Whether each answer matches an accepted one exactly."""
+    return answer_scores(answers, [label["text"] for label in labels])[:, 1] == 1
+
+
+def answers_in_words(task: Task, label: str | dict[str, list]) -> str | list[str]:
+    """An answer as it is, or of a label the accepted ones."""
+    return label if isinstance(label, str) else label["text"]
+
+
 def answer_agreement(answers: Sequence[str], baseline: Sequence[str]) -> float:
     """Compute the share of questions that two models answer alike, after `normalised`.
 
@@ -361,6 +371,10 @@ QUESTION_ANSWERING = Kind(
     while_training=spans_while_training,
     scorer=span_scorer,
     agreement=answer_agreement,
+    row_metric=RowMetric("exact_match", rows_answered_right),
+    classes=no_classes,
+    outcomes=None,
+    in_words=answers_in_words,
     names_labels=False,
     auto_class="AutoModelForQuestionAnswering",
     architectures=("ForQuestionAnswering",),

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import datasets
 import evaluate
@@ -125,6 +126,58 @@ def correlation(predictions: Sequence, baseline: Sequence) -> float:
     """
     found, other = np.asarray(predictions), np.asarray(baseline)
     return scorers.whole(scorers.pearson(other, found), len(found))
+
+
+def rows_right(task: Task, predictions: Sequence, labels: Sequence) -> np.ndarray:
+    """Whether each row's class is right, or its whole set of labels."""
+    right = np.asarray(predictions) == np.asarray(labels)
+    return right if right.ndim == 1 else right.all(-1)
+
+
+def squared_errors(task: Task, predictions: Sequence, labels: Sequence) -> np.ndarray:
+    """The squared error of each row's score."""
+    return np.square(np.asarray(predictions, dtype=np.float64) - np.asarray(labels, dtype=np.float64))
+
+
+def rows_of_classes(task: Task, labels: Sequence) -> dict[str, np.ndarray]:
+    """For each class which rows are of it, or have it among their labels.
+
+    Args:
+        labels: B class ids, or B×C zeros and ones.
+    """
+    truth = np.asarray(labels)
+    of_classes = truth[:, None] == np.arange(task.num_labels) if truth.ndim == 1 else truth == 1
+    return dict(zip(task.label_names or (), of_classes.T, strict=True))
+
+
+def no_classes(task: Task, labels: Sequence) -> dict[str, np.ndarray]:
+    """`Kind.classes` of a kind without any."""
+    return {}
+
+
+def class_outcomes(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`Kind.outcomes` of rows of one class each: one distribution a row."""
+    return logits[:, None, :], labels[:, None]
+
+
+def label_outcomes(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`Kind.outcomes` of sets of labels: of each label whether it is there (0) or not (1), as `losses.per_label`."""
+    return np.stack([logits, np.zeros_like(logits)], axis=-1), (labels != 1).astype(np.int64)
+
+
+def class_in_words(task: Task, label: int) -> str:
+    """The name of a class."""
+    return (task.label_names or ())[label]
+
+
+def labels_in_words(task: Task, label: Sequence[int]) -> list[str]:
+    """The names of a set of labels, of zeros and ones."""
+    return [name for name, there in zip(task.label_names or (), label, strict=True) if there]
+
+
+def as_predicted(task: Task, label: Any) -> Any:
+    """`Kind.in_words` where a prediction says itself what it is."""
+    return label
 
 
 class _OfflineMetric(evaluate.Metric):

@@ -9,7 +9,16 @@ from torch import Tensor
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.tasks import entities, scorers
-from distill.tasks.base import Batch, EncodeOptions, Kind, LabelRule, ScoringArguments, Task, pipeline_usage
+from distill.tasks.base import (
+    Batch,
+    EncodeOptions,
+    Kind,
+    LabelRule,
+    RowMetric,
+    ScoringArguments,
+    Task,
+    pipeline_usage,
+)
 from distill.tasks.classification import CLASSES
 from distill.tasks.outputs import finite_logits
 from distill.tasks.rows import most_likely
@@ -163,6 +172,23 @@ def tag_agreement(predictions: Sequence[Sequence[int]], baseline: Sequence[Seque
     return float(np.mean([first == second for first, second in pairs if (first, second) != (IGNORED, IGNORED)]))
 
 
+def rows_tagged_right(task: Task, predictions: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]) -> np.ndarray:
+    """Whether all words of a row are tagged right that have a label."""
+    pairs = [zip(*row, strict=True) for row in zip(predictions, labels, strict=True)]
+    return np.array([all(truth in (found, IGNORED) for found, truth in row) for row in pairs], dtype=bool)
+
+
+def rows_with_tags(task: Task, labels: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
+    """For each tag which rows hold it."""
+    names = task.label_names or ()
+    return {name: np.array([tag in row for row in labels], dtype=bool) for tag, name in enumerate(names)}
+
+
+def tags_in_words(task: Task, tags: Sequence[int]) -> list[str | None]:
+    """The tags of a row's words; None for words that were not read, or have none."""
+    return [None if tag == IGNORED else (task.label_names or ())[tag] for tag in tags]
+
+
 def _a_label_a_word(rows: datasets.Dataset, task: Task, labels: Sequence | None) -> tuple[Sequence | None, str | None]:
     """The labels as read, and what is wrong where a row has not as many as words."""
     texts = rows[task.text[0]] if labels is not None else []
@@ -208,6 +234,10 @@ TOKEN_CLASSIFICATION = Kind(
     while_training=tags_while_training,
     scorer=tag_scorer,
     agreement=tag_agreement,
+    row_metric=RowMetric("rows_right", rows_tagged_right),
+    classes=rows_with_tags,
+    outcomes=None,
+    in_words=tags_in_words,
     names_labels=True,
     auto_class="AutoModelForTokenClassification",
     architectures=("ForTokenClassification",),
