@@ -33,7 +33,7 @@ from distill.evaluation.benchmark import (
     remarks_on,
 )
 from distill.evaluation.evaluate import evaluate_model
-from distill.evaluation.options import EVAL_OPTIONS, BenchmarkOptions
+from distill.evaluation.options import EVAL_OPTIONS, BenchmarkOptions, ReportOptions
 from distill.models.load import (
     fetch_weights,
     find_model,
@@ -305,7 +305,8 @@ def _launch(arguments: argparse.Namespace, overrides: dict[str, str], command: l
 
 
 def _print_options(name: str) -> None:
-    options_class = VERBS[name].options if name in VERBS else {"data": DataOptions, "benchmark": BenchmarkOptions}[name]
+    blocks = {"data": DataOptions, "benchmark": BenchmarkOptions, "report": ReportOptions}
+    options_class = VERBS[name].options if name in VERBS else blocks[name]
     own = _own_fields(options_class)
     shown = [field for field in fields(options_class) if field.init and not refusal(options_class, field.name)]
     table = Table("option", "default", "help", box=box.SIMPLE_HEAD, pad_edge=False)

@@ -178,13 +178,13 @@ class Slice:
     by: str
     """What they are alike in: `label`, `length`, `rare_tokens`, `confidence` (the baseline's) or a column."""
     slice: str
-    rows: int
-    metric: str
-    metrics: dict[str, float | None]
+    rows: int = 0
+    metric: str = ""
+    metrics: dict[str, float | None] = field(default_factory=dict)
     """Of each model."""
-    intervals: dict[str, list[float | None]]
+    intervals: dict[str, list[float | None]] = field(default_factory=dict)
     """Of each model, at 95 %."""
-    p: dict[str, float]
+    p: dict[str, float] = field(default_factory=dict)
     """Of each model but the baseline: how likely as many rows drawn by chance would have lost as much against the
     baseline, by Holm's correction over all slices and models."""
 
@@ -194,14 +194,14 @@ class Contamination:
     """Rows of the first validation split that are among the rows trained on, and the metrics without them."""
 
     rows: int
-    exact: int
+    exact: int = 0
     """Rows that are there letter for letter, but for case, Unicode's forms and white space."""
-    near: int | None
+    near: int | None = None
     """Rows that are nearly there; null where that was not looked for."""
-    examples: list[dict[str, Any]] | None
+    examples: list[dict[str, Any]] | None = None
     """Of such rows: `split`, `row`, `text`, and the row that it is like (`trained_split`, `trained_row`,
     `trained_text`) with their `similarity`."""
-    metrics_without: dict[str, float | None]
+    metrics_without: dict[str, float | None] = field(default_factory=dict)
     """The primary metric of each model without these rows."""
     splits: dict[str, dict[str, int | None]] = field(default_factory=dict)
     """`rows`, `exact` and `near` of each scored split."""
@@ -325,19 +325,24 @@ def from_json(record: type[Record], content: dict[str, Any]) -> Record:
 
 def _as_hinted(value: Any, hint: Any) -> Any:
     """A value of JSON, with dataclasses in the places where a hint has them."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        kinds = [each for each in typing.get_args(hint) if is_dataclass(each) or typing.get_origin(each) is list]
-        hint = kinds[0] if kinds else Any
-        return value if value is None else _as_hinted(value, hint)
-    if is_dataclass(hint):
-        if not isinstance(value, dict):
-            raise ValueError(f"{value!r} is no mapping")
-        return from_json(hint, value)  # type: ignore[arg-type]
-    if typing.get_origin(hint) is list and is_dataclass(typing.get_args(hint)[0]):
+    kind, inside = typing.get_origin(hint), typing.get_args(hint)
+    if not _has_dataclass(hint) or (value is None and kind in (typing.Union, types.UnionType)):
+        return value
+    if kind in (typing.Union, types.UnionType):
+        return _as_hinted(value, next(each for each in inside if _has_dataclass(each)))
+    if kind is list:
         if not isinstance(value, list):
             raise ValueError(f"{value!r} is no list")
-        return [_as_hinted(each, typing.get_args(hint)[0]) for each in value]
-    return value
+        return [_as_hinted(each, inside[0]) for each in value]
+    if not isinstance(value, dict):
+        raise ValueError(f"{value!r} is no mapping")
+    if kind is dict:
+        return {key: _as_hinted(each, inside[1]) for key, each in value.items()}
+    return from_json(hint, value)
+
+
+def _has_dataclass(hint: Any) -> bool:
+    return is_dataclass(hint) or any(_has_dataclass(each) for each in typing.get_args(hint))
 
 
 def as_json(record: Any) -> str:

@@ -100,6 +100,25 @@ def checked_rows(
     return chosen if labels is None or problem else chosen.add_column(LABEL, list(labels))  # type: ignore[call-arg]
 
 
+def with_columns(
+    rows: datasets.Dataset, found: datasets.Dataset, split: str, columns: Sequence[str], problems: list[str]
+) -> datasets.Dataset:
+    """The rows with further columns as they were read, each as `slice <number>`.
+
+    Args:
+        rows: the checked ones.
+        found: the same as they were read.
+        columns: their names there; one that is missing goes into `problems`.
+    """
+    missing = [name for name in columns if name not in found.column_names]
+    near = {name: nearest_name(name, found.column_names) for name in missing}
+    problems += [f"report.slices: {split} has no column {name!r}; {near[name]}" for name in missing]
+    if missing or not columns:
+        return rows
+    parts = [found.select_columns([name]).rename_column(name, f"slice {number}") for number, name in enumerate(columns)]
+    return datasets.concatenate_datasets([rows, *parts], axis=1)
+
+
 def column_problem(rows: datasets.Dataset, column: str, kind: TaskKind) -> str | None:
     """Say why a column is not what a kind of task reads (text, words or images); None where it is.
 

@@ -16,6 +16,7 @@ from distill.data.columns import (
     checked_rows,
     merge_labels,
     named_apart,
+    with_columns,
 )
 from distill.data.files.readers import hub_revision, read_splits
 from distill.data.labels import read_labels
@@ -113,6 +114,8 @@ class Data:
     stride: int | None = None
     revision: str | None = None
     """The commit of a data set on the Hub."""
+    slices: dict[str, list] = field(default_factory=dict, repr=False)
+    """Further columns of the first scored split, by their names."""
     _tokenized: dict[tuple[str, str], datasets.Dataset] = field(default_factory=dict, repr=False)
 
     def tokenized(self, split: str, tokenizer: Processor) -> datasets.Dataset:
@@ -180,6 +183,7 @@ def load_data(
     *,
     to_score: bool = False,
     model_labels: Sequence[str] | None = None,
+    slices: Sequence[str] = (),
 ) -> Data:
     """Load, check and split the rows of a GLUE task, or of a user's own data.
 
@@ -188,6 +192,7 @@ def load_data(
         options: the `data:` block.
         to_score: the rows are only scored: a train split is not needed, and a single file is scored whole.
         model_labels: names of the labels of a model to score, for rows that may have ids alone or not every class.
+        slices: further columns of the scored rows that are kept, to compare models by.
 
     Raises:
         InputError: with every problem of the options, columns, texts and labels.
@@ -227,6 +232,8 @@ def load_data(
     for split, rows in used.items():
         splits[split] = checked_rows(rows, split, task, labels.get(split), problems)
         splits[split] = with_stored(splits[split], rows, split, task, stored, problems)
+    scored = next((split for split, _ in task.validation_splits if split in used), "train")  # or cut from there
+    with_slices = with_columns(splits[scored], used[scored], scored, slices, problems)
     if options.unlabelled is not None and not to_score and not problems:
         unlabelled, more = read_unlabelled(options.unlabelled, task, stored, problems, notes)
         splits |= {} if unlabelled is None else {"unlabelled": unlabelled}
@@ -254,6 +261,8 @@ def load_data(
             whole, task, fraction=options.validation_fraction, seed=options.seed
         )
         splits[task.validation_splits[0][0]] = validation
+        if slices:
+            with_slices = cut_validation(with_slices, task, fraction=options.validation_fraction, seed=options.seed)[1]
         missing = classes_without_rows(validation, task)
         notes.append(
             f"no validation split: {len(validation)} rows ({len(validation) / len(whole):.0%}) cut from train, "
@@ -264,6 +273,8 @@ def load_data(
         limit = options.max_train_rows if split == "train" else options.max_eval_rows
         if limit and limit < len(splits[split]):
             splits[split] = random_part(splits[split], limit, options.seed)
+    if slices and options.max_eval_rows and options.max_eval_rows < len(with_slices):
+        with_slices = random_part(with_slices, options.max_eval_rows, options.seed)
     if options.sampled_pairs is not None and not to_score:
         pairs = sample_pairs(splits["train"], task, options.sampled_pairs, options.seed)
         notes.append(f"{len(pairs)} unlabelled pairs sampled from the {len(splits['train'])} training rows")
@@ -279,6 +290,7 @@ def load_data(
         max_length=options.max_length,
         stride=options.stride,
         revision=revision,
+        slices={name: list(with_slices[f"slice {number}"]) for number, name in enumerate(slices)},
     )
 
 

@@ -99,7 +99,7 @@ def calibration_error(logits: NDArray[np.float64], truth: NDArray[np.int64], *, 
     Args:
         logits: B×L×C; truth: B×L.
     """
-    confidence = np.exp(log_softmax(logits, axis=-1).max(-1))
+    confidence = _probability_of_likeliest(logits)
     right = logits.argmax(-1) == truth
     order = np.argsort(confidence.ravel(), kind="stable")
     of_row = np.arange(confidence.size) // confidence.shape[1]
@@ -114,6 +114,19 @@ def calibration_error(logits: NDArray[np.float64], truth: NDArray[np.int64], *, 
         return np.abs(sums[..., :bins]).sum(-1) / sums[..., bins]
 
     return score
+
+
+def confidences(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    """B: the probability of the most likely outcome, the mean over a row's L distributions.
+
+    Args:
+        logits: B×L×C.
+    """
+    return _probability_of_likeliest(logits).mean(-1)
+
+
+def _probability_of_likeliest(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.exp(log_softmax(logits, axis=-1).max(-1))
 
 
 def brier_scores(logits: NDArray[np.float64], truth: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -76,7 +76,11 @@ def mean_interval(values: NDArray) -> tuple[float, float]:
     if values.dtype == bool:
         interval = stats.binomtest(int(values.sum()), len(values)).proportion_ci(method="wilson")
         return float(interval.low), float(interval.high)
-    return bootstrap(scorers.mean(values), len(values))[1]
+    drawn = max(1, _DRAWN_AT_ONCE // len(values))
+    found = stats.bootstrap(
+        (values,), np.mean, n_resamples=RESAMPLES, batch=drawn, method="percentile", rng=np.random.default_rng(0)
+    )
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
 def _resamples(task: Task) -> int:

@@ -21,3 +21,13 @@ class BenchmarkOptions:
         default=5,
         metadata={"help": "Rounds; in each one every model has its turn: 8 calls for latency, 1 for throughput."},
     )
+
+
+@dataclass
+class ReportOptions:
+    """The `report:` block of a recipe."""
+
+    slices: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Columns of the scored rows; models are compared on the rows of each of their values too."},
+    )

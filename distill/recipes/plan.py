@@ -98,7 +98,7 @@ def make_plan(recipe: Recipe, *, check_step: StepCheck | None = None) -> Plan:
     data = None
     if recipe.data_is_readable:
         try:
-            data = load_data(recipe.task, recipe.data)
+            data = load_data(recipe.task, recipe.data, slices=recipe.report.slices)
         except InputError as error:
             problems += error.problems
     sources: dict[str, ModelSource] = {}

@@ -13,7 +13,7 @@ from distill.errors import (
     in_one_line,
     nearest_name,
 )
-from distill.evaluation.options import BenchmarkOptions
+from distill.evaluation.options import BenchmarkOptions, ReportOptions
 from distill.recipes.trainer_options import annotations_of, read_mapping, refusal
 from distill.recipes.yaml12 import parse_value, read_yaml
 from distill.training.checkpoints import CHECKPOINTS
@@ -22,7 +22,7 @@ from distill.verbs.all import VERBS
 from distill.verbs.base import Options
 
 _TOP_LEVEL = (
-    *("task", "data", "output_dir", "baseline", "benchmark", "steps"),
+    *("task", "data", "output_dir", "baseline", "benchmark", "report", "steps"),
     *("base_model", "license", "language", "push"),
 )
 _USUAL_NAMES = {
@@ -71,6 +71,7 @@ class Recipe:
     """Of model cards; by default the root's."""
     language: tuple[str, ...] = ()
     """Of model cards; by default GLUE's or the root's."""
+    report: ReportOptions = field(default_factory=ReportOptions)
     push: dict[str, str] = field(default_factory=dict)
     """For steps, the repositories that their models are pushed to after the report."""
 
@@ -112,6 +113,7 @@ def load_recipe(path: Path, overrides: Mapping[str, str] | None = None, *, draft
             problems.append(f"{key}: should be a name, got {names.pop(key)!r}")
     data = parse_options(DataOptions, content.get("data") or {}, "data", problems)
     benchmark = parse_options(BenchmarkOptions, content.get("benchmark") or {}, "benchmark", problems)
+    report = parse_options(ReportOptions, content.get("report") or {}, "report", problems)
     given: dict[str, dict[str, Any]] = {}
     parsed = {}
     for name, options in steps.items():
@@ -140,6 +142,7 @@ def load_recipe(path: Path, overrides: Mapping[str, str] | None = None, *, draft
         base_model=base_model,
         license=license,
         language=language,
+        report=report or ReportOptions(),
         push=push,
     )
 
@@ -271,7 +274,7 @@ def _apply_overrides(content: dict[str, Any], overrides: Mapping[str, str], prob
         except InputError as error:
             problems += error.problems
             continue
-        if first in ("data", "benchmark", "push") and rest:
+        if first in ("data", "benchmark", "report", "push") and rest:
             block = content.get(first)
             content[first] = {**(block if isinstance(block, dict) else {}), rest: value}
         elif path in _TOP_LEVEL and path != "steps":

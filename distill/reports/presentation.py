@@ -14,6 +14,7 @@ from distill.data.load import describe_cut
 from distill.evaluation.benchmark import remarks_on
 from distill.evaluation.intervals import interval_method
 from distill.recipes.plan import Plan
+from distill.reports.sections import contamination_lines, fidelity_sections, slice_lines
 from distill.tasks.base import is_better_lower
 from distill.tasks.kinds import KINDS
 from distill.verbs.all import VERBS
@@ -48,7 +49,9 @@ def print_report(report: Report) -> None:
         results.print(line)
     if cut := describe_cut(report.truncated):
         results.print(f"rows {cut}")
-    for sentence in remarks(report):
+    for line in slice_lines(report):
+        results.print(line)
+    for sentence in (*(f"{each}." for each in contamination_lines(report)), *remarks(report)):
         results.print(remark(sentence))
 
 
@@ -75,6 +78,7 @@ def as_markdown(plan: Plan, report: Report) -> str:
             if _comparison_lines(report)
             else []
         ),
+        *fidelity_sections(report),
         bullets(remarks(report))
         or "No compressed model is larger than the one it was made from, and none more than 5 % slower.",
         *([f"Rows {cut}."] if cut else []),

@@ -23,6 +23,7 @@ from distill.common.records import (
 from distill.data.load import Truncated, token_fingerprint, tokenizer_fingerprint
 from distill.errors import InputError
 from distill.evaluation.benchmark import benchmark_models, environment
+from distill.evaluation.contamination import MOST_ROWS, Matches, find_matches, has_minhash
 from distill.evaluation.evaluate import Evaluation, evaluate_model
 from distill.evaluation.intervals import (
     agreement,
@@ -35,6 +36,7 @@ from distill.models.replacements import is_quantized
 from distill.recipes.fingerprint import code_fingerprint
 from distill.recipes.finished import is_finished
 from distill.recipes.plan import Plan, PlannedStep
+from distill.reports.fidelity import Fidelity, measure_contamination, measure_fidelity
 from distill.reports.presentation import as_markdown, draw
 from distill.runs.card import write_model_card
 from distill.runs.run import lineage
@@ -76,7 +78,8 @@ def write_report(plan: Plan) -> Report:
     evaluations = {name: _evaluation(plan, name, locations[name], fingerprints[name], cache) for name in names}
     benchmarks = _benchmarks(plan, locations, fingerprints, cache)
     tokens = {name: _predicted_tokens(plan, locations[name]) for name in names}
-    models = [_entry(plan, name, evaluations, benchmarks[name], tokens) for name in names]
+    fidelity = _fidelity(plan, evaluations, locations, fingerprints, cache)
+    models = [_entry(plan, name, evaluations, benchmarks[name], tokens, fidelity) for name in names]
     found = Report(
         task=plan.recipe.task or plan.data.task.kind,
         metric=plan.data.task.primary_metric,
@@ -87,6 +90,9 @@ def write_report(plan: Plan) -> Report:
         comparisons=_comparisons(plan, evaluations, fingerprints, tokens, cache),
         recoveries=_recoveries(plan, evaluations, benchmarks),
         truncated=_truncated(models),
+        slices=fidelity.slices,
+        worst_rows=fidelity.worst_rows,
+        contamination=measure_contamination(plan.data, _matches(plan, cache), evaluations),
     )
     report = from_json(Report, finite(asdict(found)))  # a correlation with constant predictions is no number
     write_atomically(plan.recipe.output_dir / "report.json", as_json(report))
@@ -200,6 +206,38 @@ def _comparisons(
     return [from_json(Comparison, each) for each in known]
 
 
+def _fidelity(
+    plan: Plan, evaluations: dict[str, Evaluation], locations: dict[str, str], fingerprints: dict[str, str], cache: Path
+) -> Fidelity:
+    """What every model is against the baseline."""
+    code = [code_fingerprint(module) for module in ("evaluation.evaluate", "reports.fidelity")]
+    key = _key(fingerprints, plan.baseline, plan.data.fingerprint, plan.recipe.report.slices, _scored_with(), code)
+    known = _read_cache(cache / "fidelity.json", key)
+    if known is not None:
+        return from_json(Fidelity, known)
+    processor = None
+    if plan.baseline in locations:
+        processor = load_processor(locations[plan.baseline], plan.data.task.kind)
+    found = measure_fidelity(plan.data, evaluations, baseline=plan.baseline, processor=processor)
+    _write_cache(cache / "fidelity.json", key, asdict(found))
+    return found
+
+
+def _matches(plan: Plan, cache: Path) -> Matches | None:
+    """The scored rows that are among those trained on."""
+    key = _key(plan.data.fingerprint, has_minhash(), code_fingerprint("evaluation.contamination"))
+    known = _read_cache(cache / "contamination.json", key)
+    if known is not None:
+        return from_json(Matches, known)
+    found = find_matches(plan.data)
+    if found is not None and not found.looked_for_near and KINDS[plan.data.task.kind].reads != "images":
+        said = f"beyond {MOST_ROWS:,} rows trained on, near copies of scored rows are looked for by datasketch alone"
+        log.print(remark(f"{said}; pip install 'distill-transformers[near-duplicates]' and report again"))
+    if found is not None:
+        _write_cache(cache / "contamination.json", key, asdict(found))
+    return found
+
+
 def _recoveries(plan: Plan, evaluations: dict[str, Evaluation], benchmarks: dict[str, Measurement]) -> list[Recovery]:
     """Measure what GPTQ, training or mixing formats won back of a plain quantization's divergence from the baseline.
 
@@ -254,6 +292,7 @@ def _entry(
     evaluations: dict[str, Evaluation],
     measured: Measurement,
     tokens: dict[str, str | None],
+    fidelity: Fidelity,
 ) -> ModelEntry:
     """One model of report.json."""
     planned, record = plan.steps.get(name), _record_of(plan, name)
@@ -272,6 +311,8 @@ def _entry(
         train_seconds=record.train_seconds,
         samples_per_second=record.samples_per_second,
         truncated={**(record.truncated or {}), **(evaluation.truncated or {})} or None,
+        calibration=fidelity.calibration[name],
+        flips=fidelity.flips[name],
     )
 
 

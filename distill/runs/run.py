@@ -29,6 +29,7 @@ from distill.common.hardware import allocator
 from distill.common.records import Root, StepRecord, as_json, read_step
 from distill.errors import InputError, nearest_name
 from distill.evaluation.benchmark import environment
+from distill.evaluation.options import ReportOptions
 from distill.models.load import fetch_weights
 from distill.recipes.finished import (
     RERUNS,
@@ -159,6 +160,8 @@ def save_recipe(recipe: Recipe) -> None:
     content |= {"output_dir": str(recipe.output_dir)}
     for key, options in (("data", recipe.data), ("benchmark", recipe.benchmark)):
         content[key] = {name: value for name, value in asdict(options).items() if value is not None}
+    if recipe.report != ReportOptions():
+        content["report"] = asdict(recipe.report)
     published = {key: getattr(recipe, key) for key in ("baseline", "base_model", "license", "language", "push")}
     content |= {key: list(value) if isinstance(value, tuple) else value for key, value in published.items() if value}
     content["steps"] = {

@@ -1,0 +1,103 @@
+"""What report.md and a terminal say of fidelity: flips, calibration, slices that lost more, contamination."""
+
+from distill.common.markdown import bullets, escaped, table
+from distill.common.records import ModelEntry, Report, Slice
+
+LEVEL = 0.05
+"""Of a slice's p-value, below which it is told."""
+
+
+def fidelity_sections(report: Report) -> list[str]:
+    """Paragraphs of report.md; no row's text stands in them, as cards show them too."""
+    found = []
+    rows = _fidelity_rows(report)
+    if rows:
+        baseline = escaped(report.baseline)
+        found += [
+            f"Rows that {baseline} gets wrong and a model right (gained), and the other way round (lost), with "
+            "McNemar's exact p; calibration error (ECE, 15 bins of as many predictions each, 95 % interval), Brier "
+            "score and likelihood (NLL, nats) of the probabilities; the temperature that mends them, and what it takes "
+            "off the NLL of the half of the rows that it was not fitted on.",
+            table(rows),
+        ]
+    lines = slice_lines(report)
+    if lines:
+        found.append(
+            f"Slices that lost more than the other rows (permutation test, Holm's correction):\n\n{bullets(lines)}"
+        )
+    elif report.slices:
+        found.append(f"On none of {len(report.slices)} slices did a model lose more than on the other rows.")
+    found += [f"{escaped(line)}." for line in contamination_lines(report)]
+    return found
+
+
+def slice_lines(report: Report) -> list[str]:
+    """One sentence for each model and slice on which it lost more than elsewhere, the surest first."""
+    surest = sorted(
+        ((p, number, model) for number, each in enumerate(report.slices or ()) for model, p in each.p.items()),
+    )
+    return [_slice_line(report, (report.slices or [])[number], model, p) for p, number, model in surest if p < LEVEL]
+
+
+def contamination_lines(report: Report) -> list[str]:
+    """How many rows of each scored split were trained on, and what the metric is without them."""
+    found = report.contamination
+    if found is None:
+        return []
+    lines = []
+    for split, counts in found.splits.items():
+        touched = (counts["exact"] or 0) + (counts["near"] or 0)
+        near = "near ones were not looked for" if counts["near"] is None else f"{counts['near']} nearly the same"
+        if touched:
+            said = f"{counts['exact']} the same, {near}"
+            lines.append(f"{touched:,} of {counts['rows']:,} {split} rows are among the rows trained on ({said})")
+    known = {model: value for model, value in found.metrics_without.items() if value is not None}
+    if found.exact + (found.near or 0) and known:
+        without = ", ".join(f"{model} {value:.4f}" for model, value in known.items())
+        lines[0] += f"; {report.metric.replace('_', ' ')} without them: {without}"
+    return lines
+
+
+def _slice_line(report: Report, found: Slice, model: str, p: float) -> str:
+    values = [found.metrics[name] for name in (model, report.baseline)]
+    here, there = ("no number" if value is None else f"{value:.4f}" for value in values)
+    low, high = found.intervals[model]
+    interval = "" if low is None or high is None else f" ({low:.3f}–{high:.3f})"
+    where = f"{found.by.replace('_', ' ')} {found.slice}"
+    return (
+        f"{model}: lost more where {where} ({found.rows:,} rows): {found.metric.replace('_', ' ')} {here}{interval} "
+        f"against {report.baseline}'s {there}, p = {_p(p)}"
+    )
+
+
+def _fidelity_rows(report: Report) -> list[list[str]]:
+    """A header and one row per model; nothing where neither flips nor probabilities are known of any."""
+    header = ["model", "gained", "lost", "p", "ECE", "95 % interval", "Brier", "NLL", "temperature", "NLL taken off"]
+    known = [model for model in report.models if model.flips or model.calibration]
+    return [header, *map(_fidelity_row, known)] if known else []
+
+
+def _fidelity_row(model: ModelEntry) -> list[str]:
+    flips, found = model.flips, model.calibration
+    row = [model.name, *(["–"] * 3 if flips is None else [str(flips.gained), str(flips.lost), _p(flips.p)])]
+    if found is None:
+        return row + ["–"] * 6
+    held_out = found.held_out or {}
+    gain = [held_out.get(f"nll_gain{bound}") for bound in ("", "_low", "_high")]
+    return [
+        *row,
+        _number(found.ece),
+        "–" if None in found.interval else "–".join(f"{bound:.3f}" for bound in found.interval),
+        _number(found.brier),
+        _number(found.nll),
+        _number(found.temperature, ".2f"),
+        "–" if None in gain else f"{gain[0]:.4f} ({gain[1]:.4f} to {gain[2]:.4f})",
+    ]
+
+
+def _number(value: float | None, form: str = ".4f") -> str:
+    return "–" if value is None else format(value, form)
+
+
+def _p(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
