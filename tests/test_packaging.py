@@ -45,8 +45,9 @@ def test_the_wheel_holds_the_package_its_card_and_the_launch_configurations(tmp_
 
 
 def test_what_the_package_imports_is_declared():
-    """Each top-level module of a third party stands in pyproject.toml under its distribution's name."""
-    declared = {requirement.partition(">=")[0].replace("_", "-").lower() for requirement in declared_dependencies()}
+    """Each top-level module of a third party stands in pyproject.toml under its distribution's name, or in an extra."""
+    requirements = declared_dependencies() + declared_extras()
+    declared = {requirement.partition(">=")[0].replace("_", "-").lower() for requirement in requirements}
     trees = [ast.parse(file.read_text(encoding="utf-8")) for file in (ROOT / "distill").rglob("*.py")]
     nodes = [node for tree in trees for node in ast.walk(tree)]
     imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
@@ -56,6 +57,14 @@ def test_what_the_package_imports_is_declared():
     missing = {name for name in modules if not names[name] & declared}
     assert modules >= {"torch", "transformers", "numpy"}
     assert not missing
+
+
+def declared_extras() -> list[str]:
+    """Of users; developers' aside."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    block = re.search(r"^\[project.optional-dependencies\]\n(.*?)^dev = \[", text, re.MULTILINE | re.DOTALL)
+    assert block is not None
+    return re.findall(r'"([^"]+)"', block.group(1))
 
 
 def declared_dependencies() -> list[str]:
