@@ -35,7 +35,7 @@ fix: .venv/ready
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev,onnx,openvino]"
 	touch $@
 
 # `name>=version` of the dependencies as `name==version`, all at once, so that bounds that exclude each other fail here.

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from distill.compression.vocabulary import trim_vocabulary
     from distill.data.load import DataOptions, load_data
     from distill.errors import InputError
+    from distill.export.export import export_model
+    from distill.export.runtime import load_exported
     from distill.training.config import DistillationConfig
     from distill.training.trainer import DistillationTrainer
 
@@ -28,7 +30,9 @@ __all__ = [
     "InputError",
     "QuantizationSettings",
     "build_student",
+    "export_model",
     "load_data",
+    "load_exported",
     "prune_model",
     "quantize_model",
     "trim_vocabulary",
@@ -41,7 +45,9 @@ _MODULES = {
     "InputError": "distill.errors",
     "QuantizationSettings": "distill.compression.quantization.formats",
     "build_student": "distill.compression.student",
+    "export_model": "distill.export.export",
     "load_data": "distill.data.load",
+    "load_exported": "distill.export.runtime",
     "prune_model": "distill.compression.pruning.prune",
     "quantize_model": "distill.compression.quantization.quantize",
     "trim_vocabulary": "distill.compression.vocabulary",
