@@ -191,3 +191,14 @@ def test_the_vocabulary_pages_snippet_runs(tmp_path):
     assert done.returncode == 0, done.stderr
     trimmed = AutoTokenizer.from_pretrained(tmp_path / "runs" / "trimmed")
     assert trimmed.tokenize("the film was good") == ["the", "film", "was", "g", "##o", "##o", "##d"]
+
+
+def test_the_serving_pages_snippet_runs(tmp_path, tokenizer):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "serving.md").read_text(), re.DOTALL)
+    student = tmp_path / "runs" / "quickstart" / "student"
+    tiny_bert(num_hidden_layers=1).save_pretrained(student)
+    tokenizer.save_pretrained(student)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs" / "served" / "onnx" / "model_quantized.onnx").is_file()
+    assert done.stdout.count("'label'") == 2

@@ -1,30 +1,50 @@
 """Export a model for an inference engine, and write it only if the engine computes what the model does."""
 
+from __future__ import annotations
+
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from distill.common.folders import told_of_a_full_disk, unfinished
-from distill.errors import InputError
+from distill.compression.quantization.mixed import calibration_logits
+from distill.errors import InputError, nearest_name
+from distill.export.choice import Closeness, Limits, choose_layers, closeness
+from distill.export.files import write_graph
 from distill.export.graph import float_copy, float_graph
+from distill.export.grids import activation_grids
+from distill.export.int8 import (
+    quantizable_embeddings,
+    quantizable_layers,
+    weights_of_activations,
+    with_int8_embeddings,
+    with_int8_layers,
+)
 from distill.export.problems import export_problems
 from distill.export.record import ENGINE_FOLDERS, RECORD, Engine, ExportRecord, Format, file_of, write_export
 from distill.export.runtime import load_exported
 from distill.export.samples import largest_difference, sample_inputs
 from distill.models.adapters import has_adapters, merged_copy
 from distill.models.replacements import without_replacements
+from distill.models.structure import accepted_inputs
 from distill.models.weights import refuse_not_finite
+from distill.tasks.kinds import targets_of
+
+if TYPE_CHECKING:
+    import onnx
 
 _TOLERANCE = 1e-3
 """Of the float graph, as a share of the largest output: rounding differs by 1e-6, what is wrong by 1e-2 and more."""
+_TOLERANCE_OF_HALF = 3e-2
+"""Of float16, or of bfloat16, in which OpenVINO computes where a CPU has it."""
 
 
 def export_model(
@@ -35,11 +55,19 @@ def export_model(
     engine: Engine = "onnxruntime",
     format: Format = "fp32",
     batches: Sequence[Mapping[str, Tensor]] = (),
+    embeddings: Literal["int8", "same"] = "int8",
+    float_layers: Collection[str] | None = None,
+    agreement: float = 0.99,
+    divergence: float = 1.5e-3,
 ) -> ExportRecord:
     """Export a model, its config and its tokenizer to a folder that `load_exported` loads.
 
     The graph takes any number of rows and, of texts, of tokens. It is compared with the model at several shapes before
     anything is written. Another export in that folder is replaced, and other files stay.
+
+    In int8 the linear layers of the blocks compute in 8 bit with scales that are fixed on calibration rows; heads, the
+    pooler, norms and softmaxes stay in float. Where the float model's predictions on these rows are not kept, those
+    layers that hurt most stay in float too, as few as possible.
 
     Args:
         model: a float model that classifies rows, tokens or images, finds spans or fills masks; of one with adapters a
@@ -47,7 +75,11 @@ def export_model(
         tokenizer: or the image processor.
         engine: what will compute it.
         format: of its weights.
-        batches: calibration rows: the model's inputs, without labels.
+        batches: calibration rows: the model's inputs, without labels; only int8 needs them.
+        embeddings: of int8: whether they are stored in 8 bit too, with a scale for each row.
+        float_layers: of int8: names of the layers that stay in float; chosen by what they cost where it is None.
+        agreement: of int8: the least share of the calibration rows' predictions that are the float model's.
+        divergence: of int8: the most of the mean KL from the float model's predictions, in nats.
 
     Returns:
         What `export.json` says.
@@ -57,16 +89,26 @@ def export_model(
             compute what the model does.
     """
     problems = export_problems(model, engine, format)
+    if format == "int8" and not batches:
+        problems.append("batches: int8 needs calibration rows, batches of the model's inputs")
     if problems:
         raise InputError(*problems)
     refuse_not_finite(model, "model")
     model = float_copy(merged_copy(model) if has_adapters(model) else model)
+    inputs = [{name: each.cpu() for name, each in accepted_inputs(model, batch).items()} for batch in batches]
+    samples = sample_inputs(model, tokenizer, inputs)
     folder = Path(folder)
     partial = unfinished(folder)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         with told_of_a_full_disk(folder):
-            record = _write_float(model, sample_inputs(model, tokenizer, batches), partial, engine)
+            graph = float_graph(model, samples[0])
+            record = _write_float(graph, model, samples, partial, engine)
+            if format == "fp16":
+                record = _write_half(graph, model, samples, partial, record)
+            elif format == "int8":
+                limits = Limits(agreement, divergence, values=targets_of(model).distributions is None)
+                record = _write_int8(graph, model, inputs, partial, record, embeddings, float_layers, limits)
             write_export(partial, record)
             tokenizer.save_pretrained(partial)
             _move(partial, folder)
@@ -76,10 +118,13 @@ def export_model(
 
 
 def _write_float(
-    model: PreTrainedModel, samples: Sequence[Mapping[str, Tensor]], folder: Path, engine: Engine
+    graph: onnx.ModelProto,
+    model: PreTrainedModel,
+    samples: Sequence[Mapping[str, Tensor]],
+    folder: Path,
+    engine: Engine,
 ) -> ExportRecord:
     """Write a model's graph in float32 with its config, and see that the engine computes what the model does."""
-    graph = float_graph(model, samples[0])
     record = ExportRecord(
         engine=engine,
         format="fp32",
@@ -90,18 +135,92 @@ def _write_float(
         largest_difference=0.0,
         versions={name: version(name) for name in ("torch", "transformers", "onnx", engine)},
     )
-    file = folder / record.file
-    file.parent.mkdir(parents=True)
-    file.write_bytes(graph.SerializeToString())
+    write_graph(graph, folder / record.file, engine)
     config = without_replacements(model.config)
     config.architectures = [record.architecture]
     config.save_pretrained(folder)
     write_export(folder, record)
+    return _checked(record, model, samples, folder, _TOLERANCE)
+
+
+def _write_half(
+    graph: onnx.ModelProto,
+    model: PreTrainedModel,
+    samples: Sequence[Mapping[str, Tensor]],
+    folder: Path,
+    record: ExportRecord,
+) -> ExportRecord:
+    """Write the graph in float16 instead, and see that it still computes what the model does."""
+    record = _instead(record, "fp16", folder)
+    write_graph(graph, folder / record.file, record.engine, half=True)
+    write_export(folder, record)
+    return _checked(record, model, samples, folder, _TOLERANCE_OF_HALF)
+
+
+def _write_int8(
+    graph: onnx.ModelProto,
+    model: PreTrainedModel,
+    batches: Sequence[Mapping[str, Tensor]],
+    folder: Path,
+    record: ExportRecord,
+    embeddings: str,
+    float_layers: Collection[str] | None,
+    limits: Limits,
+) -> ExportRecord:
+    """Write the graph in 8 bit instead, with as many layers in it as the limits on calibration rows allow."""
+    layers, targets = quantizable_layers(model), targets_of(model)
+    unknown = [name for name in float_layers or () if name not in layers]
+    if unknown:
+        raise InputError(*(f"float_layers: {name!r} is none; {nearest_name(name, layers)}" for name in unknown))
+    record = _instead(record, "int8", folder)
+    write_export(folder, record)
+    reference = calibration_logits(model, batches)
+    grids = activation_grids(graph, weights_of_activations(graph, layers), batches)
+    small = with_int8_embeddings(graph, quantizable_embeddings(model)) if embeddings == "int8" else graph
+
+    def measure(chosen: Collection[str]) -> Closeness:
+        write_graph(with_int8_layers(small, chosen, grids), folder / record.file, record.engine)
+        return closeness(targets, reference, calibration_logits(load_exported(folder), batches))
+
+    if float_layers is None:
+        chosen, _ = choose_layers(layers, measure, limits)
+    else:
+        chosen = [name for name in layers if name not in float_layers]
+    found = measure(chosen)
+    return replace(
+        record,
+        embeddings=embeddings,
+        quantized_layers=chosen,
+        float_layers=[name for name in layers if name not in chosen],
+        calibration_rows=sum(len(next(iter(batch.values()))) for batch in batches),
+        agreement=found.agreement,
+        divergence=found.divergence,
+    )
+
+
+def _instead(record: ExportRecord, format: Format, folder: Path) -> ExportRecord:
+    """The record of another format, whose file takes the place of the one in float32."""
+    shutil.rmtree((folder / record.file).parent)
+    return replace(record, format=format, file=file_of(record.engine, format))
+
+
+def _checked(
+    record: ExportRecord,
+    model: PreTrainedModel,
+    samples: Sequence[Mapping[str, Tensor]],
+    folder: Path,
+    tolerance: float,
+) -> ExportRecord:
+    """The record with how far the outputs of what was written are from the model's.
+
+    Raises:
+        InputError: further than the tolerance.
+    """
     difference = largest_difference(model, load_exported(folder), samples)
-    if not difference <= _TOLERANCE:
+    if not difference <= tolerance:
         raise InputError(
-            f"model: {engine} computes other outputs than {record.architecture} does (by {difference:.2g} of the "
-            f"largest; {_TOLERANCE:g} is rounding), so nothing was written"
+            f"model: {record.engine} computes other outputs in {record.format} than {record.architecture} does (by "
+            f"{difference:.2g} of the largest; {tolerance:g} is rounding), so nothing was written"
         )
     return replace(record, largest_difference=difference)
 

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from transformers import PretrainedConfig, PreTrainedModel
 
 from distill.errors import InputError, nearest_name
+from distill.export.int8 import quantizable_layers
 from distill.export.record import ENGINES, FORMATS
 from distill.models.replacements import is_quantized
 from distill.tasks.kinds import targets_of
@@ -12,7 +13,7 @@ from distill.tasks.outputs import plain_model
 
 _PACKAGES = {
     "onnxruntime": ("onnx", ("onnxruntime",), ("onnx", "onnxscript")),
-    "openvino": ("openvino", ("openvino",), ("onnx", "onnxscript", "nncf")),
+    "openvino": ("openvino", ("openvino",), ("onnx", "onnxscript", "onnxruntime")),
 }
 """For each engine the extra that brings what it needs: to compute, and besides that to export."""
 
@@ -40,6 +41,11 @@ def export_problems(model: PreTrainedModel, engine: str, format: str, *, parent:
         return [*problems, *(f"model: {problem}" for problem in error.problems)]
     if targets.inputs_are_labels:
         problems.append(f"model: {type(model).__name__} generates text, and only models that read are exported")
+    if format == "int8":
+        try:
+            quantizable_layers(model)
+        except InputError as error:
+            problems += [f"format: int8 is for layers in transformer blocks; {problem}" for problem in error.problems]
     size = 4 * sum(parameter.numel() for parameter in model.parameters())
     if size > _LARGEST_FILE:
         problems.append(f"model: its weights take {size / 1e9:.1f} GB in float32, and one ONNX file holds 2.1 GB")

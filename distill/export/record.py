@@ -42,9 +42,9 @@ class ExportRecord:
     """Of an output on random rows, as a share of the largest output: of the float graph, before any quantization."""
     embeddings: str | None = None
     """What embeddings are stored as, of int8: `int8`, or `same` for float."""
-    quantized_modules: list[str] = field(default_factory=list)
+    quantized_layers: list[str] = field(default_factory=list)
     """Of int8: what computes in 8 bit, by the names of the model's modules."""
-    float_modules: list[str] = field(default_factory=list)
+    float_layers: list[str] = field(default_factory=list)
     """Of int8: what could be quantized and stayed in float."""
     calibration_rows: int | None = None
     agreement: float | None = None

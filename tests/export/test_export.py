@@ -12,6 +12,7 @@ from transformers import BertTokenizer, GPT2Config, GPT2LMHeadModel
 from distill import InputError, export_model, load_exported, prune_model, quantize_model, trim_vocabulary
 from distill.export.graph import float_graph
 from distill.export.problems import export_problems
+from distill.export.record import read_export, weight_files
 from distill.tasks.outputs import logits_of
 from tests.conftest import WORDS, make_tokenizer, tiny_bert
 from tests.export.families import FAMILIES, IMAGES, family_model, image_processor
@@ -129,3 +130,28 @@ def test_what_cannot_be_exported_is_told_of_a_model_on_meta(monkeypatch):
     monkeypatch.setattr("distill.export.problems.find_spec", lambda name: None if name == "onnxscript" else name)
     (problem,) = export_problems(bert, "onnxruntime", "fp32")
     assert "needs onnxscript, not installed here; pip install 'distill-transformers[onnx]'" in problem
+
+
+@pytest.mark.parametrize(
+    ("engine", "format", "file", "tolerance"),
+    [
+        ("onnxruntime", "fp16", "onnx/model_fp16.onnx", 2e-2),
+        ("openvino", "fp32", "openvino/openvino_model.xml", 1e-4),
+        ("openvino", "fp16", "openvino/openvino_model.xml", 3e-2),
+    ],
+)
+def test_other_engines_and_formats_of_floats(exported, tmp_path, monkeypatch, engine, format, file, tolerance):
+    model, folder = exported
+    graph = onnx.load(folder / "onnx" / "model.onnx", load_external_data=False)
+    monkeypatch.setattr("distill.export.export.float_graph", lambda model, inputs: graph)
+    record = export_model(model, make_tokenizer(), tmp_path, engine=engine, format=format)
+    assert (record.file, read_export(tmp_path)) == (file, record)
+    assert (tmp_path / file).is_file()
+    inputs = text_inputs(make_tokenizer(), "the film was great", "dull")
+    with torch.no_grad():
+        expected = model(**inputs).logits
+    found = load_exported(tmp_path)(**inputs).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
+    bytes_of_weights = sum(path.stat().st_size for path in weight_files(record, tmp_path))
+    whole = sum(path.stat().st_size for path in weight_files(read_export(folder), folder))
+    assert bytes_of_weights < (0.62 if format == "fp16" else 1.02) * whole

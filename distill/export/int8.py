@@ -1,0 +1,203 @@
+"""An ONNX graph in 8 bit: static scales of activations, a scale for each channel of weights, one for each embedding."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+from transformers import PreTrainedModel
+
+from distill.compression.quantization.formats import quantizable_modules
+from distill.export.grids import Grid
+
+if TYPE_CHECKING:
+    import onnx
+
+_PRODUCTS = ("MatMul", "Gemm")
+_DIVIDED = "_divided"
+
+
+def quantizable_layers(model: PreTrainedModel) -> list[str]:
+    """Names of the linear layers that can compute in 8 bit: those in the blocks; heads and the pooler stay in float.
+
+    Raises:
+        InputError: a model without blocks.
+    """
+    return [name for name, module in quantizable_modules(model).items() if not isinstance(module, nn.Embedding)]
+
+
+def quantizable_embeddings(model: PreTrainedModel) -> list[str]:
+    """Names of the embeddings that are worth storing in 8 bit: the words', and others of some size.
+
+    Raises:
+        InputError: a model without blocks.
+    """
+    return [name for name, module in quantizable_modules(model).items() if isinstance(module, nn.Embedding)]
+
+
+def weights_of_activations(graph: onnx.ModelProto, layers: Iterable[str]) -> dict[str, NDArray]:
+    """For each activation …×C that these layers read, all weights that multiply it, C×O."""
+    from onnx import numpy_helper  # of an extra
+
+    tensors = {each.name: each for each in graph.graph.initializer}
+    found: dict[str, dict[str, NDArray]] = {}
+    for node in _products(graph, layers):
+        weight = numpy_helper.to_array(tensors[node.input[1]])
+        found.setdefault(node.input[0], {})[node.input[1]] = weight.T if _is_turned(node) else weight
+    return {name: np.concatenate(list(weights.values()), axis=1) for name, weights in found.items()}
+
+
+def with_int8_layers(graph: onnx.ModelProto, layers: Iterable[str], grids: Mapping[str, Grid]) -> onnx.ModelProto:
+    """A copy of a float graph in which some linear layers compute in 8 bit.
+
+    Weights have 7 of the 8 bits (−64 to 64), symmetric, with a scale for each output: products of two of them with
+    unsigned activations fit into 16 bits, where CPUs without VNNI add them up; with all 8 these would saturate without
+    a word. Activations are unsigned, with one scale and zero point each, so a row's result depends on no other row.
+
+    Args:
+        layers: names of the model's modules.
+        grids: of the activations that they read.
+    """
+    from onnxruntime.quantization import CalibrationMethod, QuantType  # of an extra
+    from onnxruntime.quantization.calibrate import TensorsData
+    from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+
+    copied = type(graph)()
+    copied.CopyFrom(graph)
+    _divide_channels(copied, layers, grids)
+    products = list(_products(copied, layers))
+    if not products:
+        return copied
+    read = {node.input[0]: grids[node.input[0].removesuffix(_DIVIDED)] for node in products}
+    known = {name: (np.float32(grid.low), np.float32(grid.high)) for name, grid in read.items()}
+    with _quietly():
+        quantizer = QDQQuantizer(
+            copied,
+            per_channel=True,
+            reduce_range=True,
+            weight_qType=QuantType.QInt8,
+            activation_qType=QuantType.QUInt8,
+            tensors_range=TensorsData(CalibrationMethod.MinMax, known),
+            nodes_to_quantize=[node.name for node in products],
+            nodes_to_exclude=[],
+            op_types_to_quantize=list(_PRODUCTS),
+            extra_options={"OpTypesToExcludeOutputQuantization": list(_PRODUCTS)},
+        )
+        quantizer.quantize_model()
+    return quantizer.model.model
+
+
+def with_int8_embeddings(graph: onnx.ModelProto, embeddings: Iterable[str]) -> onnx.ModelProto:
+    """A copy of a graph in which embeddings are stored in 8 bit, symmetric, with a scale for each row.
+
+    Only the rows that a batch has are looked up and multiplied; as quantized tensors of ONNX, which share a scale or
+    have one a column, the whole table would be expanded at each call.
+    """
+    from onnx import TensorProto, helper, numpy_helper  # of an extra
+
+    copied = type(graph)()
+    copied.CopyFrom(graph)
+    chosen, weights = set(embeddings), {each.name: each for each in copied.graph.initializer}
+    nodes = []
+    for node in copied.graph.node:
+        if node.op_type != "Gather" or _module(node.name) not in chosen or node.input[0] not in weights:
+            nodes.append(node)
+            continue
+        table, ids = node.input
+        rows, scales = int8_rows(numpy_helper.to_array(weights[table]))
+        if f"{table}_int8" not in weights:
+            new = [numpy_helper.from_array(rows, f"{table}_int8"), numpy_helper.from_array(scales, f"{table}_scales")]
+            copied.graph.initializer.extend(new)
+            weights |= {each.name: each for each in new}
+        found, scale, cast = (f"{node.output[0]}_{part}" for part in ("int8", "scale", "float"))
+        nodes += [
+            helper.make_node("Gather", [f"{table}_int8", ids], [found], name=node.name),
+            helper.make_node("Gather", [f"{table}_scales", ids], [scale], name=f"{node.name}_scales"),
+            helper.make_node("Cast", [found], [cast], name=f"{node.name}_float", to=TensorProto.FLOAT),
+            helper.make_node("Mul", [cast, scale], [node.output[0]], name=f"{node.name}_scaled"),
+        ]
+    del copied.graph.node[:]
+    copied.graph.node.extend(nodes)
+    drop_unread(copied)
+    return copied
+
+
+def int8_rows(table: NDArray) -> tuple[NDArray, NDArray]:
+    """Rows V×D as int8 from −127 to 127, and their scales V×1."""
+    scales = np.abs(table).max(-1, keepdims=True) / np.float32(127)
+    scales = np.where(scales > 0, scales, np.float32(1)).astype(np.float32)
+    return np.round(table / scales).astype(np.int8), scales
+
+
+def drop_unread(graph: onnx.ModelProto) -> None:
+    """Drop weights that no node reads any more."""
+    read = {name for node in graph.graph.node for name in node.input}
+    kept = [each for each in graph.graph.initializer if each.name in read]
+    del graph.graph.initializer[:]
+    graph.graph.initializer.extend(kept)
+
+
+def _divide_channels(graph: onnx.ModelProto, layers: Iterable[str], grids: Mapping[str, Grid]) -> None:
+    """Divide the channels of activations by the factors of their grids, and multiply these layers' weights by them."""
+    from onnx import helper, numpy_helper  # of an extra
+
+    tensors = {each.name: each for each in graph.graph.initializer}
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in _products(graph, layers):
+        if not grids[node.input[0]].plain:
+            readers.setdefault(node.input[0], []).append(node)
+    added: dict[str, onnx.NodeProto] = {}
+    for name, nodes in readers.items():
+        factors = grids[name].factors
+        inverse = numpy_helper.from_array((1 / factors).astype(np.float32), f"{name}_inverse_factors")
+        graph.graph.initializer.append(inverse)
+        added[nodes[0].name] = helper.make_node(
+            "Mul", [name, inverse.name], [name + _DIVIDED], name=f"{nodes[0].name}_divided"
+        )
+        for node in nodes:
+            scaled = f"{node.input[1]}_of_{name}"
+            if scaled not in tensors:
+                weight = numpy_helper.to_array(tensors[node.input[1]])
+                weight = weight * (factors[None, :] if _is_turned(node) else factors[:, None])
+                tensors[scaled] = numpy_helper.from_array(weight, scaled)
+                graph.graph.initializer.append(tensors[scaled])
+            node.input[0], node.input[1] = name + _DIVIDED, scaled
+    ordered = [each for node in graph.graph.node for each in (added.get(node.name), node) if each is not None]
+    del graph.graph.node[:]
+    graph.graph.node.extend(ordered)
+    drop_unread(graph)
+
+
+def _is_turned(product: onnx.NodeProto) -> bool:
+    """Whether a product reads its weights as O×C."""
+    return any(each.name == "transB" and each.i for each in product.attribute)
+
+
+def _products(graph: onnx.ModelProto, layers: Iterable[str]) -> Iterator[onnx.NodeProto]:
+    """The products with weights of some layers; one that several blocks share has several."""
+    chosen, weights = set(layers), {each.name for each in graph.graph.initializer}
+    for node in graph.graph.node:
+        reads = node.op_type in _PRODUCTS and node.input[1] in weights and node.input[0] not in weights
+        if reads and _module(node.name) in chosen:
+            yield node
+
+
+def _module(node: str) -> str:
+    return node.rpartition("/")[0]
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without advice to run ONNX Runtime's own preparation first, which would write fused operators of its own."""
+    log = logging.getLogger()
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
