@@ -10,14 +10,7 @@ import datasets
 from pydantic import Field
 from transformers import BaseImageProcessor
 
-from distill.data.columns import (
-    MERGED_LABELS,
-    all_hidden,
-    checked_rows,
-    merge_labels,
-    named_apart,
-    with_columns,
-)
+from distill.data.columns import MERGED_LABELS, all_hidden, checked_rows, merge_labels, named_apart, with_columns
 from distill.data.files.readers import hub_revision, read_splits
 from distill.data.labels import read_labels
 from distill.data.split import classes_without_rows, cut_validation, random_part
