@@ -116,7 +116,8 @@ def test_processes_that_were_to_have_gpus_and_have_none_say_so_once(config, note
 def test_the_readmes_tree_has_a_line_for_every_package():
     readme = (ROOT / "README.md").read_text()
     tree = readme.split("## The tree")[1].split("\nrecipes/")[0]
-    listed = re.findall(r"^  ([a-z_.]+)/?  ", tree, re.MULTILINE)
+    places = re.findall(r"^  ((?:[a-z_]+(?:/|\.py)(?:, )?)+) ", tree, re.MULTILINE)
+    listed = [name.strip("/") for place in places for name in place.split(", ")]
     packages = {file.parent.name for file in (ROOT / "distill").glob("*/__init__.py")}
     modules = {file.name for file in (ROOT / "distill").glob("*.py")} - {"__init__.py"}
     assert sorted(listed) == sorted(packages | modules)

@@ -101,7 +101,7 @@ def test_an_export_that_computes_something_else_is_not_written(exported, tmp_pat
         return graph
 
     monkeypatch.setattr("distill.export.export.float_graph", wrong)
-    with pytest.raises(InputError, match=r"other outputs than BertForSequenceClassification does \(by 0.0"):
+    with pytest.raises(InputError, match=r"other outputs in fp32 than BertForSequenceClassification does \(by 0\.0"):
         export_model(model, make_tokenizer(), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["kept.txt"]
     assert not list(tmp_path.parent.glob(".*partial"))
@@ -137,7 +137,7 @@ def test_what_cannot_be_exported_is_told_of_a_model_on_meta(monkeypatch):
     [
         ("onnxruntime", "fp16", "onnx/model_fp16.onnx", 2e-2),
         ("openvino", "fp32", "openvino/openvino_model.xml", 1e-4),
-        ("openvino", "fp16", "openvino/openvino_model.xml", 3e-2),
+        ("openvino", "fp16", "openvino/openvino_model.xml", 6e-2),  # it computes in bfloat16 where there is hardware
     ],
 )
 def test_other_engines_and_formats_of_floats(exported, tmp_path, monkeypatch, engine, format, file, tolerance):
