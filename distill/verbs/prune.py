@@ -160,7 +160,7 @@ def prune(options: PruneOptions, plan: PrunePlan, data: Data, folder: Path, *, p
             decided.update(heads=list(sizes.heads), neurons=list(sizes.neurons))
             if speedup is not None:
                 decided.update(speedup=round(speedup, 3), threads=torch.get_num_threads())
-                log.print(f"      measured {speedup:.2f} × as fast: {_told(asdict(sizes))}")
+                log.print(f"      measured {speedup:.2f} × as fast: {_in_words(asdict(sizes))}")
                 if not is_close(speedup, settings.speedup or 1):
                     log.print(remark(f"speedup: {settings.speedup:g} was not met; these sizes came nearest"))
         prune_to_sizes(model, batches, sizes, settings).to("cpu").save_pretrained(folder)
@@ -186,10 +186,10 @@ def _lines(options: PruneOptions, plan: PrunePlan) -> list[str]:
         if options.speedup is not None:
             return [f"heads and neurons of each block, picked for {options.speedup:g} × the speed on this machine"]
         return ["heads and neurons of each block, picked by their importance"]
-    return [_told(asdict(plan.sizes))]
+    return [_in_words(asdict(plan.sizes))]
 
 
-def _told(sizes: Mapping[str, Sequence[int]]) -> str:
+def _in_words(sizes: Mapping[str, Sequence[int]]) -> str:
     """Sizes of blocks in words: one number where all are the same."""
     parts = []
     for name in ("heads", "neurons"):
@@ -215,7 +215,7 @@ def _details(record: StepRecord, named: Callable[[str], str]) -> list[str]:
     how = f"Pruned ({', '.join(given)}) by {options['importance']} importance in {options['rounds']} round"
     lines = [how + "s" * (options["rounds"] > 1) + ", output layers refitted" * options["reconstruct"]]
     if decided:
-        lines.append(f"Left: {_told(decided)}")
+        lines.append(f"Left: {_in_words(decided)}")
     if "speedup" in decided:
         lines.append(f"Measured as {decided['speedup']} × as fast with {decided['threads']} threads when it was made")
     return lines
