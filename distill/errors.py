@@ -39,7 +39,12 @@ class DiskFull(RuntimeError):
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str:
-    """` Did you mean 'x'?` for the nearest of `known`, or the whole list when nothing is near."""
+    """A hint for the user who wrote an unknown name: `did you mean 'x'?`, or the known names when none is near.
+
+    Args:
+        name: what the user wrote.
+        known: what would be right; of more than 12 names the first 12 are listed.
+    """
     known = list(known)
     near = near_name(name, known)
     if near:
@@ -49,5 +54,11 @@ def nearest_name(name: str, known: Iterable[str]) -> str:
 
 
 def near_name(name: str, known: Iterable[str], similarity: float = 0.6) -> str | None:
-    """The nearest of `known`, if it is as similar as that (difflib's ratio, from 0 to 1)."""
+    """The known name that is most like a name; None where none is similar enough.
+
+    Args:
+        name: what the user wrote.
+        known: what would be right.
+        similarity: the least that counts, as a ratio of difflib's from 0 to 1.
+    """
     return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=similarity)), None)

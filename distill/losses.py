@@ -150,7 +150,12 @@ def hard_loss(
 
 
 def label_count(labels: Tensor, class_weights: Tensor | None = None) -> Tensor:
-    """What `hard_loss` divides by: the labelled positions, each weighing what its class does (as torch does)."""
+    """What `hard_loss` divides by: the labelled positions, each weighing what its class does (as torch does).
+
+    Args:
+        labels: as for `hard_loss`.
+        class_weights: C; they count for class ids alone, and a position with scores or a label set weighs 1.
+    """
     if labels.is_floating_point():
         known = ~labels.isnan()
         return (known.any(-1) if labels.ndim > 1 else known).sum().float()
@@ -297,7 +302,12 @@ def relation_loss(
 
 
 def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Mean of the valid tokens' states: B×T×D → B×D."""
+    """Mean of the valid tokens' states: B×D in float32; zeros for a row without any.
+
+    Args:
+        hidden: B×T×D.
+        mask: B×T, 1 for tokens that count and 0 for padding.
+    """
     states = hidden.float().masked_fill(mask.unsqueeze(-1) == 0, 0.0)
     return states.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
 

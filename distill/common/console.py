@@ -69,7 +69,13 @@ def remark(text: str) -> Text:
 
 
 def progress(items: Iterable[Item], description: str, total: int | None = None) -> Iterable[Item]:
-    """`items`, with a bar and an estimate while they last, on a terminal."""
+    """Iterate over items, with a progress bar and an estimate of the time left where stderr is a terminal.
+
+    Args:
+        items: are given on as they are.
+        description: stands before the bar.
+        total: how many items there are; by default their length, where they have one.
+    """
     if not log.is_terminal:
         return items
     return _with_bar(items, visible(description), total)

@@ -47,7 +47,17 @@ def refuse_secrets(file: str, text: str, secrets: Mapping[str, re.Pattern]) -> N
 def refuse_secrets_under(
     file: str, content: Any, secrets: Mapping[str, re.Pattern], path: tuple[str, ...] = ()
 ) -> None:
-    """The same of the content of a JSON or YAML file, with the key."""
+    """Raise where the content of a JSON or YAML file holds what looks like a token, or a value under a key for secrets.
+
+    Args:
+        file: its name, for the message.
+        content: what was read from the file; of a mapping the keys are searched too.
+        secrets: of `known_secrets`.
+        path: keys that the content stands under, outermost first.
+
+    Raises:
+        InputError: with the keys, and not with the token.
+    """
     if isinstance(content, dict):
         for key, value in content.items():
             place = (*path, str(key))

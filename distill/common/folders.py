@@ -63,7 +63,12 @@ def _before(folder: Path) -> Path:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file whole or not at all, also where another process writes it too."""
+    """Write a file whole or not at all, also where another process writes it too.
+
+    Args:
+        path: a file, new or not, in a folder that exists.
+        text: is written in UTF-8.
+    """
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
         partial.write_text(text, encoding="utf-8")

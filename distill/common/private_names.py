@@ -16,7 +16,12 @@ _PREPARED_FORWARD = ("forward", "_original_forward", _PREPARED)
 
 
 def forget_prepared(model: "nn.Module", accelerator: "Accelerator") -> None:
-    """Let Accelerate prepare a model anew, as if it never had."""
+    """Let Accelerate prepare a model anew, as if it never had.
+
+    Args:
+        model: stays as it is, but for Accelerate's mark on it.
+        accelerator: forgets every model that it prepared.
+    """
     setattr(model, _PREPARED, False)
     accelerator._models.clear()
 
@@ -27,7 +32,12 @@ def take_prepared_forward(model: "nn.Module") -> dict[str, Any]:
 
 
 def put_forward(model: "nn.Module", prepared: dict[str, Any]) -> None:
-    """Give a model what `take_prepared_forward` took."""
+    """Put back the forward that Accelerate had put around a model's own, and its marks.
+
+    Args:
+        model: from which `take_prepared_forward` removed them.
+        prepared: what it gave.
+    """
     vars(model).update(prepared)
 
 
@@ -58,7 +68,12 @@ def attention_of_config(config: "PretrainedConfig") -> str:
 
 
 def set_attention_of_config(config: "PretrainedConfig", implementation: str) -> None:
-    """The way that a model made from this config will compute its attention."""
+    """Set how a model made from this config computes its attention.
+
+    Args:
+        config: is changed.
+        implementation: `eager`, `sdpa` and so on.
+    """
     config._attn_implementation = implementation
 
 
@@ -68,7 +83,12 @@ def model_from_config(model_class: "type[PreTrainedModel]", config: "PretrainedC
 
 
 def draw_weights(model: "PreTrainedModel", module: "nn.Module") -> None:
-    """Draw a module's weights anew, as the model's family draws them."""
+    """Draw a module's weights anew, from torch's global generator, as the model's family draws them.
+
+    Args:
+        model: one of the family.
+        module: inside of the model; modules within it are drawn anew too.
+    """
     module.apply(model._init_weights)
 
 
@@ -78,7 +98,12 @@ def unsplit_modules(model: "PreTrainedModel") -> set[str]:
 
 
 def class_of_config(auto_class: Any, config: "PretrainedConfig") -> "type[PreTrainedModel] | None":
-    """The class that an auto class makes of a config; None where it knows none."""
+    """The class that an auto class makes of a config; None where it knows none.
+
+    Args:
+        auto_class: `AutoModelForSequenceClassification` or another of transformers' auto classes.
+        config: only its type matters.
+    """
     mapping = auto_class._model_mapping
     return mapping.get(type(config), None)
 
@@ -89,7 +114,12 @@ def finish_loading(model: "PreTrainedModel") -> "PreTrainedModel":
 
 
 def untie(model: "PreTrainedModel", weight: str) -> None:
-    """Leave a weight out of those that transformers ties to another."""
+    """Leave a weight out of those that transformers ties to another.
+
+    Args:
+        model: is changed.
+        weight: the weight's full name, of an output layer for example (`lm_head.weight`).
+    """
     model.all_tied_weights_keys.pop(weight, None)
     model._tied_weights_keys = {
         tied: source for tied, source in (model._tied_weights_keys or {}).items() if tied != weight

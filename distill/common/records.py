@@ -312,7 +312,7 @@ def read_report(folder: Path) -> Report | None:
 
 
 def from_json(record: type[Record], content: dict[str, Any]) -> Record:
-    """A dataclass from the JSON that `asdict` gave of it; keys that it doesn't know are left out.
+    """Make a dataclass of the JSON that `asdict` gave of it; keys that it doesn't know are left out.
 
     Raises:
         TypeError: a key without a default is missing.
@@ -370,7 +370,7 @@ def read_record(folder: Path, name: str = "step.json") -> dict[str, Any]:
 
 
 def refuse_unknown_schema(file: Path, content: dict[str, Any]) -> None:
-    """Refuse a record whose keys may mean something else; one that names no schema has none to mistake.
+    """Refuse a record of another schema, whose keys may mean something else; one that names no schema passes.
 
     Raises:
         InputError: its schema is not the one that is read here.
@@ -380,7 +380,11 @@ def refuse_unknown_schema(file: Path, content: dict[str, Any]) -> None:
 
 
 def json_text(content: Any, *, indent: int | None = 1) -> str:
-    """JSON that every reader takes: null for numbers that are not finite, half surrogates written out."""
+    """JSON that every reader takes: null for numbers that are not finite, half surrogates written out.
+
+    Args:
+        indent: spaces for each level; None puts all on one line.
+    """
     text = json.dumps(finite(content), indent=indent, ensure_ascii=False, allow_nan=False, default=str)
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 

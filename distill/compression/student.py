@@ -140,19 +140,33 @@ def build_student(
 
 
 def student_class(teacher: PreTrainedModel, student_arch: StudentArch) -> type[PreTrainedModel]:
-    """The class of a teacher's student."""
+    """The class of a teacher's student: the teacher's own, or for `distilbert` DistilBERT's for the same task.
+
+    Raises:
+        AttributeError: transformers has no such class for DistilBERT.
+    """
     if student_arch == "same":
         return type(teacher)
     return getattr(transformers, type(teacher).__name__.replace("Bert", "DistilBert", 1))
 
 
 def is_fresh(config: PretrainedConfig, width: Width) -> bool:
-    """Whether a student of these sizes can take no weights from a model of this config."""
+    """Whether a student of these sizes can take no weights from a model of this config.
+
+    Args:
+        config: the teacher's.
+        width: of which the hidden size and the number of heads count.
+    """
     return Width(width.hidden_size, width.num_attention_heads).differs_from(config)
 
 
 def fresh_model(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
-    """A model with new float32 weights, drawn from torch's global generator as its family draws them."""
+    """A model with new float32 weights, drawn from torch's global generator as its family draws them.
+
+    Args:
+        model_class: the class to make.
+        config: stays as it is; its dtype does not count.
+    """
     config = copy.deepcopy(config)
     config.dtype = torch.float32
     return model_from_config(model_class, config)
@@ -163,6 +177,11 @@ def choose_layers(layers: Literal["uniform"] | list[int], num_layers: int | None
 
     `uniform` spreads them evenly from the first to the last, which for 12 → 6 is DistilBERT's choice
     (0, 2, 4, 7, 9, 11).
+
+    Args:
+        layers: `uniform`, or the 0-based teacher layers themselves, in the student's order.
+        num_layers: of the student; by default as many as `layers` names, else all.
+        num_teacher_layers: how many layers the teacher has.
 
     Raises:
         InputError: more layers than the teacher has, one out of range, or lists that contradict `num_layers`.
@@ -184,10 +203,16 @@ def choose_layers(layers: Literal["uniform"] | list[int], num_layers: int | None
 def student_config(
     config: PretrainedConfig, student_arch: StudentArch, layers: list[int], width: Width | None = None
 ) -> PretrainedConfig:
-    """The student's config, for the teacher's config, the 0-based layers kept, and other sizes.
+    """The student's config.
+
+    Args:
+        config: the teacher's; it stays as it is.
+        student_arch: the teacher's architecture, or DistilBERT's.
+        layers: 0-based teacher layers that seed the student's, as `choose_layers` gives them.
+        width: sizes of the student's blocks where they differ from the teacher's.
 
     Raises:
-        InputError: `distilbert` from a teacher that is no BERT with absolute positions, or sizes that don't fit.
+        InputError: `distilbert` from a teacher that is no BERT, or sizes that don't fit.
     """
     student = copy.deepcopy(config)
     if width is not None and width.differs_from(config):

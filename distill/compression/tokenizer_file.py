@@ -67,11 +67,15 @@ def parents_of(description: Description) -> dict[int, set[int]]:
 
 
 def necessary_ids(tokenizer: PreTrainedTokenizerBase, description: Description) -> set[int]:
-    """The tokens that stay whatever is counted, so that no text becomes unknown that was not.
+    """The ids of tokens that stay whatever is counted, so that no text becomes unknown that was not.
 
     These are special and added tokens, the unknown token, single characters (in WordPiece those within a word, `##a`,
     too), bytes, and tokens that hold a character which is no token by itself. Of a Unigram vocabulary the token with
     the lowest score as well: unknown characters are scored by it, so that segmentation would change without.
+
+    Args:
+        tokenizer: says which tokens are special.
+        description: its own, by `read_description`.
     """
     ids, model = ids_of(description), description["model"]
     necessary = {token["id"] for token in description["added_tokens"]} | set(tokenizer.all_special_ids)
@@ -117,6 +121,10 @@ def with_tokens(description: Description, kept: Sequence[int]) -> Description:
 
 def with_description(tokenizer: PreTrainedTokenizerBase, description: Description) -> PreTrainedTokenizerBase:
     """A tokenizer of the same class and settings that reads as this file says; the given one stays as it is.
+
+    Args:
+        tokenizer: whose class and settings are kept.
+        description: the content of the new tokenizer's `tokenizer.json`, by `with_tokens`.
 
     Raises:
         InputError: its class makes something else of the file.

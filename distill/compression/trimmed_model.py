@@ -40,7 +40,11 @@ def trim_model(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
 
 
 def trim_config(config: PretrainedConfig, kept: Sequence[int]) -> PretrainedConfig:
-    """A model's config for these tokens alone, the ids in it renumbered."""
+    """A model's config for these tokens alone, the ids in it renumbered; the given one stays as it is.
+
+    Args:
+        kept: ids in ascending order; each gets its place in this list as its new id.
+    """
     trimmed = _with_new_ids(config, kept, config.vocab_size)
     trimmed.vocab_size = len(kept)
     return trimmed

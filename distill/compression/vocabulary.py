@@ -112,7 +112,16 @@ def kept_tokens(
 
 
 def refuse_limits(*, vocab_size: int | None, coverage: float | None, min_count: int | None) -> None:
-    """Raise an `InputError` for options of which not exactly one is set, or one has no sense."""
+    """Refuse options of which not exactly one is set, or one makes no sense.
+
+    Args:
+        vocab_size: at least 1; None where it is not set, as of the others.
+        coverage: above 0 and up to 1.
+        min_count: at least 1.
+
+    Raises:
+        InputError: none or several are set, or one is out of its range.
+    """
     given = {"vocab_size": vocab_size, "coverage": coverage, "min_count": min_count}
     said = [name for name, value in given.items() if value is not None]
     if len(said) != 1:
@@ -127,8 +136,11 @@ def refuse_limits(*, vocab_size: int | None, coverage: float | None, min_count: 
 def count_tokens(tokenizer: PreTrainedTokenizerBase, texts: Texts) -> Counter[int]:
     """How often each token stands in the texts, by its id; the special tokens around a text are not counted.
 
+    Args:
+        texts: rows, each a text or a pair of texts; read once, some at a time.
+
     Raises:
-        InputError: a row that is no text, or no tokens at all.
+        InputError: one text instead of rows, a row that is no text, or no tokens at all.
     """
     counts: Counter[int] = Counter()
     for row in _encoded(tokenizer, texts, "counting tokens"):

@@ -36,6 +36,12 @@ def magnitudes(model: PreTrainedModel, sublayers: Sequence[Sublayer]) -> list[Te
 
     It is how much a unit can change what the block adds (Michel et al. 2019 rank heads by what they add); between
     sublayers only what is large within its own can be compared.
+
+    Args:
+        sublayers: of the model, each with at least one unit.
+
+    Returns:
+        Float64, one value for each unit.
     """
     found = []
     for sublayer in sublayers:

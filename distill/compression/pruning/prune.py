@@ -98,9 +98,14 @@ def decide_sizes(
     *,
     measured: Measured | None = None,
 ) -> tuple[BlockSizes, float | None]:
-    """What the settings leave in each block of a model, by importance and the clock where they have a say.
+    """Decide how many heads and neurons each block keeps, by importance and the clock where the settings ask for it.
 
     These sizes, given as `heads` and `neurons`, leave the same model.
+
+    Args:
+        model: a float model; it stays as it is.
+        batches: calibration rows: the model's inputs, without labels; as for `prune_model`.
+        measured: with what the speedup is measured.
 
     Returns:
         The sizes, and how many times as fast they were measured to be where a speedup was asked for.
@@ -140,14 +145,20 @@ def decide_sizes(
 
 
 def is_close(speedup: float, wanted: float) -> bool:
-    """Whether a measured speedup is taken for the one that was asked for."""
+    """Whether a measured speedup is taken for the wanted one: it is within 3 % of it."""
     return abs(speedup / wanted - 1) <= _CLOSE
 
 
 def prune_to_sizes(
     model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], sizes: BlockSizes, settings: PruningSettings
 ) -> PreTrainedModel:
-    """Prune a model in place to these sizes of its blocks: which units go is up to their importance.
+    """Prune a model in place to these sizes of its blocks: in each block the least important units go.
+
+    Args:
+        model: a float model without adapters.
+        batches: calibration rows: the model's inputs, without labels; as for `prune_model`.
+        sizes: what is left, as `decide_sizes` gives it.
+        settings: how importance is measured, in how many rounds, and whether output layers are refitted.
 
     Raises:
         InputError: sizes that its blocks can't have.

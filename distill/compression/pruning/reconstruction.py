@@ -60,6 +60,11 @@ def contributions(model: PreTrainedModel, sublayer: Sublayer, moments: Moments) 
     """For each unit Σ over tokens of the squared norm of what it adds to the sublayer's output: float64.
 
     What is called representational knowledge (K-prune: Park et al. 2024, arXiv 2308.03449).
+
+    Args:
+        model: whose weights are read.
+        sublayer: of the model.
+        moments: of the sublayer's output layer, by `output_moments`.
     """
     layer: Any = model.get_submodule(f"{sublayer.block}.{sublayer.output}")
     weight = layer.weight.detach().double().cpu()

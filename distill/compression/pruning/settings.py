@@ -111,6 +111,9 @@ class PruningSettings:
 def planned_sizes(sublayers: Sequence[Sublayer], settings: PruningSettings) -> BlockSizes | None:
     """What the settings alone leave in each block; None where importance or the clock decides.
 
+    Args:
+        sublayers: of the whole model, as `prunable_sublayers` lists them.
+
     Raises:
         InputError: more units than there are, or other blocks.
     """
@@ -133,7 +136,13 @@ def planned_sizes(sublayers: Sequence[Sublayer], settings: PruningSettings) -> B
 
 
 def units_left(kind: Kind, units: int, share: float) -> int:
-    """How many units are left without a share of them: at least one of those there are, and neurons in steps of 32."""
+    """How many units a sublayer keeps without a share of them: at least one of those there are.
+
+    Args:
+        kind: neurons are left in multiples of 32, where there are as many.
+        units: how many there are now.
+        share: what goes, from 0 to below 1.
+    """
     left = round(units * (1 - share))
     if kind == "neurons" and share > 0 and left >= STEP:
         left -= left % STEP

@@ -84,7 +84,17 @@ def monotone(seconds: Mapping[int, float]) -> dict[int, float]:
 def measured_speedup(
     model: PreTrainedModel, sizes: BlockSizes, inputs: Mapping[str, Tensor], *, rounds: int = _ROUNDS
 ) -> float:
-    """How many times as fast a model is when its blocks have these sizes."""
+    """Measure how many times as fast a model is when its blocks have these sizes.
+
+    Args:
+        model: stays as it is; a copy is cut.
+        sizes: what is left in each block.
+        inputs: that the model takes, of the shape that is to become faster.
+        rounds: timings of each model, in turns, whose medians are compared.
+
+    Raises:
+        InputError: as `cut_to_sizes`.
+    """
     smaller = copy.deepcopy(model)
     cut_to_sizes(smaller, sizes)
     with evaluating(model), evaluating(smaller), torch.inference_mode():
@@ -94,7 +104,13 @@ def measured_speedup(
 
 
 def corrected(tables: TimeTables, sizes: BlockSizes, sublayers: Sequence[Sublayer], speedup: float) -> TimeTables:
-    """Tables whose changes are scaled so that they predict the speedup that was measured with these sizes."""
+    """Scale the changes in tables so that they predict the speedup that was measured with these sizes.
+
+    Args:
+        sizes: what was left in each block.
+        sublayers: those that the tables are of, in their order.
+        speedup: how many times as fast the model became; below 1.05 it counts as 1.05.
+    """
     units = {"heads": list(sizes.heads), "neurons": list(sizes.neurons)}
     saved = -sum(table[units[each.kind].pop(0)] for each, table in zip(sublayers, tables.changes, strict=True))
     factor = tables.model * (1 - 1 / max(speedup, _LEAST)) / saved

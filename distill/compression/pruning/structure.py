@@ -107,12 +107,24 @@ def block_sizes(sublayers: Sequence[Sublayer], units: Sequence[int] | None = Non
 
 
 def keep_units(model: PreTrainedModel, sublayer: Sublayer, kept: Tensor) -> None:
-    """Cut a sublayer, in place, to the units of these indices; without any, the bias of its output is what is left."""
+    """Cut a sublayer, in place, to the units of these indices; without any, the bias of its output is what is left.
+
+    Args:
+        model: that holds the sublayer; its config stays as it is (see `record_sizes`).
+        sublayer: as it is before the cut.
+        kept: indices of the units that stay (int64).
+    """
     cut_block(model.get_submodule(sublayer.block), sublayer, kept)
 
 
 def cut_block(block: Any, sublayer: Sublayer, kept: Tensor) -> None:
-    """`keep_units` for the block alone that holds the sublayer, or a copy of it."""
+    """Cut a sublayer as `keep_units` does, given only the block that holds it, or a copy of that block.
+
+    Args:
+        block: is changed.
+        sublayer: as it is before the cut.
+        kept: indices of the units that stay (int64).
+    """
     if not len(kept):
         _remove(block, sublayer)
         return
@@ -130,8 +142,12 @@ def cut_block(block: Any, sublayer: Sublayer, kept: Tensor) -> None:
 def cut_to_sizes(model: PreTrainedModel, sizes: BlockSizes) -> None:
     """Cut a model, in place, to the first units of each block: the shape that a pruned model's weights have.
 
+    Args:
+        model: may lie on meta; its config stays as it is (see `record_sizes`).
+        sizes: how many units are left in each block.
+
     Raises:
-        InputError: more units than there are, or other blocks.
+        InputError: more units than there are, or other blocks; else as `prunable_sublayers`.
     """
     sublayers = prunable_sublayers(model, ("neurons",))
     wanted = wanted_units(sublayers, sizes)
@@ -178,6 +194,9 @@ def record_sizes(model: PreTrainedModel) -> None:
 def wanted_units(sublayers: Sequence[Sublayer], sizes: BlockSizes) -> list[int]:
     """For each sublayer the units that sizes leave it.
 
+    Args:
+        sublayers: of the whole model, as `prunable_sublayers` lists them.
+
     Raises:
         InputError: more units than there are, none where some must stay, or other blocks.
     """
@@ -199,7 +218,12 @@ def wanted_units(sublayers: Sequence[Sublayer], sizes: BlockSizes) -> list[int]:
 
 
 def columns_of(units: Tensor, width: int) -> Tensor:
-    """The indices of columns, each unit having `width` of them, of units of these indices."""
+    """The indices of the columns that belong to units of these indices: N units give N · width columns.
+
+    Args:
+        units: N indices (int64).
+        width: columns of each unit, which stand side by side.
+    """
     return (units[:, None] * width + torch.arange(width)).flatten()
 
 
@@ -260,7 +284,12 @@ def _remove(block: Any, sublayer: Sublayer) -> None:
 
 
 def removal(block: nn.Module, sublayer: Sublayer) -> dict[str, Removed]:
-    """What stands in place of which modules of a block where a sublayer is left out."""
+    """What takes the place of a block's modules where a sublayer is left out, by their names inside of the block.
+
+    Args:
+        block: that holds the sublayer, or where it stood; it stays as it is.
+        sublayer: of this block.
+    """
     output: Any = block.get_submodule(sublayer.output)
     is_attention = sublayer.kind == "heads"
     has_bias = "bias" in output.state_dict()

@@ -91,6 +91,12 @@ def affine_of(
 ) -> Affine:
     """The scheme that spans a tensor's own values: per tensor, per channel (`axis`) or per group.
 
+    Args:
+        values: any shape.
+        bits: 2 to 16.
+        symmetric: Z = 0, as for `affine_from_range`.
+        axis, group_size: as for `value_range`.
+
     Raises:
         InputError: as `value_range` and `affine_from_range`.
     """
@@ -99,12 +105,28 @@ def affine_of(
 
 
 def quantize(values: Tensor, affine: Affine) -> Tensor:
-    """Codes q = clamp(round(r / S) + Z), halves to the even code; in the values' shape and the scheme's dtype."""
+    """Codes q = clamp(round(r / S) + Z), halves to the even code; in the values' shape and the scheme's dtype.
+
+    Args:
+        values: r, of a shape that the scheme's scales fit.
+        affine: S, Z and the range of q.
+
+    Raises:
+        InputError: a last dimension that is no multiple of the scheme's group size.
+    """
     return _codes(_in_groups(values, affine.group_size), affine).to(affine.dtype).view(values.shape)
 
 
 def dequantize(codes: Tensor, affine: Affine) -> Tensor:
-    """The real numbers S · (q − Z) that codes stand for, in float32."""
+    """The real numbers S · (q − Z) that codes stand for, in float32.
+
+    Args:
+        codes: q, as `quantize` gives them.
+        affine: the scheme by which they were made.
+
+    Raises:
+        InputError: a last dimension that is no multiple of the scheme's group size.
+    """
     grouped = _in_groups(codes, affine.group_size).float()
     return (affine.scale * (grouped - affine.zero_point)).view(codes.shape)
 
@@ -115,6 +137,12 @@ def fake_quantize(values: Tensor, affine: Affine) -> Tensor:
     The gradient goes straight through (Bengio et al. 2013) for values inside the range that the codes reach, its ends
     included, and is 0 outside, where the value is clipped (Jacob et al. 2018, section 3; Esser et al. 2020, LSQ, has
     the same gradient by the values). Scale and zero point get none.
+
+    Args:
+        values: of a shape that the scheme's scales fit.
+
+    Raises:
+        InputError: a last dimension that is no multiple of the scheme's group size.
     """
     return _FakeQuantize.apply(values, affine)
 

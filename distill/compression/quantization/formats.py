@@ -102,10 +102,13 @@ def choose_formats(model: PreTrainedModel, settings: QuantizationSettings) -> di
 
 
 def fixed_formats(model: PreTrainedModel, settings: QuantizationSettings) -> dict[str, str]:
-    """What `overrides` and `skip` say of single modules, `none` for those left as they are.
+    """What `overrides` and `skip` say of single modules, by name; `none` for those left as they are.
+
+    Args:
+        model: a float model, possibly on meta.
 
     Raises:
-        InputError: a pattern that matches nothing, or fp4 for an embedding.
+        InputError: a pattern that matches nothing, or fp4 for an embedding; else as `quantizable_modules`.
     """
     modules = quantizable_modules(model)
     patterns = [("overrides", pattern, format) for pattern, format in settings.overrides.items()]
@@ -151,7 +154,13 @@ def quantizable_modules(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def module_size(module: Any, format: str, settings: QuantizationSettings) -> int:
-    """Bytes of a linear layer's or embedding's weights (no bias) in a format; `none` is the rest's dtype."""
+    """Bytes of a linear layer's or embedding's weights (no bias) in a format, scales counted.
+
+    Args:
+        module: in float, possibly on meta.
+        format: int8, nf4 or fp4; `none` is the rest's dtype.
+        settings: of which the block size, double quantization and the rest's dtype count.
+    """
     count = module.weight.numel()
     rows, width = module.weight.shape
     if format == "none":
@@ -167,7 +176,13 @@ def module_size(module: Any, format: str, settings: QuantizationSettings) -> int
 
 
 def model_size(model: PreTrainedModel, formats: Mapping[str, str], settings: QuantizationSettings) -> int:
-    """Bytes of weights that a float model (possibly on meta) will have, quantized so."""
+    """Bytes of all the weights that a float model will have once its modules are quantized to these formats.
+
+    Args:
+        model: possibly on meta.
+        formats: by name of module, `none` among them; modules that are not named count in the rest's dtype.
+        settings: as for `module_size`.
+    """
     modules: dict[str, Any] = {name: model.get_submodule(name) for name in formats}
     quantized = {id(module.weight) for module in modules.values()}
     rest = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in quantized)

@@ -177,7 +177,13 @@ def dequantized(module: Int8Linear | FourBitLinear) -> Tensor:
 
 
 def register_scales(module: nn.Module, num_blocks: int, double_quant: bool) -> None:
-    """Buffers on meta for the scales of 4-bit blocks: a byte each and a float for 256 of them, or a float each."""
+    """Register buffers on meta for the scales of 4-bit blocks.
+
+    Args:
+        module: gets the buffers `absmax`, and with `double_quant` `nested_absmax` and `nested_offset`.
+        num_blocks: one scale each.
+        double_quant: a byte for each scale and a float32 for 256 of them, instead of a float32 for each.
+    """
     dtype = torch.uint8 if double_quant else torch.float32
     module.register_buffer("absmax", torch.empty(num_blocks, dtype=dtype, device="meta"))
     if double_quant:
@@ -187,14 +193,27 @@ def register_scales(module: nn.Module, num_blocks: int, double_quant: bool) -> N
 
 
 def keep_scales(module: Any, state: QuantState) -> None:
-    """Put what `quantize_4bit` found into the module's buffers."""
+    """Put the scales that `quantize_4bit` found into a module's buffers.
+
+    Args:
+        module: one to which `register_scales` gave its buffers.
+        state: of `quantize_4bit`.
+    """
     module.absmax = state.absmax
     if state.nested:
         module.nested_absmax, module.nested_offset = state.state2.absmax, state.offset
 
 
 def quant_state(module: Any, shape: torch.Size, format: str, block_size: int, dtype: torch.dtype) -> QuantState:
-    """What bitsandbytes needs beside the packed weights, over the module's own buffers."""
+    """What bitsandbytes needs beside the packed weights, over the module's own buffers.
+
+    Args:
+        module: with the buffers of `register_scales` and `double_quant`.
+        shape: of the weights before they were packed: out×in, of an embedding V×D.
+        format: nf4 or fp4.
+        block_size: weights that share a scale.
+        dtype: what weights are expanded to.
+    """
     device = module.absmax.device
     nested = None
     if module.double_quant:
@@ -213,7 +232,12 @@ def quant_state(module: Any, shape: torch.Size, format: str, block_size: int, dt
 
 
 def scales_size(num_blocks: int, double_quant: bool) -> int:
-    """Bytes of the scales of 4-bit blocks."""
+    """Bytes of the scales of 4-bit blocks.
+
+    Args:
+        num_blocks: one scale each.
+        double_quant: whether scales are kept in 8 bits, as for `register_scales`.
+    """
     return num_blocks + 4 * (-(-num_blocks // _SCALES_IN_A_BLOCK) + 1) if double_quant else 4 * num_blocks
 
 
@@ -223,7 +247,12 @@ def _scale_code(device: torch.device) -> Tensor:
 
 
 def move_without_cast(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
-    """`Module._apply` of a quantized module: to another device as asked, but scales are in no other dtype."""
+    """Do what `Module._apply` does, but leave a quantized module's buffers, such as scales, in their dtypes.
+
+    Args:
+        module: the quantized module itself; none is within it.
+        fn: as torch passes it, which may move a tensor and cast it.
+    """
     before = {name: buffer for name, buffer in module.named_buffers(recurse=False) if buffer.numel()}
     nn.Module._apply(module, fn)
     for name, buffer in before.items():

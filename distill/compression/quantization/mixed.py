@@ -88,7 +88,7 @@ def choose_mix(
         Mixes, the one of least measured divergence first; and what was measured of single modules.
 
     Raises:
-        InputError: the budget is less than the smallest formats take, or a pattern matches nothing.
+        InputError: as `check_budget`.
     """
     check_budget(model, settings, budget)
     modules, allowed = quantizable_modules(model), allowed_formats(model, settings)
@@ -190,8 +190,12 @@ def divergence(targets: Targets, reference: np.ndarray, logits: np.ndarray) -> f
 def allowed_formats(model: PreTrainedModel, settings: QuantizationSettings) -> dict[str, tuple[str, ...]]:
     """For every quantizable module the formats that the settings leave open.
 
+    Args:
+        model: a float model, possibly on meta.
+        settings: of which `overrides`, `skip` and `embeddings` count; `format` does not.
+
     Raises:
-        InputError: a pattern that matches nothing.
+        InputError: a pattern that matches nothing, or fp4 for an embedding.
     """
     fixed = fixed_formats(model, settings)
     allowed: dict[str, tuple[str, ...]] = {}
@@ -218,10 +222,17 @@ def budget_in_bytes(budget: float | str, model: PreTrainedModel, settings: Quant
 
 
 def check_budget(model: PreTrainedModel, settings: QuantizationSettings, budget: int) -> int:
-    """Bytes that a model within the budget will have, right to 1 % unless its modules are few and large.
+    """Refuse a budget that can't be kept, or that needs no choice; return bytes that a model within it will have.
+
+    These are right to 1 % unless the model's modules are few and large.
+
+    Args:
+        model: a float model, possibly on meta.
+        budget: most bytes of all its weights.
 
     Raises:
-        InputError: the budget is less than the smallest formats take, or a pattern matches nothing.
+        InputError: the budget is less than the smallest formats take, or has room for all weights in the rest's dtype;
+            or a pattern matches nothing.
     """
     modules, allowed = quantizable_modules(model), allowed_formats(model, settings)
 
@@ -246,7 +257,14 @@ def check_budget(model: PreTrainedModel, settings: QuantizationSettings, budget:
 
 
 def write_sensitivity(folder: Path, budget: int, mixes: list[Mix], measured: list[Sensitivity]) -> None:
-    """Leave what was measured and chosen in a run folder: `sensitivity.json`, and a plot of it."""
+    """Leave what was measured and chosen in a run folder: `sensitivity.json`, and a plot of it.
+
+    Args:
+        folder: the run folder.
+        budget: most bytes of all the model's weights.
+        mixes: as `choose_mix` gives them, the chosen one first.
+        measured: of single modules, as `choose_mix` gives it.
+    """
     content = {
         "budget_bytes": budget,
         "chosen": mixes[0].name,

@@ -41,6 +41,11 @@ def empty_module(module: Any, replacement: Int8 | FourBit, dtype: torch.dtype) -
 
 
 def tie_output(model: PreTrainedModel, head: str) -> None:
-    """Let an output layer compute with the quantized word embeddings."""
+    """Let an output layer compute with the quantized word embeddings.
+
+    Args:
+        model: is changed; its word embeddings are quantized already.
+        head: name of the output layer.
+    """
     model.set_submodule(head, TiedLinear(model.get_input_embeddings(), model.get_submodule(head).bias))
     untie(model, f"{head}.weight")  # nothing is left for transformers to tie

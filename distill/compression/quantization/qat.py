@@ -65,7 +65,7 @@ def check_quantizable(model: PreTrainedModel, settings: QuantizationSettings) ->
     """The format of every module that `quantize_model` would quantize, by name.
 
     Raises:
-        InputError: the model is quantized already, has adapters, or nothing to quantize.
+        InputError: the model is quantized already or has adapters; else as `choose_formats`.
     """
     if isinstance(model, PeftModel):
         raise InputError("qat: the model has adapters, and its own weights don't learn; leave qat or the adapters out")
@@ -188,7 +188,12 @@ class FakeQuantization:
 
 
 def straight_through(exact: Tensor, fake: Tensor) -> Tensor:
-    """The values of `fake`, whose gradient goes to `exact` (Bengio et al. 2013, section 4, "straight-through")."""
+    """The values of `fake`, whose gradient goes to `exact` (Bengio et al. 2013, section 4, "straight-through").
+
+    Args:
+        exact: any shape.
+        fake: in the shape and dtype of `exact`.
+    """
     return _StraightThrough.apply(exact, fake)
 
 

@@ -84,7 +84,13 @@ def refuse_quantized(model: PreTrainedModel | PeftModel) -> None:
 def apply_formats(
     model: PreTrainedModel, formats: Mapping[str, Format], settings: QuantizationSettings
 ) -> PreTrainedModel:
-    """Quantize the named modules in place, each to its format; the rest goes to `settings.rest_dtype`."""
+    """Quantize the named modules in place, each to its format; the rest goes to `settings.rest_dtype`.
+
+    Args:
+        model: a float model without adapters; afterwards it is in eval mode, and no weight asks for a gradient.
+        formats: by full name of module, as `choose_formats` gives them; empty for a model that is only cast.
+        settings: how the formats are stored and computed with.
+    """
     if not formats:
         return _plain(model, DTYPES[settings.rest_dtype])
     embedding = model.get_input_embeddings()

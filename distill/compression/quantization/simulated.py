@@ -19,9 +19,12 @@ _CELLS = 512
 
 
 def fake_linear_weight(weight: Tensor, format: Format, settings: QuantizationSettings) -> Tensor:
-    """The weight of a linear layer (out×in) as the layer in `format` computes with it, in float32.
+    """The weight of a linear layer as the layer in `format` computes with it, in float32.
 
     A 4-bit layer expands its weights to the settings' `compute_dtype`, so these are values of that.
+
+    Args:
+        weight: out×in.
     """
     if format == "int8":
         codes, scales, _ = bnb.functional.int8_vectorwise_quant(weight.to("cpu", torch.float16))
@@ -35,7 +38,11 @@ def fake_linear_weight(weight: Tensor, format: Format, settings: QuantizationSet
 
 
 def fake_int8_rows(rows: Tensor, settings: QuantizationSettings) -> Tensor:
-    """Rows …×D of an embedding as `Int8Embedding` looks them up, in float32 with values of the rest's dtype."""
+    """Rows of an embedding as `Int8Embedding` looks them up, in float32 with values of the rest's dtype.
+
+    Args:
+        rows: …×D.
+    """
     flat = rows.reshape(-1, rows.shape[-1])
     quantized = Int8Embedding(len(flat), flat.shape[1], DTYPES[settings.rest_dtype])
     quantized.fill(flat)
@@ -54,7 +61,11 @@ def fake_nf4_rows(rows: Tensor, scales: Tensor, settings: QuantizationSettings) 
 
 
 def row_scales(table: Tensor, settings: QuantizationSettings) -> Tensor:
-    """The scale of each block in each row of an embedding V×D, as `Nf4Embedding` keeps them: V×blocks."""
+    """The scale of each block in each row of an embedding, as `Nf4Embedding` keeps them: V×blocks.
+
+    Args:
+        table: V×D.
+    """
     scales = _row_blocks(table, settings).abs().amax(-1)
     return twice_quantized(scales.flatten()).view_as(scales) if settings.double_quant else scales
 
