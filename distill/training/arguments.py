@@ -24,10 +24,15 @@ from distill.training.features import resolve_layer_map
 
 
 def own_arguments(args: TrainingArguments | None, student: PretrainedConfig, *, with_teacher: bool) -> TrainingConfig:
-    """The trainer's own arguments, complete; those of the caller stay as they are, for another trainer.
+    """Copy the caller's arguments and complete them; the caller's stay as they are, for another trainer.
 
     Plain `TrainingArguments` (and a `TrainingConfig` beside a teacher) keep every value that they hold, theirs by
     default too; the losses are then a `DistillationConfig`'s defaults.
+
+    Args:
+        args: the caller's; None for a `DistillationConfig` of defaults.
+        student: its width gives the learning rate where none is set.
+        with_teacher: whether a `DistillationConfig` is needed.
 
     Raises:
         InputError: arguments of another class, whose own options would be passed over.
@@ -189,7 +194,12 @@ def check_class_weights(args: TrainingConfig, model: PreTrainedModel) -> None:
 
 
 def layer_pairs(config: DistillationConfig, num_student_layers: int, num_teacher_layers: int) -> LayerPairs:
-    """For each loss that is on and matches layers, its (student, teacher) pairs.
+    """Resolve, for each loss that is on and matches layers, its (student, teacher) pairs.
+
+    Args:
+        config: holds the weights of the losses and their layer maps.
+        num_student_layers: blocks, without the embeddings.
+        num_teacher_layers: likewise.
 
     Raises:
         InputError: with every layer map that is out of range.

@@ -97,7 +97,13 @@ class TeacherCache:
 
 
 def restored(stored: dict[str, Tensor], layout: Layout, attention_mask: Tensor) -> TeacherOutputs:
-    """Logits and representations of a batch from what `TeacherCache.read` gave; padding is 0."""
+    """Restore the logits and representations of a batch from what `TeacherCache.read` gave; padding is 0.
+
+    Args:
+        stored: of the rows of the batch, in its order; N tokens without padding.
+        layout: of the cache.
+        attention_mask: B×T, with N ones.
+    """
     wanted, logits = layout.wanted, stored["logits"]
     if layout.top_k:
         logits = with_tail(logits, stored["words"], stored["tail"], layout.num_outputs)
@@ -114,15 +120,30 @@ def restored(stored: dict[str, Tensor], layout: Layout, attention_mask: Tensor) 
 
 
 def top_words(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of N tokens' logits (N×V) the log-probabilities and the numbers of the k likeliest words (N×k), and the logarithm
-    of the mass of all others (N)."""
+    """Find the likeliest words of each token.
+
+    Args:
+        logits: N×V, of N tokens.
+        top_k: words of each token.
+
+    Returns:
+        The log-probabilities and the ids of the k likeliest words (N×k each), and the logarithm of the probability of
+        all others together (N).
+    """
     log_probabilities = logits.float().log_softmax(-1)
     likeliest, words = log_probabilities.topk(top_k, dim=-1)
     return likeliest, words, log_probabilities.scatter(-1, words, -torch.inf).logsumexp(-1)
 
 
 def with_tail(likeliest: Tensor, words: Tensor, tail: Tensor, num_words: int) -> Tensor:
-    """Log-probabilities N×V from `top_words`; the words that were not kept share their mass equally."""
+    """Compute log-probabilities N×V from `top_words`; the words that were not kept share their probability equally.
+
+    Args:
+        likeliest: N×k log-probabilities.
+        words: N×k, the ids of these words.
+        tail: N, the logarithm of the probability of all other words together.
+        num_words: V.
+    """
     others = max(num_words - words.shape[-1], 1)
     spread = (tail.float() - math.log(others)).unsqueeze(-1).expand(-1, num_words)
     return spread.scatter(-1, words, likeliest.float())

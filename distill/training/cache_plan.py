@@ -44,7 +44,12 @@ class Layout:
         return len(self.wanted.hidden) + self.wanted.embedding + 3 * len(self.wanted.relations)
 
     def size(self, num_rows: int, num_tokens: int) -> int:
-        """Bytes."""
+        """Compute how many bytes the outputs of some rows take.
+
+        Args:
+            num_rows: rows.
+            num_tokens: tokens of these rows together, without padding.
+        """
         per_row = 2 * self.width * self.wanted.pooled + 16
         of_one = 6 * self.top_k + 4 if self.top_k else 4 * self.num_outputs
         of_logits = of_one * (num_tokens if self.predicts_tokens else num_rows)

@@ -64,16 +64,26 @@ def batches_of(args: TrainingArguments) -> dict[str, int | None]:
 
 
 def note_batches(folder: Path, step: int, args: TrainingArguments) -> None:
-    """Leave `batches_of` with the checkpoint of a step, in a Trainer's output folder."""
+    """Write what `batches_of` gives into a checkpoint.
+
+    Args:
+        folder: the Trainer's output folder, or that of its trial.
+        step: optimizer steps done; the checkpoint's folder, named after it, is made where it is not there yet.
+        args: of the training.
+    """
     checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
     checkpoint.mkdir(parents=True, exist_ok=True)
     write_atomically(checkpoint / _BATCHES_FILE, json.dumps(batches_of(args)))
 
 
 def other_batches(checkpoint: Path, args: TrainingArguments) -> str | None:
-    """What a checkpoint's training had, and this one has not; None where both deal rows alike.
+    """Describe what differs between a checkpoint's `batches_of` and this training's; None where both deal rows alike.
 
     One that does not say (from another Trainer) tells its batch size at most.
+
+    Args:
+        checkpoint: its folder.
+        args: of this training.
     """
     now = batches_of(args)
     file = checkpoint / _BATCHES_FILE
@@ -90,6 +100,10 @@ def other_batches(checkpoint: Path, args: TrainingArguments) -> str | None:
 
 def refuse_other_batches(checkpoint: Path, args: TrainingArguments) -> None:
     """Refuse a checkpoint of other batches: Trainer would take its batch size, and skip as many batches as were done.
+
+    Args:
+        checkpoint: its folder.
+        args: of this training.
 
     Raises:
         InputError: its training dealt rows to optimizer steps otherwise.
@@ -131,7 +145,12 @@ def save_student(
 
 
 def load_projections(checkpoint: Path, model: nn.Module) -> None:
-    """Put a checkpoint's projections into what is trained, where it has some."""
+    """Load a checkpoint's projections into the model that is trained, where it has some.
+
+    Args:
+        checkpoint: its folder.
+        model: without what is wrapped around it; nothing is loaded where it is no `ProjectedStudent`.
+    """
     if isinstance(model, ProjectedStudent) and model.projections:
         model.load_state_dict(safetensors.torch.load_file(checkpoint / _PROJECTIONS_FILE), strict=False)
 
@@ -142,7 +161,11 @@ def load_ranges(checkpoint: Path) -> Tensor:
 
 
 def load_student(checkpoint: str, student: PreTrainedModel) -> None:
-    """Put a checkpoint's weights into the student, those too that Trainer would skip: tied ones, and renamed ones.
+    """Load a checkpoint's weights into the student, those too that Trainer would skip: tied ones, and renamed ones.
+
+    Args:
+        checkpoint: its folder.
+        student: of the same config; it is changed in place.
 
     Raises:
         InputError: the weights are not those of the student's config.
@@ -154,7 +177,12 @@ def load_student(checkpoint: str, student: PreTrainedModel) -> None:
 
 
 def with_step_counts(options: Options, checkpoint: Path) -> Options:
-    """The options with shares of all steps as counts: Trainer compares them with a checkpoint's counts, and warns."""
+    """Copy the options, with shares of all steps as counts: Trainer compares them with a checkpoint's, and warns.
+
+    Args:
+        options: hold `logging_steps`, `eval_steps` and `save_steps`; below 1 each is a share.
+        checkpoint: its folder, which says how many steps there are.
+    """
     max_steps = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).max_steps
     counted = copy.copy(options)
     for name in ("logging_steps", "eval_steps", "save_steps"):

@@ -184,7 +184,12 @@ class QuantizationAwareness:
 
 @contextmanager
 def on_device(models: Sequence[PreTrainedModel], device: torch.device) -> Iterator[None]:
-    """The models on a device; each lies again where it lay afterwards. What `device_map` has spread out stays so."""
+    """Move models to a device within the block, and back afterwards.
+
+    Args:
+        models: those that `device_map` has spread over devices stay where they are.
+        device: to move to.
+    """
     moved = [(model, model.device) for model in models if _lies_elsewhere(model, device)]
     try:
         for model, _ in moved:
@@ -241,7 +246,12 @@ def hooks_of_trainer_removed(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def using_cache(config: PretrainedConfig, use_cache: bool | None) -> Iterator[None]:
-    """Whether a language model keeps keys and values for the next token, by its config."""
+    """Set within the block whether a language model keeps keys and values for the next token.
+
+    Args:
+        config: the model's; one without this setting stays as it is.
+        use_cache: the value within the block; the one before comes back after it.
+    """
     if getattr(config, "use_cache", None) is None:
         yield
         return

@@ -22,7 +22,11 @@ from distill.training.features import LayerMap
 
 
 def checked(value: Any, annotation: Any) -> Any:
-    """A value as what its annotation says.
+    """Validate a value against its annotation, and return it converted to that.
+
+    Args:
+        value: as a user gave it.
+        annotation: of the option's field.
 
     Raises:
         InputError: it is something else.

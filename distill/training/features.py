@@ -154,7 +154,12 @@ def token_places(mask: Tensor, other_mask: Tensor) -> Tensor:
 
 
 def tokens_of_image(model: PreTrainedModel, wanted: Sequence["FeatureSpec"]) -> int:
-    """Tokens that a vision transformer makes of an image; 1 for other models, and where none is compared."""
+    """Count the tokens that a vision transformer makes of an image; 1 for other models, and where none is compared.
+
+    Args:
+        model: runs once, on a blank image of its config's size.
+        wanted: for each teacher what of the model is compared with it.
+    """
     compared = any(each.hidden_states or each.relations for each in wanted)
     if not compared or "pixel_values" not in input_names(model):
         return 1

@@ -167,6 +167,10 @@ class Objective:
     def refuse_not_finite(self, model: nn.Module, state: TrainerState) -> None:
         """Keep what is not finite out of a checkpoint.
 
+        Args:
+            model: all that is trained, projections too.
+            state: the Trainer's, after the step.
+
         Raises:
             TrainingDiverged: a loss since the training began, or a weight of the model, is NaN or infinite.
         """
@@ -249,6 +253,10 @@ class FiniteLosses:
     def look_at(self, losses: Mapping[str, Tensor], state: TrainerState) -> None:
         """Remember the first step at which a part was not finite, on its device: to ask each step would wait for it.
 
+        Args:
+            losses: scalars of one batch, by the part's name.
+            state: the Trainer's, before the step is counted.
+
         Raises:
             TrainingDiverged: on a CPU, where nothing has to be waited for.
         """
@@ -271,7 +279,15 @@ class FiniteLosses:
             self.stop(f"the {name} loss was NaN or infinite at step {steps[name]}", state)
 
     def stop(self, what: str, state: TrainerState) -> None:
-        """Raise TrainingDiverged, and name the last checkpoint."""
+        """Stop the training with an error that names the last checkpoint.
+
+        Args:
+            what: the beginning of the message: what was not finite, and at which step.
+            state: the Trainer's.
+
+        Raises:
+            TrainingDiverged: always.
+        """
         folders = Path(self._args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
         last = max(folders, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
         raise TrainingDiverged(

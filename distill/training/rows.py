@@ -147,7 +147,12 @@ class TrainingRows:
         return batch
 
     def counts(self, batches: Iterable[Mapping[str, Tensor]], device: torch.device) -> Tensor:
-        """What some batches of this process count together (shape 6), see `count`."""
+        """Count what the losses of some batches of this process divide by, all batches together: shape 6 (see `count`).
+
+        Args:
+            batches: of one optimizer step, as the loader gives them.
+            device: of the result.
+        """
         counts = [
             count(self._args, self._targets, batch, batch[COUNTED_ROWS], self._teachers).to(device)
             for batch in map(self.completed, batches)

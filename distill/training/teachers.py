@@ -124,7 +124,12 @@ class Teacher:
         return {**batch, **read} if self.more else read
 
     def compared_rows(self, batch: Mapping[str, Tensor], counted_rows: Tensor) -> Tensor:
-        """B booleans: the rows that count whose tokens are compared with the student's."""
+        """Find the rows that count whose tokens are compared with the student's: B booleans.
+
+        Args:
+            batch: says in the column `same_tokens` of which rows both read the same tokens; without it, of all.
+            counted_rows: B booleans.
+        """
         same = batch.get(self.same_tokens)
         return counted_rows if same is None else counted_rows & same.bool()
 
@@ -250,7 +255,12 @@ def projected_student(
 
 
 def stored_logits(batch: Mapping[str, Tensor], targets: Targets) -> Tensor:
-    """The logits B×C that a batch carries; probabilities become their logarithms, those of label sets log-odds."""
+    """Read the logits B×C that a batch carries; probabilities become their logarithms, those of label sets log-odds.
+
+    Args:
+        batch: with `teacher_logits` (B×C, or B scores) or `teacher_probabilities` (B×C).
+        targets: of the student; they turn probabilities into logits.
+    """
     if STORED_LOGITS in batch:
         logits = batch[STORED_LOGITS].float()
         return logits.unsqueeze(-1) if logits.ndim == 1 else logits

@@ -51,7 +51,10 @@ def _plan(options: DistillOptions, inputs: dict[str, ModelInput], data: Data | N
 def distill(
     options: DistillOptions, plan: TrainingPlan, data: Data, folder: Path, *, profile: bool = False
 ) -> StepResult:
-    """Train a student, cut from its model or else from the first teacher, against its teachers."""
+    """Train a student, cut from the step's model or else from the first teacher, against the teachers.
+
+    Args: as for `RunStep`.
+    """
     transformers.set_seed(options.seed)
     teachers = [_loaded(each, options, plan, data) for each in plan.teachers]
     if "model" in plan.inputs:

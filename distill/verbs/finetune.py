@@ -35,7 +35,10 @@ def _plan(options: FinetuneOptions, inputs: dict[str, ModelInput], data: Data | 
 def finetune(
     options: FinetuneOptions, plan: TrainingPlan, data: Data, folder: Path, *, profile: bool = False
 ) -> StepResult:
-    """Train its model, or a student cut from it, on the labels."""
+    """Train the step's model, or a student cut from it, on the labels.
+
+    Args: as for `RunStep`.
+    """
     transformers.set_seed(options.seed)  # a new head is drawn here
     model = load_for_finetuning(plan.source.location, data.task, from_scratch=options.from_scratch)
     return train(built_student(model, options, plan), [], options, plan, data, folder, profile=profile)

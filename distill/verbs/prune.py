@@ -142,7 +142,10 @@ def _count(model: PreTrainedModel) -> int:
 
 
 def prune(options: PruneOptions, plan: PrunePlan, data: Data, folder: Path, *, profile: bool = False) -> StepResult:
-    """Prune its model; on the main process alone. It trains nothing, so there is nothing to profile."""
+    """Prune the step's model, on the main process alone.
+
+    Args: as for `RunStep`; `profile` changes nothing, as nothing is trained.
+    """
     decided: dict[str, Any] = {}
 
     def work() -> None:

@@ -142,7 +142,10 @@ def _plan(options: QuantizeOptions, inputs: dict[str, ModelInput], data: Data | 
 def quantize(
     options: QuantizeOptions, plan: QuantizePlan, data: Data, folder: Path, *, profile: bool = False
 ) -> StepResult:
-    """Quantize its model; on the main process alone. It trains nothing, so there is nothing to profile."""
+    """Quantize the step's model, on the main process alone.
+
+    Args: as for `RunStep`; `profile` changes nothing, as nothing is trained.
+    """
     decided: dict[str, Any] = {}
 
     def work() -> None:

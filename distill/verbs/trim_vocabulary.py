@@ -130,7 +130,10 @@ def _plan(options: TrimOptions, inputs: dict[str, ModelInput], data: Data | None
 
 
 def trim(options: TrimOptions, plan: TrimPlan, data: Data, folder: Path, *, profile: bool = False) -> StepResult:
-    """Trim its model; on the main process alone. It trains nothing, so there is nothing to profile."""
+    """Trim the vocabulary of the step's model, on the main process alone.
+
+    Args: as for `RunStep`; `profile` changes nothing, as nothing is trained.
+    """
     decided: dict[str, Any] = {
         "vocab_size_before": plan.vocab_size_before,
         "vocab_size": len(plan.kept),

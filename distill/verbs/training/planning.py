@@ -126,12 +126,22 @@ def plan_training(
 
 
 def rows_of_training(options: TrainingOptions, data: Data) -> Any:
-    """What the fingerprint of a training says of the data: all rows where the best checkpoint is chosen by some."""
+    """Give the fingerprint of the rows that change what a training makes: the `Verb.rows` of verbs that train.
+
+    Args:
+        options: where `load_best_model_at_end` is on, all rows count, as some choose the best checkpoint.
+        data: the rows.
+    """
     return data.fingerprint if options.load_best_model_at_end else data.train_fingerprint
 
 
 def splits_of_training(options: TrainingOptions, splits: Iterable[str]) -> set[str]:
-    """The splits whose rows change what a training makes."""
+    """Name the splits whose rows change what a training makes: the `Verb.splits` of verbs that train.
+
+    Args:
+        options: where `load_best_model_at_end` is on, all splits count, as some choose the best checkpoint.
+        splits: names of the data's splits.
+    """
     return set(splits) if options.load_best_model_at_end else {"train", "unlabelled"}
 
 

@@ -46,7 +46,13 @@ _FEWEST_COMPARED = 0.01
 
 
 def built_student(source: PreTrainedModel, options: TrainingOptions, plan: TrainingPlan) -> PreTrainedModel:
-    """The student that was planned; `source` itself where it is to be trained as it is."""
+    """Build the student that was planned; `source` itself where it is to be trained as it is.
+
+    Args:
+        source: the model that the student is built from.
+        options: hold the student's architecture and its width.
+        plan: says which layers of the source the student's stand for.
+    """
     if not plan.is_built:
         return source
     return build_student(source, student_arch=options.student_arch, layers=list(plan.seeds), width=options.width)
@@ -152,7 +158,13 @@ def _checkpoint_to_go_on_from(options: TrainingOptions) -> Path | None:
 
 
 def rows_cut(data: Data, processor: Processor, plan: TrainingPlan) -> Truncated | None:
-    """The rows of each split that a training reads or its model is scored on, and how many of them are cut."""
+    """Count the rows of each split that a training reads or its model is scored on, and those of them that are cut.
+
+    Args:
+        data: the rows.
+        processor: the student's; None is returned where it reads images.
+        plan: with teachers, the training reads unlabelled rows too.
+    """
     return data.truncated(processor, unlabelled=bool(plan.teachers))
 
 
@@ -190,8 +202,15 @@ def read_rows(data: Data, processor_from: str, teachers_from: Sequence[str | Non
 
 
 def rows_left_out(rows: ReadRows, options: TrainingOptions, plan: TrainingPlan) -> OtherTokens | None:
-    """Of teachers with other tokens than the student, the training rows that losses of tokens leave out; None where
-    there are no such teachers, or no such losses.
+    """Count the training rows that losses of tokens leave out, for each teacher with other tokens than the student.
+
+    Args:
+        rows: as the student reads them, with what each teacher reads otherwise.
+        options: of the training.
+        plan: names the teachers.
+
+    Returns:
+        None where there are no such teachers, or no such losses.
 
     Raises:
         InputError: hardly a row is left.

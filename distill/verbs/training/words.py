@@ -10,7 +10,12 @@ from distill.verbs.training.planning import TrainingPlan
 
 
 def lines_of_training(options: TrainingOptions, plan: TrainingPlan) -> list[str]:
-    """The student's layers, its quantization-aware training, and the layers that its losses match."""
+    """Describe the student's layers, its quantization-aware training, and the layers that its losses match, in lines.
+
+    Args:
+        options: where `qat` is set, a line says so.
+        plan: holds the layers.
+    """
     lines = ["new weights"] if plan.layers is None else [f"source layers {', '.join(map(str, plan.layers))} (from 0)"]
     if options.qat is not None:
         lines.append(_awareness(options))
