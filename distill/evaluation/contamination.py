@@ -127,7 +127,12 @@ def folded(text: str) -> str:
 
 
 def texts_of(data: Data, split: str) -> list[Row]:
-    """Of each row of a split the texts that tell it from others; of an image the digest of its bytes."""
+    """List, for each row of a split, the texts that tell it from others; for an image the SHA-256 of its bytes.
+
+    Args:
+        data: the rows; its kind of task says which columns tell rows apart.
+        split: its name. Rows of words are joined with spaces.
+    """
     its, rows = KINDS[data.task.kind], data.splits[split]
     if its.reads == "images":
         raw = rows.select_columns([data.task.text[0]]).cast_column(data.task.text[0], datasets.Image(decode=False))
@@ -277,7 +282,14 @@ def _example(data: Data, split: str, match: Match) -> dict[str, Any]:
 
 
 def shown_texts(data: Data, split: str, row: int, longest: int = _LONGEST_SHOWN) -> list[str] | None:
-    """The texts of one row as a reader is shown them, cut where they are long; None for images."""
+    """Read the texts of one row as a reader is shown them, cut where they are long; None for images.
+
+    Args:
+        data: the rows.
+        split: the name of the row's split.
+        row: its number in the split.
+        longest: characters of a text that are kept; an ellipsis follows where more are cut off.
+    """
     its = KINDS[data.task.kind]
     if its.reads == "images":
         return None

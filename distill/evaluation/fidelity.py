@@ -43,7 +43,12 @@ def flips(
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """The two-sided p-value of McNemar's exact test: the binomial test of a fair coin; 1 where nothing flips."""
+    """Compute the two-sided p-value of McNemar's exact test (McNemar 1947): the binomial test of a fair coin.
+
+    Args:
+        gained: rows that a model gets right and its baseline does not.
+        lost: rows the other way round. Where both are 0, the p-value is 1.
+    """
     return float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
 
 

@@ -140,9 +140,15 @@ def won_back(task: Task, reference: Sequence, before: Sequence, after: Sequence)
 
 
 def bootstrap(score: Scorer, num_rows: int, *, resamples: int = RESAMPLES) -> tuple[float, tuple[float, float]]:
-    """The score of all rows, and the middle 95 % of the scores of seeded resamples (percentile bootstrap).
+    """Compute the score of all rows, and the middle 95 % of the scores of seeded resamples (percentile bootstrap).
 
-    The interval is widened to the score where it lies outside (a biased score, or rounding).
+    The interval is widened to the score where it lies outside (a biased score, or rounding). Resamples whose score is
+    NaN are left out.
+
+    Args:
+        score: takes how often each row was drawn (…×N) and returns a score of each resample (…).
+        num_rows: N.
+        resamples: how many are drawn; none of a single row, whose interval is its score.
     """
     value = scorers.whole(score, num_rows)
     if num_rows == 1:  # all resamples are the same, and scipy refuses

@@ -70,11 +70,15 @@ def activation_grids(
 
 
 def fit_grid(vectors: NDArray, weights: NDArray) -> Grid:
-    """The grid on which the product of N×C values and C×O weights is nearest to the float one.
+    """Search the grid on which the product of an activation and its weights is nearest to the float one.
 
     Some channels of transformers are a hundred times as large as the others. Where that pays, each channel is divided
     by a factor and its weights are multiplied by it (Xiao et al. 2023, SmoothQuant, eq. 4), whose strength is searched;
     both errors count, that of the values and that of the weights in 7 bit.
+
+    Args:
+        vectors: N×C, the activation at N tokens or rows of the calibration data.
+        weights: C×O, all weights that multiply it.
     """
     largest, heaviest = np.abs(vectors).max(0), np.abs(weights).max(1)
     plain = np.ones(vectors.shape[1], dtype=np.float32)
@@ -100,9 +104,14 @@ def _grid(vectors: NDArray, weights: NDArray, factors: NDArray) -> tuple[Grid, f
 
 
 def least_error_range(vectors: NDArray, importance: NDArray) -> tuple[float, float]:
-    """The range in which rounding N×C values to 256 levels has the least squared error, weighted by C importances.
+    """Search the range in which rounding an activation to 256 levels has the least weighted squared error.
 
-    Both ends are searched among shares of the lowest and of the highest value, one after the other.
+    Both ends are searched among shares of the lowest and of the highest value, one after the other. Zero lies in the
+    range, which is (−1, 1) where all values are 0.
+
+    Args:
+        vectors: N×C, the activation.
+        importance: C, what the squared error of each channel is multiplied by.
     """
     low, high = min(float(vectors.min()), 0.0), max(float(vectors.max()), 0.0)
     if low == high:

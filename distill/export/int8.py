@@ -41,7 +41,12 @@ def quantizable_embeddings(model: PreTrainedModel) -> list[str]:
 
 
 def weights_of_activations(graph: onnx.ModelProto, layers: Iterable[str]) -> dict[str, NDArray]:
-    """For each activation …×C that these layers read, all weights that multiply it, C×O."""
+    """Collect, for each activation …×C that these layers read, all weights that multiply it, C×O, by its name.
+
+    Args:
+        graph: in float32.
+        layers: names of the model's modules.
+    """
     from onnx import numpy_helper  # of an extra
 
     tensors = {each.name: each for each in graph.graph.initializer}
@@ -93,10 +98,14 @@ def with_int8_layers(graph: onnx.ModelProto, layers: Iterable[str], grids: Mappi
 
 
 def with_int8_embeddings(graph: onnx.ModelProto, embeddings: Iterable[str]) -> onnx.ModelProto:
-    """A copy of a graph in which embeddings are stored in 8 bit, symmetric, with a scale for each row.
+    """Copy a graph, with embeddings stored in 8 bit, symmetric, with a scale for each row.
 
     Only the rows that a batch has are looked up and multiplied; as quantized tensors of ONNX, which share a scale or
     have one a column, the whole table would be expanded at each call.
+
+    Args:
+        graph: in float32; it stays as it is.
+        embeddings: names of the model's modules.
     """
     from onnx import TensorProto, helper, numpy_helper  # of an extra
 

@@ -61,7 +61,12 @@ def file_of(engine: Engine, format: Format) -> str:
 
 
 def weight_files(record: ExportRecord, folder: Path) -> list[Path]:
-    """The files that hold an export's weights."""
+    """List the files that hold an export's weights: the ONNX model, or OpenVINO's `.bin` beside its `.xml`.
+
+    Args:
+        record: of the export.
+        folder: that the export lies in.
+    """
     file = folder / record.file
     return [file] if record.engine == "onnxruntime" else [file.with_suffix(".bin")]
 

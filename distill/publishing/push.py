@@ -116,7 +116,11 @@ def push_folder(
 
 
 def to_push(folder: Path, repo_id: str) -> dict[str, Path | bytes]:
-    """What is pushed, and the same by a dry run: for each path in the repository a file, or its content.
+    """Collect what is pushed, and the same by a dry run: for each path in the repository a file, or its content.
+
+    Args:
+        folder: of a finished step; the run's `recipe.yaml` and `report.json` lie in the folder above it.
+        repo_id: `owner/name` on the Hub.
 
     Raises:
         InputError: a wrong name, an unfinished folder, a report that is missing or old, adapters of a local model, or
@@ -141,6 +145,10 @@ def to_push(folder: Path, repo_id: str) -> dict[str, Path | bytes]:
 
 def write_content(content: dict[str, Path | bytes], folder: Path) -> None:
     """Write what would be pushed into a folder.
+
+    Args:
+        content: for each file name a file to copy, or the content itself (see `to_push`).
+        folder: new, or empty.
 
     Raises:
         InputError: there is something already, or it can't be written.

@@ -66,7 +66,13 @@ def measure_fidelity(
 def measure_contamination(
     data: Data, matches: Matches | None, evaluations: Mapping[str, Evaluation]
 ) -> Contamination | None:
-    """What the matches of scored rows and rows trained on come to, and every model's metric without them."""
+    """Count the scored rows that are like rows trained on, and score every model without them.
+
+    Args:
+        data: the rows that were trained on and scored.
+        matches: of scored rows and rows trained on; None where no rows were trained on, and then None is returned.
+        evaluations: by the models' names, on the first scored split.
+    """
     if matches is None:
         return None
     split = data.scored_splits()[0][0]

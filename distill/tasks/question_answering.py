@@ -234,12 +234,23 @@ def span_scorer(task: Task, answers: Sequence[str], labels: Sequence[dict]) -> S
 
 
 def rows_answered_right(task: Task, answers: Sequence[str], labels: Sequence[dict]) -> np.ndarray:
-    """Whether each answer matches an accepted one exactly."""
+    """Find the questions whose answer matches an accepted one exactly, as `answer_scores` compares them: N booleans.
+
+    Args:
+        task: of the questions; it changes nothing here.
+        answers: predicted, one a question.
+        labels: for each question its accepted answers, under `text`.
+    """
     return answer_scores(answers, [label["text"] for label in labels])[:, 1] == 1
 
 
 def answers_in_words(task: Task, label: str | dict[str, list]) -> str | list[str]:
-    """An answer as it is, or of a label the accepted ones."""
+    """Show an answer as it is, or of a label the accepted ones: the `Kind.in_words` of question answering.
+
+    Args:
+        task: of the question; it changes nothing here.
+        label: a predicted answer, or a label that holds the accepted ones under `text`.
+    """
     return label if isinstance(label, str) else label["text"]
 
 

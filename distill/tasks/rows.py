@@ -129,13 +129,25 @@ def correlation(predictions: Sequence, baseline: Sequence) -> float:
 
 
 def rows_right(task: Task, predictions: Sequence, labels: Sequence) -> np.ndarray:
-    """Whether each row's class is right, or its whole set of labels."""
+    """Find the rows whose class is predicted right, or whose whole set of labels: N booleans.
+
+    Args:
+        task: of the rows; it changes nothing here.
+        predictions: N class ids, or N×C zeros and ones.
+        labels: alike.
+    """
     right = np.asarray(predictions) == np.asarray(labels)
     return right if right.ndim == 1 else right.all(-1)
 
 
 def squared_errors(task: Task, predictions: Sequence, labels: Sequence) -> np.ndarray:
-    """The squared error of each row's score."""
+    """Compute the squared error of each row's score: N.
+
+    Args:
+        task: of the rows; it changes nothing here.
+        predictions: N scores.
+        labels: N scores.
+    """
     return np.square(np.asarray(predictions, dtype=np.float64) - np.asarray(labels, dtype=np.float64))
 
 
@@ -151,32 +163,68 @@ def rows_of_classes(task: Task, labels: Sequence) -> dict[str, np.ndarray]:
 
 
 def no_classes(task: Task, labels: Sequence) -> dict[str, np.ndarray]:
-    """`Kind.classes` of a kind without any."""
+    """Return an empty dictionary: the `Kind.classes` of a kind without any.
+
+    Args:
+        task: of the rows; it changes nothing here.
+        labels: of the rows; they change nothing here.
+    """
     return {}
 
 
 def class_outcomes(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`Kind.outcomes` of rows of one class each: one distribution a row."""
+    """Give each row one distribution over the classes: the `Kind.outcomes` of rows of one class each.
+
+    Args:
+        logits: B×C.
+        labels: B class ids.
+
+    Returns:
+        The logits as B×1×C, and the labels as B×1.
+    """
     return logits[:, None, :], labels[:, None]
 
 
 def label_outcomes(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`Kind.outcomes` of sets of labels: of each label whether it is there (0) or not (1), as `losses.per_label`."""
+    """Give each label a distribution of two outcomes: the `Kind.outcomes` of sets of labels.
+
+    Args:
+        logits: B×C.
+        labels: B×C zeros and ones.
+
+    Returns:
+        Logits B×C×2 as those of `losses.per_label`, and B×C outcomes: 0 where the label is there, 1 where it is not.
+    """
     return np.stack([logits, np.zeros_like(logits)], axis=-1), (labels != 1).astype(np.int64)
 
 
 def class_in_words(task: Task, label: int) -> str:
-    """The name of a class."""
+    """Name a class.
+
+    Args:
+        task: holds the names.
+        label: the class id.
+    """
     return (task.label_names or ())[label]
 
 
 def labels_in_words(task: Task, label: Sequence[int]) -> list[str]:
-    """The names of a set of labels, of zeros and ones."""
+    """Name the labels of a set.
+
+    Args:
+        task: holds the names.
+        label: C zeros and ones, 1 for a label that is there.
+    """
     return [name for name, there in zip(task.label_names or (), label, strict=True) if there]
 
 
 def as_predicted(task: Task, label: Any) -> Any:
-    """`Kind.in_words` where a prediction says itself what it is."""
+    """Return a prediction or label as it is: the `Kind.in_words` of values that say themselves what they are.
+
+    Args:
+        task: of the row; it changes nothing here.
+        label: the row's prediction or label.
+    """
     return label
 
 

@@ -173,19 +173,35 @@ def tag_agreement(predictions: Sequence[Sequence[int]], baseline: Sequence[Seque
 
 
 def rows_tagged_right(task: Task, predictions: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]) -> np.ndarray:
-    """Whether all words of a row are tagged right that have a label."""
+    """Find the rows all of whose words with a label are tagged right: N booleans.
+
+    Args:
+        task: of the rows; it changes nothing here.
+        predictions: for each row its words' class ids, −100 for words that were not read; these are wrong.
+        labels: for each row its words' class ids, −100 for words without a label.
+    """
     pairs = [zip(*row, strict=True) for row in zip(predictions, labels, strict=True)]
     return np.array([all(truth in (found, IGNORED) for found, truth in row) for row in pairs], dtype=bool)
 
 
 def rows_with_tags(task: Task, labels: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
-    """For each tag which rows hold it."""
+    """Find, for each tag, the rows that hold it: N booleans by the tag's name.
+
+    Args:
+        task: holds the names.
+        labels: for each row its words' class ids, −100 for words without a label.
+    """
     names = task.label_names or ()
     return {name: np.array([tag in row for row in labels], dtype=bool) for tag, name in enumerate(names)}
 
 
 def tags_in_words(task: Task, tags: Sequence[int]) -> list[str | None]:
-    """The tags of a row's words; None for words that were not read, or have none."""
+    """Name the tags of a row's words; None for words that were not read, or have none.
+
+    Args:
+        task: holds the names.
+        tags: predicted or labelled, a class id for each word; −100 for those that get None.
+    """
     return [None if tag == IGNORED else (task.label_names or ())[tag] for tag in tags]
 
 
