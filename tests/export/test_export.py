@@ -18,7 +18,12 @@ from tests.conftest import WORDS, make_tokenizer, tiny_bert
 from tests.export.families import FAMILIES, IMAGES, family_model, image_processor
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+_QUICK = {"Bert", "ModernBert", "ResNet"}  # all the others take half a minute
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(each, marks=() if each in _QUICK else pytest.mark.slow) for each in FAMILIES]
+)
 def test_a_float_export_of_every_family_computes_what_the_model_does_at_other_shapes(family, tmp_path):
     model = family_model(family)
     record = export_model(model, image_processor() if family in IMAGES else make_tokenizer(), tmp_path)
