@@ -17,7 +17,6 @@ from distill.tasks.outputs import logits_of
 from tests.conftest import WORDS, make_tokenizer, tiny_bert
 from tests.export.families import FAMILIES, IMAGES, family_model, image_processor
 
-
 _QUICK = {"Bert", "ModernBert", "ResNet"}  # all the others take half a minute
 
 
