@@ -154,6 +154,7 @@ steps:
   teacher: {{run: finetune, model: {pretrained}, %(training)s}}
   student: {{run: distill, teacher: teacher, num_layers: 2, hidden_weight: 1, cache_dir: {folder}/cache, %(training)s}}
   student-nf4: {{run: quantize, model: student, format: nf4}}
+  pruned: {{run: prune, model: student, heads: 0.25, rounds: 2, reconstruct: false}}
 """ % {"training": TRAINING}  # noqa: UP031
 
 _KILLED = """
@@ -197,14 +198,14 @@ def one_process(tmp_path_factory, quick, sst2_folder):
 
 def assert_same_run(one, two):
     """Weights of full precision to 1e-5, and every metric."""
-    for step in ("teacher", "student"):
+    for step in ("teacher", "student", "pruned"):
         first, second = (load_file(folder / "run" / step / "model.safetensors") for folder in (one, two))
         assert first.keys() == second.keys()
         assert max((first[name] - second[name]).abs().max().item() for name in first) < 1e-5, step
     reports = [json.loads((folder / "run" / "report.json").read_text()) for folder in (one, two)]
     found = [[(each["name"], each["metrics"], each["agreement"]) for each in report["models"]] for report in reports]
     assert found[0] == found[1]
-    assert [name for name, _, _ in found[0]] == ["teacher", "student", "student-nf4"]
+    assert [name for name, _, _ in found[0]] == ["teacher", "student", "student-nf4", "pruned"]
     assert len({metrics["accuracy"] for _, metrics, _ in found[0]}) > 1  # not all of one class
 
 

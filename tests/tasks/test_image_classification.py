@@ -169,17 +169,22 @@ def test_a_whole_run(folder, tmp_path):
         model = f"model: {folder / name}, from_scratch: true"
         steps += f"\n  {name}: {{run: distill, teacher: teacher, {model}, {options}}}"
     steps += "\n  small: {run: quantize, model: student, format: int8}"
+    steps += "\n  pruned: {run: prune, model: teacher, heads: 0.5, neurons: 0.5}"
+    steps += f"\n  recovered: {{run: distill, model: pruned, teacher: teacher, hidden_weight: 0.5, {options}}}"
     steps += "\n  resnet-bf16: {run: quantize, model: resnet, format: bf16}"
     made = plan_of(folder, tmp_path, steps)
     run_plan(made)
     by_name = {model["name"]: model for model in asdict(write_report(made))["models"]}
     assert by_name["teacher"]["metrics"]["accuracy"] == 1.0
     assert by_name["student"]["metrics"]["accuracy"] == 1.0
+    assert by_name["recovered"]["metrics"]["accuracy"] == 1.0
+    assert by_name["recovered"]["flops_per_sample"] == by_name["pruned"]["flops_per_sample"]
+    assert by_name["recovered"]["flops_per_sample"] < 0.6 * by_name["teacher"]["flops_per_sample"]
     assert by_name["resnet"]["metrics"]["accuracy"] > 0.8
     assert by_name["resnet-bf16"]["metrics"]["accuracy"] == by_name["resnet"]["metrics"]["accuracy"]
     assert by_name["student"]["flops_per_sample"] < by_name["teacher"]["flops_per_sample"]
     images = sorted((folder / "data" / "validation" / "dark").glob("*.png"))
-    for name in ("student", "resnet", "resnet-bf16", "mobilenet"):
+    for name in ("student", "resnet", "resnet-bf16", "mobilenet", "recovered"):
         classify = pipeline("image-classification", str(made.steps[name].folder))
         found = classify(str(images[0]))
         assert {each["label"] for each in found} == {"bright", "dark"}
