@@ -13,7 +13,7 @@ from distill.errors import DiskFull, FolderInUse, InputError, MainProcessFailed,
 from distill.evaluation.options import EVAL_OPTIONS, BenchmarkOptions
 from distill.recipes.yaml12 import parse_value, read_yaml
 
-_WITH_OPTIONS = ("finetune", "distill", "trim_vocabulary", "prune", "quantize", "data", "benchmark", "report")
+_WITH_OPTIONS = ("finetune", "distill", "trim_vocabulary", "prune", "quantize", "export", "data", "benchmark", "report")
 """The verbs, whose modules import torch, and a recipe's blocks."""
 
 

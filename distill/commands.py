@@ -33,11 +33,11 @@ from distill.evaluation.benchmark import (
     remarks_on,
 )
 from distill.evaluation.evaluate import evaluate_model
+from distill.evaluation.loading import engine_versions, load_scored
 from distill.evaluation.options import EVAL_OPTIONS, BenchmarkOptions, ReportOptions
 from distill.models.load import (
     fetch_weights,
     find_model,
-    load_classifier,
     load_processor,
 )
 from distill.publishing.published import left_out
@@ -169,12 +169,12 @@ def _eval(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
         raise InputError(f"--label_map: should be a mapping like '{{LABEL_0: negative}}', got {arguments.label_map!r}")
     if label_map is not None:
         label_map = {name: str(label) for name, label in label_map.items()}
-    source = find_model(arguments.model, adapters=True)
+    source = find_model(arguments.model, adapters=True, exports=True)
     data = rows_to_score(source, arguments.task, values, label_map)
     for note in data.notes:
         results.print(f"note: {note}")
     fetch_weights(source)
-    model = load_classifier(source.location, data.task, label_map=label_map)
+    model = load_scored(source.location, data.task, label_map=label_map)
     evaluation = evaluate_model(model, load_processor(source.location, data.task.kind), data, name=arguments.model)
     table = Table("metric", arguments.model, "95 % interval")
     low, high = evaluation.interval
@@ -202,14 +202,14 @@ def _bench(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     options = parse_options(BenchmarkOptions, {k: v for k, v in given.items() if v is not None}, "bench", problems)
     if problems:
         raise InputError(*problems)
-    sources = [find_model(reference, adapters=True) for reference in arguments.models]
+    sources = [find_model(reference, adapters=True, exports=True) for reference in arguments.models]
     for source in sources:
         fetch_weights(source)
     locations = {source.reference: source.location for source in sources}
     first, *others = locations
     measurements = list(benchmark_models(locations, options, made_from=dict.fromkeys(others, first)).values())
     models, variants = measurements[: len(locations)], measurements[len(locations) :]
-    around = environment()
+    around = environment() | engine_versions({each.engine for each in models})
     results.print(
         f"{around['cpu']}, {around['threads']} threads, torch {around['torch']}; medians of alternating rounds"
     )

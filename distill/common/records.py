@@ -114,7 +114,7 @@ class StepRecord(StepResult, StepOrigin):  # the fields of the last base come fi
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds of a batch."""
+    """Milliseconds of a batch, over all calls."""
 
     p50: float
     p95: float
@@ -128,17 +128,19 @@ class Measurement:
     num_parameters: int
     size_on_disk_bytes: int | None
     """Bytes of the weight files; null for a model that was not read from a folder."""
-    memory_bytes: int
-    """Bytes that the loaded weights occupy."""
+    memory_bytes: int | None
+    """Bytes that the loaded weights occupy; null where an engine does not tell."""
     flops_per_sample: int | None
     """Floating-point operations of one forward (a multiply-add is two); null where the model can't be traced."""
     latency_ms: Latency
-    """Over all calls."""
     throughput_samples_per_second: float
     """Median over the rounds."""
     throughput_spread: dict[str, float]
     """`min` and `max` over the rounds, in the same unit."""
     device: str
+    engine: str = field(default="torch", kw_only=True)
+    threads: int | None = field(default=None, kw_only=True)
+    """Of the engine (torch, or the one that it was exported for), on the CPU."""
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def split_revision(reference: str) -> tuple[str, str | None]:
     return name, revision or None
 
 
-def snapshot(reference: str, files: Sequence[str]) -> Path:
+def snapshot(reference: str, files: Sequence[str], *, below: bool = False) -> Path:
     """Files of a model on the Hub, in the local cache: the folder of one commit, whose name is the commit.
 
     Without a network it is the commit that was cached last under that name.
@@ -71,13 +71,15 @@ def snapshot(reference: str, files: Sequence[str]) -> Path:
     Args:
         reference: a Hub id, with `@revision` or without.
         files: patterns of files at the root of the repository.
+        below: whether they may lie in folders of it.
 
     Raises:
         InputError: no such repository or revision, a gated one, or neither a network nor a cached copy.
     """
     name, revision = split_revision(reference)
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(files), ignore_patterns=["*/*"]))
+        ignored = None if below else ["*/*"]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(files), ignore_patterns=ignored))
     except Exception as error:  # the Hub client and the network raise their own kinds
         raise InputError(hub_problem(error, reference)) from None
 

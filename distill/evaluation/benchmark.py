@@ -12,28 +12,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PretrainedConfig, PreTrainedModel
 
 from distill.common.console import progress
 from distill.common.hardware import accelerator_name, compute_device
-from distill.common.private_names import model_from_config, set_attention_of_config
 from distill.common.records import Latency, Measurement
 from distill.compression.quantization.layers import Int8Linear
 from distill.compression.quantization.quantize import weight_memory
 from distill.errors import InputError
+from distill.evaluation.loading import engine_of, load_timed, skeleton_of
 from distill.evaluation.options import BenchmarkOptions
-from distill.models.adapters import with_stored_adapters
-from distill.models.load import (
-    base_folder,
-    load_config,
-    longest_input,
-    saved_class,
-    size_on_disk,
-)
-from distill.models.replacements import is_quantized, put_structure, structure_of, without_replacements
+from distill.export.runtime import ExportedModel
+from distill.models.load import longest_input, size_on_disk
+from distill.models.replacements import is_quantized
 from distill.models.timing import random_inputs, seconds_of
-from distill.models.weights import load_weights
 
 
 def benchmark_models(
@@ -42,46 +36,49 @@ def benchmark_models(
     """Measure models in alternating rounds, so that a busy moment of the machine hits all of them.
 
     Args:
-        locations: for each name a folder or Hub id.
+        locations: for each name a folder or Hub id; an export's engine computes it, with as many threads as torch has.
         options: batch sizes, tokens of a row, and rounds.
         made_from: for models made from another one here, its name. What could be faster on a CPU than the quantized
-            ones among them is then measured too, under the names of `variants_of`.
+            ones and the exports among them is then measured too, under the names of `variants_of`.
 
     Raises:
         InputError: a model is too short for `sequence_length`, or its weights are not those of its config.
     """
     device = compute_device()
-    models = {name: _load(location).to(device).eval() for name, location in locations.items()}
+    models = {name: load_timed(location).to(device).eval() for name, location in locations.items()}
     if device.type == "cpu":
         models |= _variants(models, made_from or {})
     refuse_too_short({name: model.config for name, model in models.items()}, options)
     length = options.sequence_length
-    short = {name: random_inputs(m, options.latency_batch_size, length, device) for name, m in models.items()}
-    long = {name: random_inputs(m, options.throughput_batch_size, length, device) for name, m in models.items()}
+    short = {name: random_inputs(m, options.latency_batch_size, length, m.device) for name, m in models.items()}
+    long = {name: random_inputs(m, options.throughput_batch_size, length, m.device) for name, m in models.items()}
     latencies: dict[str, list[float]] = {name: [] for name in models}
     throughputs: dict[str, list[float]] = {name: [] for name in models}
     with torch.inference_mode():
         for round_number in progress(range(options.rounds + 1), "Benchmarking"):
             for name, model in models.items():
-                latency = [seconds_of(functools.partial(model, **short[name]), device) for _ in range(8)]
-                throughput = seconds_of(functools.partial(model, **long[name]), device)
+                latency = [seconds_of(functools.partial(model, **short[name]), model.device) for _ in range(8)]
+                throughput = seconds_of(functools.partial(model, **long[name]), model.device)
                 if round_number > 0:  # the first one warms up
                     latencies[name] += latency
                     throughputs[name].append(options.throughput_batch_size / throughput)
     results = {}
     for name, model in models.items():
-        skeleton = _skeleton(model)
+        skeleton = skeleton_of(model)
+        engine, threads = engine_of(model)
         folder = Path(locations[name]) if name in locations else None
         results[name] = Measurement(
             name=name,
             num_parameters=sum(p.numel() for p in skeleton.parameters()) + _in_adapters(model),
             size_on_disk_bytes=size_on_disk(folder) if folder and folder.is_dir() else None,
-            memory_bytes=weight_memory(model),
+            memory_bytes=None if isinstance(model, ExportedModel) else weight_memory(model),
             flops_per_sample=_count_flops(skeleton, long[name]),
             latency_ms=Latency(*(round(float(np.percentile(latencies[name], q)) * 1000, 3) for q in (50, 95))),
             throughput_samples_per_second=round(float(np.median(throughputs[name])), 2),
             throughput_spread={"min": round(min(throughputs[name]), 2), "max": round(max(throughputs[name]), 2)},
-            device=device.type,
+            device=model.device.type,
+            engine=engine,
+            threads=threads,
         )
     return results
 
@@ -107,26 +104,29 @@ def refuse_too_short(configs: Mapping[str, PretrainedConfig], options: Benchmark
 
 
 def variants_of(name: str, parent: str) -> list[str]:
-    """Name what could be faster on a CPU than a quantized model: its parent's plain weights, and itself without
-    outliers.
+    """Name what could be faster on a CPU than a quantized or exported model: its parent's plain weights, and itself
+    without outliers.
 
     Args:
-        name: of the quantized model.
+        name: of that model.
         parent: of the model that it was made from.
     """
     return [f"{parent} in bf16", f"{name} with threshold 0"]
 
 
-def _variants(models: Mapping[str, PreTrainedModel], made_from: Mapping[str, str]) -> dict[str, PreTrainedModel]:
+def _variants(
+    models: Mapping[str, PreTrainedModel | ExportedModel], made_from: Mapping[str, str]
+) -> dict[str, PreTrainedModel]:
     found: dict[str, PreTrainedModel] = {}
     for name, model in models.items():
         parent = models.get(made_from.get(name, ""))
-        if parent is None or not is_quantized(model.config):
+        if not isinstance(parent, nn.Module) or not (isinstance(model, ExportedModel) or is_quantized(model.config)):
             continue
         in_bf16, without_outliers = variants_of(name, made_from[name])
         if parent.dtype == torch.float32 and in_bf16 not in found:
             found[in_bf16] = copy.deepcopy(parent).to(torch.bfloat16)
-        if any(isinstance(module, Int8Linear) and module.threshold for module in model.modules()):
+        modules = [] if isinstance(model, ExportedModel) else model.modules()
+        if any(isinstance(module, Int8Linear) and module.threshold for module in modules):
             found[without_outliers] = copy.deepcopy(model)
             for module in found[without_outliers].modules():
                 if isinstance(module, Int8Linear):
@@ -158,7 +158,7 @@ def remarks_on(model: Measurement, parent: Measurement, variants: Sequence[Measu
     in_bf16, without_outliers = variants_of(model.name, parent.name)
     others = [parent]
     for variant in variants:
-        is_itself = math.isclose(variant.memory_bytes, model.memory_bytes, rel_tol=0.01)
+        is_itself = math.isclose(variant.memory_bytes or 0, model.memory_bytes or math.inf, rel_tol=0.01)
         if variant.name == without_outliers or (variant.name == in_bf16 and not is_itself):
             others.append(variant)
     return [remark for other in others for remark in slower_or_not_smaller(model, other)]
@@ -188,28 +188,9 @@ def slower_or_not_smaller(model: Measurement, parent: Measurement) -> list[str]:
     return sentences
 
 
-def _load(location: str) -> PreTrainedModel:
-    """Load a model in the class that it was saved as.
-
-    Raises:
-        InputError: weights that are not those of its config.
-    """
-    config, base = load_config(location), base_folder(Path(location), weights=True)
-    model, fit = load_weights(str(base or location), saved_class(location, config), config, "auto")
-    if fit.problem is not None:
-        raise InputError(f"{location}: {fit.problem}")
-    return model if base is None else with_stored_adapters(model, Path(location))
-
-
-def _skeleton(model: PreTrainedModel) -> PreTrainedModel:
-    """Build the unquantized model on meta: its parameters and operations without its weights."""
-    plain_config = without_replacements(model.config)
-    set_attention_of_config(plain_config, "eager")  # matrix products that the FLOP counter sees
-    with torch.device("meta"):
-        return put_structure(model_from_config(type(model), plain_config), structure_of(model.config))
-
-
-def _in_adapters(model: PreTrainedModel) -> int:
+def _in_adapters(model: PreTrainedModel | ExportedModel) -> int:
+    if isinstance(model, ExportedModel):
+        return 0
     return sum(parameter.numel() for name, parameter in model.named_parameters() if ".lora_" in name)
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from distill.common.folders import told_of_a_full_disk, unfinished
 from distill.compression.quantization.mixed import calibration_logits
-from distill.errors import InputError, nearest_name
+from distill.errors import InputError
 from distill.export.choice import Closeness, Limits, choose_layers, closeness
 from distill.export.files import write_graph
 from distill.export.graph import float_copy, float_graph
@@ -33,7 +33,8 @@ from distill.export.record import ENGINE_FOLDERS, RECORD, Engine, ExportRecord, 
 from distill.export.runtime import load_exported
 from distill.export.samples import largest_difference, sample_inputs
 from distill.models.adapters import has_adapters, merged_copy
-from distill.models.replacements import without_replacements
+from distill.models.description import describe
+from distill.models.replacements import structure_of, without_replacements
 from distill.models.structure import accepted_inputs
 from distill.models.weights import refuse_not_finite
 from distill.tasks.kinds import targets_of
@@ -88,7 +89,7 @@ def export_model(
         InputError: a model, engine or format that can't be had, a package that is missing, or an export that doesn't
             compute what the model does.
     """
-    problems = export_problems(model, engine, format)
+    problems = export_problems(model, engine, format, float_layers=float_layers or ())
     if format == "int8" and not batches:
         problems.append("batches: int8 needs calibration rows, batches of the model's inputs")
     if problems:
@@ -134,6 +135,7 @@ def _write_float(
         outputs=[each.name for each in graph.graph.output],
         largest_difference=0.0,
         versions={name: version(name) for name in ("torch", "transformers", "onnx", engine)},
+        structure=describe(structure).to_dict() if (structure := structure_of(model.config)) else None,
     )
     write_graph(graph, folder / record.file, engine)
     config = without_replacements(model.config)
@@ -169,9 +171,6 @@ def _write_int8(
 ) -> ExportRecord:
     """Write the graph in 8 bit instead, with as many layers in it as the limits on calibration rows allow."""
     layers, targets = quantizable_layers(model), targets_of(model)
-    unknown = [name for name in float_layers or () if name not in layers]
-    if unknown:
-        raise InputError(*(f"float_layers: {name!r} is none; {nearest_name(name, layers)}" for name in unknown))
     record = _instead(record, "int8", folder)
     write_export(folder, record)
     reference = calibration_logits(model, batches)

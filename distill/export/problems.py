@@ -1,5 +1,6 @@
 """What can't be exported, told from a model's class and config alone, before anything is computed."""
 
+from collections.abc import Collection
 from importlib.util import find_spec
 
 from transformers import PretrainedConfig, PreTrainedModel
@@ -20,18 +21,28 @@ _PACKAGES = {
 _LARGEST_FILE = 2**31 - 1  # bytes of a protocol buffer
 
 
-def export_problems(model: PreTrainedModel, engine: str, format: str, *, parent: str | None = None) -> list[str]:
+def export_problems(
+    model: PreTrainedModel,
+    engine: str,
+    format: str,
+    *,
+    float_layers: Collection[str] = (),
+    parent: str | None = None,
+    runs: bool = True,
+) -> list[str]:
     """What is wrong with exporting a model, one sentence each; its weights may lie on meta.
 
     Args:
+        float_layers: of int8: names of the layers that shall stay in float.
         parent: the float model that a quantized one was made from, if it is known.
+        runs: whether it is exported here and now, with packages that must be there.
     """
     problems = [
         f"{key}: {given!r} is none; {nearest_name(str(given), known)}"
         for key, given, known in (("engine", engine, ENGINES), ("format", format, FORMATS))
         if given not in known
     ]
-    problems += missing_packages(engine)
+    problems += missing_packages(engine) if runs else []
     model = plain_model(model)
     if is_quantized(model.config):
         problems.append(_quantized(model.config, parent))
@@ -43,7 +54,9 @@ def export_problems(model: PreTrainedModel, engine: str, format: str, *, parent:
         problems.append(f"model: {type(model).__name__} generates text, and only models that read are exported")
     if format == "int8":
         try:
-            quantizable_layers(model)
+            layers = quantizable_layers(model)
+            unknown = [name for name in float_layers if name not in layers]
+            problems += [f"float_layers: {name!r} is none; {nearest_name(name, layers)}" for name in unknown]
         except InputError as error:
             problems += [f"format: int8 is for layers in transformer blocks; {problem}" for problem in error.problems]
     size = 4 * sum(parameter.numel() for parameter in model.parameters())

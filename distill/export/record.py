@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from distill.common.folders import write_atomically
 from distill.common.records import SCHEMA, as_json, from_json, read_record
 from distill.errors import InputError
+from distill.models.folders import EXPORT_RECORD, is_export
 
 Engine = Literal["onnxruntime", "openvino"]
 Format = Literal["fp32", "fp16", "int8"]
@@ -14,7 +15,10 @@ Format = Literal["fp32", "fp16", "int8"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 FORMATS: tuple[Format, ...] = get_args(Format)
 
-RECORD = "export.json"
+LIBRARIES: dict[Engine, str] = {"onnxruntime": "onnx", "openvino": "openvino"}
+"""For each engine what the Hub calls its files."""
+
+RECORD = EXPORT_RECORD
 ENGINE_FOLDERS = ("onnx", "openvino")
 
 _ONNX_FILES: dict[Format, str] = {
@@ -53,6 +57,8 @@ class ExportRecord:
     """Mean over them of the KL from the float model's in nats, or of the squared difference of values."""
     versions: dict[str, str] = field(default_factory=dict)
     """Of the packages that made it."""
+    structure: dict[str, Any] | None = None
+    """The modules of other sizes that the model had, as its config.json described them; null of a plain one."""
 
 
 def file_of(engine: Engine, format: Format) -> str:
@@ -60,25 +66,9 @@ def file_of(engine: Engine, format: Format) -> str:
     return _ONNX_FILES[format] if engine == "onnxruntime" else _OPENVINO_FILE
 
 
-def weight_files(record: ExportRecord, folder: Path) -> list[Path]:
-    """List the files that hold an export's weights: the ONNX model, or OpenVINO's `.bin` beside its `.xml`.
-
-    Args:
-        record: of the export.
-        folder: that the export lies in.
-    """
-    file = folder / record.file
-    return [file] if record.engine == "onnxruntime" else [file.with_suffix(".bin")]
-
-
 def write_export(folder: Path, record: ExportRecord) -> None:
     """Write an exported folder's `export.json`."""
     write_atomically(folder / RECORD, as_json(record))
-
-
-def is_export(folder: Path) -> bool:
-    """Whether a folder holds an exported model."""
-    return (folder / RECORD).is_file()
 
 
 def read_export(folder: Path) -> ExportRecord:
@@ -88,7 +78,7 @@ def read_export(folder: Path) -> ExportRecord:
         InputError: it is no exported folder, its model is missing, or a newer version wrote it.
     """
     try:
-        record = from_json(ExportRecord, read_record(folder, RECORD))
+        record = from_json(ExportRecord, read_record(folder, RECORD) if is_export(folder) else {})
     except (TypeError, ValueError):
         raise InputError(f"{folder}: holds no {RECORD}, so it is no exported model (distill.export_model)") from None
     if not (folder / record.file).is_file():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput
 from distill.errors import InputError
 from distill.export.problems import missing_packages
 from distill.export.record import ExportRecord, read_export
+from distill.models.folders import fetch_folder
 
 Compute = Callable[[dict[str, np.ndarray]], list[np.ndarray]]
 """Inputs by name → outputs in the record's order."""
@@ -62,6 +63,15 @@ class ExportedModel:
 
     forward = __call__
 
+    def reorder_labels(self, order: Sequence[int]) -> None:
+        """Let logits B×C stand in another order of labels from now on.
+
+        Args:
+            order: for each place the present one of what stands there.
+        """
+        compute = self._compute
+        self._compute = lambda arrays: [outputs[..., list(order)] for outputs in compute(arrays)]
+
     def to(self, *args: Any, **kwargs: Any) -> ExportedModel:
         """Itself: it stays on the CPU."""
         return self
@@ -97,13 +107,13 @@ def load_exported(folder: str | Path, *, threads: int | None = None) -> Exported
     """Load an exported model into its engine.
 
     Args:
-        folder: as `export_model` wrote it.
+        folder: as `export_model` wrote it, or the Hub id of one that was pushed.
         threads: of the engine; its own choice by default.
 
     Raises:
-        InputError: it is no exported folder, or its engine is not installed.
+        InputError: it is no exported folder, it is not to be had, or its engine is not installed.
     """
-    folder = Path(folder)
+    folder = fetch_folder(str(folder))
     record = read_export(folder)
     problems = missing_packages(record.engine, to_run=True)
     if problems:

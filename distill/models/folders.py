@@ -1,4 +1,4 @@
-"""Model folders and their configs: a folder here, one in an installed package, adapters, or the Hub."""
+"""Model folders and their configs: a folder here, one in an installed package, adapters, an export, or the Hub."""
 
 import re
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ import transformers
 from transformers import AutoConfig, PretrainedConfig
 
 from distill.common.private_names import class_of_config
+from distill.common.records import StepRecord, read_record, read_step
 from distill.common.sources import (
     locate,
     reason_of,
@@ -27,6 +28,9 @@ from distill.models.adapters import (
 from distill.models.description import entries_of
 from distill.models.labels import names_in_order
 from distill.models.weights import weight_files
+
+EXPORT_RECORD = "export.json"
+"""In the folder of a model that was exported for an inference engine: what it is, and where its model lies."""
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt", "spiece.model"),
@@ -67,13 +71,14 @@ class ModelSource:
         return split_revision(self.reference)[0] if self.revision else None
 
 
-def find_model(reference: str, *, weights: bool = True, adapters: bool = False) -> ModelSource:
+def find_model(reference: str, *, weights: bool = True, adapters: bool = False, exports: bool = False) -> ModelSource:
     """Find a model, and read its config, without loading its weights.
 
     Args:
         reference: a folder, `package:…`, or a Hub id.
         weights: whether it must have some; one that starts from scratch needs none.
         adapters: whether a folder of adapters will do, whose model lies here.
+        exports: whether one that was exported for an inference engine will do.
 
     Raises:
         InputError: no such model, no config, no safetensors weights, or a digest that differs.
@@ -84,6 +89,9 @@ def find_model(reference: str, *, weights: bool = True, adapters: bool = False) 
     else:
         folder = snapshot(located, _SMALL_FILES)
         revision = folder.name
+    if is_export(folder) and not exports:
+        parents = (read_step(folder) or StepRecord()).parents
+        raise InputError(f"{reference}: {export_problem(*parents[:1])}")
     base = None
     if base_of(folder) is not None:
         if not adapters:
@@ -118,11 +126,71 @@ def fetch_weights(source: ModelSource) -> None:
         InputError: it has none in safetensors, or they are not to be had.
     """
     if source.revision is not None:
-        folder = snapshot(f"{source.hub_id}@{source.revision}", (*_SMALL_FILES, *_WEIGHTS))
-        if not weight_files(folder) and not (folder / ADAPTER_WEIGHTS).is_file():
+        commit = f"{source.hub_id}@{source.revision}"
+        folder = snapshot(commit, (*_SMALL_FILES, *_WEIGHTS))
+        if is_export(folder):
+            names = [str(path.relative_to(folder)) for path in export_files(folder)]
+            snapshot(commit, names, below=True)
+            missing = [name for name in names if not (folder / name).is_file()]
+            if missing:
+                raise InputError(f"{source.reference}: lacks {', '.join(missing)} on the Hub, which export.json names")
+        elif not weight_files(folder) and not (folder / ADAPTER_WEIGHTS).is_file():
             raise InputError(f"{source.reference}: has no safetensors weights on the Hub; pickled ones are not read")
     if source.base is not None:
         base_folder(Path(source.location), weights=True)
+
+
+def fetch_folder(reference: str) -> Path:
+    """Find the folder of a model with its weights: one here, or a snapshot of one on the Hub.
+
+    Args:
+        reference: a folder, `package:…`, or a Hub id.
+
+    Raises:
+        InputError: as `find_model` and `fetch_weights`.
+    """
+    located = locate(reference)
+    if isinstance(located, Path):
+        return located
+    source = find_model(reference, adapters=True, exports=True)
+    fetch_weights(source)
+    return Path(source.location)
+
+
+def is_export(folder: Path) -> bool:
+    """Tell whether a folder holds a model that was exported for an inference engine."""
+    return (folder / EXPORT_RECORD).is_file()
+
+
+def export_problem(parent: str | None = None) -> str:
+    """Say why nothing is made from an export.
+
+    Args:
+        parent: the model that it was made from, if it is known.
+    """
+    instead = "the model that it was made from" if parent is None else f"{parent}, which it was made from"
+    return f"is an export, the end of a chain, from which nothing is made; name {instead}"
+
+
+def export_files(folder: Path) -> list[Path]:
+    """List the files of an exported model: one ONNX file, or OpenVINO's `.bin` of weights and the `.xml` beside it.
+
+    Args:
+        folder: which holds an export.
+
+    Raises:
+        InputError: its record names no file in it.
+    """
+    name = read_record(folder, EXPORT_RECORD).get("file")
+    if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise InputError(f"{folder / EXPORT_RECORD}: names no file of the folder; export it again")
+    file = folder / name
+    return [file.with_suffix(".bin"), file] if file.suffix == ".xml" else [file]
+
+
+def stored_weights(folder: Path) -> list[Path]:
+    """List the files of a model folder that hold its weights, of an export too."""
+    return [path for path in export_files(folder)[:1] if path.is_file()] if is_export(folder) else weight_files(folder)
 
 
 def base_folder(folder: Path, *, weights: bool = False) -> Path | None:
@@ -192,7 +260,9 @@ def _labels_of_adapters(folder: Path) -> int | None:
 def _check_folder(folder: Path, *, weights: bool) -> None:
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: holds no config.json, so it is no model folder")
-    if weights and not weight_files(folder):
+    if weights and not stored_weights(folder):
+        if is_export(folder):
+            raise InputError(f"{folder}: the model that its {EXPORT_RECORD} names is missing; export it again")
         pickled = [path.name for path in folder.glob("*.bin")]
         hint = "; from_scratch: true starts from its config alone"
         if pickled:
@@ -202,12 +272,12 @@ def _check_folder(folder: Path, *, weights: bool) -> None:
 
 def size_on_disk(folder: Path) -> int:
     """Sum the bytes of a model folder's weight files; adapters count with the model they belong to, if it is here."""
-    size = sum(path.stat().st_size for path in [*weight_files(folder), *folder.glob(ADAPTER_WEIGHTS)])
+    size = sum(path.stat().st_size for path in [*stored_weights(folder), *folder.glob(ADAPTER_WEIGHTS)])
     base = base_of(folder)
     return size + (size_on_disk(Path(base)) if base is not None and Path(base).is_dir() else 0)
 
 
 def _folder_fingerprint(folder: Path) -> str:
-    files = [folder / "config.json", *weight_files(folder), *(folder / name for name in TOKENIZER_FILES)]
+    files = [folder / "config.json", *stored_weights(folder), *(folder / name for name in TOKENIZER_FILES)]
     files += [folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS]
     return " ".join(sha256(path) for path in files if path.is_file())

@@ -81,6 +81,7 @@ def _find_outside(
     *,
     weights: bool = True,
     adapters: bool = False,
+    exports: bool = False,
 ) -> ModelSource:
     """Find a model from outside, and keep it in `sources`; a mistyped step's name is told without asking the Hub."""
     if reference not in sources or (sources[reference].base is not None and not adapters):
@@ -88,7 +89,7 @@ def _find_outside(
         if near and "/" not in reference and not Path(reference).exists():
             raise InputError(f"no step {reference!r}; did you mean {near!r}?")
         try:
-            sources[reference] = find_model(reference, weights=weights, adapters=adapters)
+            sources[reference] = find_model(reference, weights=weights, adapters=adapters, exports=exports)
         except InputError as error:
             others = f" (steps: {', '.join(steps)})" if steps else ""
             raise InputError(*(f"{problem}{others}" for problem in error.problems)) from None
@@ -130,7 +131,7 @@ def baseline_problems(
     """
     try:
         return _classifier_problems(
-            _find_outside(baseline, list(recipe.given), sources, adapters=True), data, label_map
+            _find_outside(baseline, list(recipe.given), sources, adapters=True, exports=True), data, label_map
         )
     except InputError as error:
         return list(error.problems)

@@ -9,9 +9,10 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-from distill.common.records import StepRecord, as_json, from_json
+from distill.common.records import StepRecord, as_json, from_json, read_step
 from distill.data.load import Data, load_data
 from distill.errors import InputError
+from distill.models.folders import export_problem
 from distill.models.load import ModelSource, longest_input
 from distill.models.replacements import is_quantized
 from distill.models.weights import fit_problems
@@ -176,10 +177,11 @@ def _plan_step(
             )
     if is_quantized(source.config) and not verb.takes_quantized(step.options):
         option = "model" if "model" in inputs else "teacher"
-        made_from = f" ({planned[source.reference].plan.source.reference})" if source.is_step else ""
+        parent = _parent(source, planned)
+        made_from = f" ({parent})" if parent else ""
+        adapters = ", or train adapters of it (lora: {})" if verb.trains else ""
         problems.append(
-            f"{option}: {source.reference} is quantized; start from the model it was made from{made_from}, or train "
-            "adapters of it (lora: {})"
+            f"{option}: {source.reference} is quantized; start from the model it was made from{made_from}{adapters}"
         )
     if problems or made is None:
         raise _Unplannable(problems)
@@ -194,12 +196,21 @@ def _plan_step(
     )
 
 
+def _parent(source: ModelInput, planned: Mapping[str, PlannedStep]) -> str | None:
+    """What a model was made from, as far as the recipe or its own step.json says."""
+    if source.is_step:
+        return planned[source.reference].plan.source.reference
+    return next(iter((read_step(Path(source.location)) or StepRecord()).parents), None)
+
+
 def _made_by(made: PlannedStep, option: str) -> ModelInput:
     """The model of an earlier step, as an option of a later one names it.
 
     Raises:
-        InputError: it is an adapter, where a whole model is needed.
+        InputError: it is an export, or an adapter, where a whole model is needed.
     """
+    if made.plan.is_export:
+        raise InputError(f"{made.step.name} {export_problem(made.plan.source.reference)}")
     if not is_teacher(option) and made.plan.is_adapter:
         whole = "merge: true makes a whole model there"
         if is_quantized(made.plan.config):

@@ -31,7 +31,8 @@ from distill.evaluation.intervals import (
     paired_difference,
     won_back,
 )
-from distill.models.load import fetch_weights, load_classifier, load_processor
+from distill.evaluation.loading import engine_versions, load_scored
+from distill.models.load import fetch_weights, load_processor
 from distill.models.replacements import is_quantized
 from distill.recipes.fingerprint import code_fingerprint
 from distill.recipes.finished import is_finished
@@ -83,7 +84,9 @@ def write_report(plan: Plan) -> Report:
     found = Report(
         task=plan.recipe.task or plan.data.task.kind,
         metric=plan.data.task.primary_metric,
-        environment=environment() | {"benchmark": asdict(plan.recipe.benchmark)},
+        environment=environment()
+        | engine_versions({model.engine for model in models})
+        | {"benchmark": asdict(plan.recipe.benchmark)},
         baseline=plan.baseline,
         models=models,
         variants=[each for name, each in benchmarks.items() if name not in names],
@@ -141,7 +144,7 @@ def _evaluation(plan: Plan, name: str, location: str, fingerprint: str, cache: P
     known = _read_cache(file, key)
     if known is not None:
         return Evaluation(**known)
-    model = load_classifier(location, plan.data.task, label_map=None if name in plan.steps else plan.baseline_label_map)
+    model = load_scored(location, plan.data.task, label_map=None if name in plan.steps else plan.baseline_label_map)
     evaluation = evaluate_model(model, processor, plan.data, name=name)
     _write_cache(file, key, asdict(evaluation))
     return evaluation
@@ -161,7 +164,7 @@ def _scored_with() -> dict[str, Any]:
     """Describe what else a score depends on: the device, and the versions of what computes there."""
     around = environment()
     versions = {package: around[package] for package in ("torch", "transformers", "bitsandbytes", "peft")}
-    return versions | {"device": around["gpu"] or around["cpu"]}
+    return versions | engine_versions() | {"device": around["gpu"] or around["cpu"]}
 
 
 def _benchmarks(
@@ -169,7 +172,8 @@ def _benchmarks(
 ) -> dict[str, Measurement]:
     """Measure all models together in alternating rounds, or none: timings of different runs don't compare."""
     options = plan.recipe.benchmark
-    key = _key(fingerprints, asdict(options), environment(), code_fingerprint("evaluation.benchmark"))
+    around = environment() | engine_versions()
+    key = _key(fingerprints, asdict(options), around, code_fingerprint("evaluation.benchmark"))
     known = _read_cache(cache / "benchmark.json", key)
     if known is None:
         with_variants = [each for each in plan.steps.values() if VERBS[each.step.run].has_variants]

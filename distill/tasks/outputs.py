@@ -107,13 +107,18 @@ def logits_in_chunks(model: PreTrainedModel, inputs: Mapping[str, Tensor], mask:
     """Compute a language model's logits N×V of the tokens under a mask, `CHUNK` of them at a time.
 
     What is before the head runs once, the head for each chunk: B×T×V logits of 64 rows of 128 tokens would be 5 GB for
-    a vocabulary of 151,000.
+    a vocabulary of 151,000. An inference engine computes its head at all tokens, one row at a time.
 
     Args:
-        model: in evaluation mode.
+        model: in evaluation mode, or an exported one.
         inputs: that the model takes.
         mask: B×T booleans with N true.
     """
+    if not isinstance(model, nn.Module):
+        rows = [{name: values[row : row + 1] for name, values in inputs.items()} for row in range(len(mask))]
+        logits = [logits_of(model(**each))[mask[row : row + 1]] for row, each in enumerate(rows)]
+        yield from torch.cat(logits).split(CHUNK)
+        return
     encoder = plain_model(model).base_model
     whole, replaced = encoder.forward, encoder.__dict__.get("forward")
     known: list[Any] = []

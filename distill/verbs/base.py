@@ -61,9 +61,11 @@ class StepPlan:
     layer_pairs: dict[str, LayerPairs]
     """For each teacher the layers that losses match."""
     weight_bytes: int | None
-    """Of a model that is quantized, at most where the step decides it; None of one in float32."""
+    """Of a model that is quantized or exported, at most where the step decides it; None of one in float32."""
     is_adapter: bool
     """Whether the step leaves an adapter, and not a whole model."""
+    is_export: bool = False
+    """Whether the step leaves an export for an inference engine, from which no other step starts."""
     is_bound: bool = False
     """Whether the step itself decides sizes that hang on weights or the clock: `config` is then a likely one, and
     steps after it are planned anew from what it made."""

@@ -12,7 +12,8 @@ from transformers import BertTokenizer, GPT2Config, GPT2LMHeadModel
 from distill import InputError, export_model, load_exported, prune_model, quantize_model, trim_vocabulary
 from distill.export.graph import float_graph
 from distill.export.problems import export_problems
-from distill.export.record import read_export, weight_files
+from distill.export.record import read_export
+from distill.models.folders import stored_weights
 from distill.tasks.outputs import logits_of
 from tests.conftest import WORDS, make_tokenizer, tiny_bert
 from tests.export.families import FAMILIES, IMAGES, family_model, image_processor
@@ -156,6 +157,6 @@ def test_other_engines_and_formats_of_floats(exported, tmp_path, monkeypatch, en
         expected = model(**inputs).logits
     found = load_exported(tmp_path)(**inputs).logits
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
-    bytes_of_weights = sum(path.stat().st_size for path in weight_files(record, tmp_path))
-    whole = sum(path.stat().st_size for path in weight_files(read_export(folder), folder))
+    bytes_of_weights = sum(path.stat().st_size for path in stored_weights(tmp_path))
+    whole = sum(path.stat().st_size for path in stored_weights(folder))
     assert bytes_of_weights < (0.62 if format == "fp16" else 1.02) * whole

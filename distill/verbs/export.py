@@ -1,0 +1,247 @@
+"""The verb `export`: write a model for an inference engine, ONNX Runtime or OpenVINO."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+
+from distill.common.console import log
+from distill.common.distributed import on_main_process
+from distill.common.records import StepRecord
+from distill.data.load import Data
+from distill.errors import InputError
+from distill.export.export import export_model
+from distill.export.int8 import quantizable_embeddings, quantizable_layers
+from distill.export.problems import export_problems, missing_packages
+from distill.export.record import LIBRARIES, Engine, Format
+from distill.export.size import export_size
+from distill.models.labels import set_labels
+from distill.models.load import from_config, load_classifier, load_processor, size_on_disk
+from distill.models.replacements import is_quantized
+from distill.models.weights import on_meta
+from distill.verbs.base import Estimate, Memory, ModelInput, StepPlan, StepResult, Verb
+from distill.verbs.calibration import calibration_batches
+
+_ROWS = 256
+_OF_INT8 = ("embeddings", "calibration_rows", "float_layers", "agreement", "divergence")
+_LIMITS = ("agreement", "divergence")
+_COPIES = 4
+"""Of the weights in float32 at once: the model, the copy that is traced, its graph, and what the engine loads."""
+
+
+@dataclass(kw_only=True)
+class ExportOptions:
+    """Write a model for an inference engine; the end of a chain, as no other step starts from it."""
+
+    model: str = field(metadata={"help": "What to export: a Hub id, a folder, package:…, or an earlier step."})
+    engine: Engine = field(default="onnxruntime", metadata={"help": "What will compute it: onnxruntime or openvino."})
+    format: Format = field(
+        default="fp32",
+        metadata={
+            "help": "fp32, fp16, or int8: the linear layers of the blocks, with scales of activations that are fixed "
+            "on calibration rows."
+        },
+    )
+    embeddings: Literal["int8", "same"] | None = field(
+        default=None,
+        metadata={"help": "Of int8: store embeddings in 8 bit too (the default), or the same as they are."},
+    )
+    calibration_rows: Annotated[int, Field(ge=1)] | None = field(
+        default=None, metadata={"help": f"Of int8: training rows that scales are fixed on; by default {_ROWS}."}
+    )
+    float_layers: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Of int8: names of the layers that stay in float; by default as few as agreement and divergence "
+            "allow, those that hurt most."
+        },
+    )
+    agreement: Annotated[float, Field(gt=0, le=1)] | None = field(
+        default=None,
+        metadata={"help": "Of int8: least share of the calibration rows' predictions that stay; by default 0.99."},
+    )
+    divergence: Annotated[float, Field(gt=0)] | None = field(
+        default=None,
+        metadata={"help": "Of int8: most of the mean KL from the model's predictions, in nats; by default 0.0015."},
+    )
+    label_map: dict[str, str] | None = field(
+        default=None, metadata={"help": "The model's label names → the task's, where they differ."}
+    )
+
+    def __post_init__(self) -> None:
+        given = [name for name in _OF_INT8 if getattr(self, name) is not None]
+        problems = []
+        if self.format != "int8":
+            problems += [f"{name}: has no effect without format: int8; leave it out" for name in given]
+        elif self.float_layers is not None:
+            none = "has no effect beside float_layers, which says what stays in float; leave it out"
+            problems += [f"{name}: {none}" for name in given if name in _LIMITS]
+        if problems:
+            raise InputError(*problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportPlan(StepPlan):
+    """The plan of an export."""
+
+    layer_names: tuple[str, ...]
+    """Of the layers that can compute in int8; none in another format."""
+    least_bytes: int
+    """Of its weights, with all these layers in int8."""
+    num_parameters: int
+
+
+def _plan(options: ExportOptions, inputs: dict[str, ModelInput], data: Data | None) -> ExportPlan:
+    """Its size from a skeleton of the model: the bytes that bound it where the step chooses layers.
+
+    Raises:
+        InputError: a model that no engine takes, or names of layers that it has not.
+    """
+    config = copy.deepcopy(inputs["model"].config)
+    names: list[str] = []
+    least = most = num_parameters = 0
+    if data is not None and not is_quantized(config):  # which is refused, as for other verbs
+        set_labels(config, data.task)
+        with on_meta():
+            skeleton = from_config(config, data.task.kind)
+        kept = options.float_layers
+        problems = export_problems(skeleton, options.engine, options.format, float_layers=kept or (), runs=False)
+        if problems:
+            raise InputError(*problems)
+        num_parameters = sum(parameter.numel() for parameter in skeleton.parameters())
+        tables: list[str] = []
+        if options.format == "int8":
+            names = quantizable_layers(skeleton)
+            tables = [] if options.embeddings == "same" else quantizable_embeddings(skeleton)
+        chosen = [name for name in names if name not in (kept or ())]
+        least = export_size(skeleton, options.format, layers=chosen, embeddings=tables)
+        most = least if kept is not None else export_size(skeleton, options.format, embeddings=tables)
+    return ExportPlan(
+        inputs=inputs,
+        config=config,
+        layers=None,
+        layer_pairs={},
+        weight_bytes=most,
+        is_adapter=False,
+        is_export=True,
+        is_bound=least < most,
+        layer_names=tuple(names),
+        least_bytes=least,
+        num_parameters=num_parameters,
+    )
+
+
+def export(options: ExportOptions, plan: ExportPlan, data: Data, folder: Path, *, profile: bool = False) -> StepResult:
+    """Export the step's model, on the main process alone.
+
+    Args: as for `RunStep`; `profile` changes nothing, as nothing is trained.
+    """
+    decided: dict[str, Any] = {}
+
+    def work() -> None:
+        location = plan.source.location
+        model = load_classifier(location, data.task, label_map=options.label_map, dtype=torch.float32)
+        processor = load_processor(location, data.task.kind, data.max_length)
+        batches = []
+        if options.format == "int8":
+            batches = calibration_batches(data, processor, rows=options.calibration_rows or _ROWS)
+        given = {name: getattr(options, name) for name in (*_LIMITS, "embeddings")}
+        record = export_model(
+            model,
+            processor,
+            folder,
+            engine=options.engine,
+            format=options.format,
+            batches=batches,
+            float_layers=options.float_layers,
+            **{name: value for name, value in given.items() if value is not None},
+        )
+        decided.update(weight_bytes=size_on_disk(folder), largest_difference=record.largest_difference)
+        if options.format == "int8":
+            told = ("float_layers", "calibration_rows", "agreement", "divergence")
+            decided.update({name: getattr(record, name) for name in told})
+            log.print(
+                f"      {len(record.quantized_layers)} of {len(plan.layer_names)} layers in int8: {_kept(decided)}"
+            )
+
+    on_main_process(work)
+    return StepResult(decided=decided or None)
+
+
+def _problems(options: ExportOptions, plan: ExportPlan, data: Data | None) -> list[str]:
+    return missing_packages(options.engine)
+
+
+def _estimate(options: ExportOptions, plan: ExportPlan, data: Data) -> Estimate:
+    weights = plan.weight_bytes or 0
+    return Estimate(plan.num_parameters, weights, Memory(weights=_COPIES * 4 * plan.num_parameters))
+
+
+def _lines(options: ExportOptions, plan: ExportPlan) -> list[str]:
+    count, told = len(plan.layer_names), f"{options.format} for {options.engine}"
+    if not count:
+        return [told]
+    if options.float_layers is not None:
+        return [f"{told}, {count - len(set(options.float_layers))} of {count} layers in int8"]
+    return [
+        f"{told}, as many of {count} layers in int8 as keep its predictions: {plan.least_bytes / 1e6:.1f} MB with all"
+    ]
+
+
+def _rows(options: ExportOptions, data: Data) -> list[Any]:
+    calibrated = options.format == "int8"
+    return [data.task.label_names, data.max_length, *([data.train_fingerprint] if calibrated else [])]
+
+
+def _summary(options: Mapping[str, Any], parents: Sequence[str]) -> str:
+    return f"{' and '.join(parents)} exported for {options['engine']} in {options['format']}"
+
+
+def _details(record: StepRecord, named: Callable[[str], str]) -> list[str]:
+    options, decided = record.options, record.decided or {}
+    lines = [f"Exported from {named(record.parents[0])} for {options['engine']} in {options['format']}"]
+    if options["format"] == "int8":
+        stored = "as they were" if options["embeddings"] == "same" else "in int8, a scale for each row"
+        lines += [
+            f"Static scales of activations from {decided['calibration_rows']} training rows, on which it keeps "
+            f"{_kept(decided)}",
+            f"Embeddings {stored}; heads in float",
+        ]
+        if decided["float_layers"]:
+            lines.append(f"Layers of its blocks that stay in float: {', '.join(decided['float_layers'])}")
+    return lines
+
+
+def _kept(decided: Mapping[str, Any]) -> str:
+    return f"{decided['agreement']:.2%} of the float model's predictions, divergence {decided['divergence']:.2g}"
+
+
+EXPORT = Verb(
+    name="export",
+    options=ExportOptions,
+    plan=_plan,
+    run=export,
+    trains=False,
+    needs_head=("model",),
+    label_map="label_map",
+    takes_quantized=lambda _: False,
+    problems=_problems,
+    estimate=_estimate,
+    lines=_lines,
+    rows=_rows,
+    splits=lambda options, _: {"train"} if options.format == "int8" else set(),
+    resolved=asdict,
+    is_smaller=lambda _, of_parent: True,
+    is_compared=False,
+    has_variants=True,
+    is_plain=lambda _: False,
+    relation="quantized",
+    tags=lambda options: [LIBRARIES[options["engine"]], options["format"]],
+    lineage_tags=(),
+    summary=_summary,
+    details=_details,
+)
