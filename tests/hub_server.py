@@ -16,7 +16,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
-_LFS_SUFFIXES = (".safetensors", ".png")
+_LFS_SUFFIXES = (".safetensors", ".onnx", ".bin", ".png")
 _REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
 _ROUTES = [
     (re.compile(pattern.replace("REPO", _REPO)), name)

@@ -17,12 +17,13 @@ from distill.common.local_names import LocalNames
 from distill.common.records import Report, from_json, json_text
 from distill.common.sources import reason_of
 from distill.errors import InputError
+from distill.models.folders import EXPORT_RECORD, export_files, is_export
 from distill.recipes.yaml12 import dump_yaml, parse_yaml
 from distill.reports.presentation import draw
 
 _CONFIGS = (
     *("config.json", "generation_config.json", "adapter_config.json", "tokenizer_config.json", "processor_config.json"),
-    *("preprocessor_config.json", "video_preprocessor_config.json", "sensitivity.json"),
+    *("preprocessor_config.json", "video_preprocessor_config.json", "sensitivity.json", EXPORT_RECORD),
 )
 """Small JSON files, in which a path becomes a name."""
 
@@ -67,6 +68,10 @@ def published(folder: Path, names: LocalNames, report: Report) -> dict[str, Path
         elif _WEIGHTS.fullmatch(path.name):
             _check_metadata(path, names, secrets)
             found[path.name] = path
+    for path in export_files(folder) if is_export(folder) else ():
+        if path.suffix == ".xml":
+            refuse_secrets(path.name, path.read_text(encoding="utf-8"), secrets)
+        found[path.relative_to(folder).as_posix()] = path
     found["recipe.yaml"] = _rewritten(run / "recipe.yaml", names.rewritten_recipe, secrets, parse_yaml, dump_yaml)
     found["report.json"] = _rewritten(
         run / "report.json", lambda content: names.rewritten(without_rows(content)), secrets
@@ -81,10 +86,12 @@ def published(folder: Path, names: LocalNames, report: Report) -> dict[str, Path
 def left_out(folder: Path) -> list[str]:
     """What lies in a run folder and is not pushed, as no file of a model that others load; a run's own files aside."""
     known = (*_CONFIGS, *_VOCABULARIES, *_SENTENCEPIECE, *_PLOTS, *_OWN, _WEIGHTS_INDEX)
+    exported = {path.parent for path in export_files(folder)} if is_export(folder) else set()
     return [
         path.name + "/" * path.is_dir()
         for path in sorted(folder.iterdir())
-        if path.is_dir() or not (path.name in known or _WEIGHTS.fullmatch(path.name))
+        if (path.is_dir() and path not in exported)
+        or (path.is_file() and not (path.name in known or _WEIGHTS.fullmatch(path.name)))
     ]
 
 

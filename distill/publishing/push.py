@@ -47,7 +47,8 @@ _READ_OF_A_RECORD = (
     *("name", "run", "kind", "text", "labels", "parents", "ancestors", "sources", "root", "options", "environment"),
     *("data", "data_revision", "rows", "scored", "layers", "layer_pairs", "train_seconds", "started", "wall_seconds"),
 )
-_WEIGHTS = re.compile(r"[^/]*\.safetensors(\.index\.json)?|adapter_config\.json")
+_WEIGHTS = re.compile(r"[^/]*\.safetensors(\.index\.json)?|adapter_config\.json|export\.json|(onnx|openvino)/.*")
+_ENDINGS_OF_WEIGHTS = (".safetensors", ".onnx", ".bin")
 _FILES_OF_ANY_REPOSITORY = re.compile(r"\.git.*|README\.md|LICENSE.*")
 _CACHED_MODEL = re.compile(r".*/models--(?P<id>[^/]+)/snapshots/(?P<revision>[0-9a-f]{40})/?")
 
@@ -134,7 +135,7 @@ def to_push(folder: Path, repo_id: str) -> dict[str, Path | bytes]:
     adapted, config = _adapted(folder) if (folder / ADAPTER_CONFIG).is_file() else (None, {})
     content = published(folder, names, report)
     config_name = "config.json" if adapted is None else ADAPTER_CONFIG
-    if config_name not in content or not any(name.endswith(".safetensors") for name in content):
+    if config_name not in content or not any(name.endswith(_ENDINGS_OF_WEIGHTS) for name in content):
         raise InputError(f"{folder}: lacks its {config_name} or its weights; `distill run` the step again")
     if adapted is not None:
         content[ADAPTER_CONFIG] = (json_text(names.rewritten(config), indent=2) + "\n").encode()
@@ -158,6 +159,7 @@ def write_content(content: dict[str, Path | bytes], folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, source in content.items():
+            (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(source if isinstance(source, bytes) else source.read_bytes())
     except OSError as error:
         raise InputError(f"--dry-run: {folder} cannot be written ({error.strerror})") from None

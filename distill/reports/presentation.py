@@ -43,6 +43,8 @@ def print_report(report: Report) -> None:
         shown_table.add_row(*(row[index] for index in shown))
     results.print(shown_table)
     results.print(styled((_units(report), "dim")))
+    if line := _engine_line(report):
+        results.print(styled((line, "dim")))
     if is_better_lower(report.metric):
         results.print(styled((_metric(report), "dim")))
     for line in _comparison_lines(report):
@@ -72,6 +74,7 @@ def as_markdown(plan: Plan, report: Report) -> str:
         f"retention, agreement and divergence (KL in nats; of scores the squared difference) are against "
         f"{escaped(report.baseline)}; {_units(report)}.",
         table(_rows(report)),
+        *([f"{escaped(line)}."] if (line := _engine_line(report)) else []),
         "![accuracy against size and latency](report.png)",
         *(
             [f"On the same rows (paired bootstrap):\n\n{bullets(_comparison_lines(report))}"]
@@ -226,6 +229,20 @@ def _units(report: Report) -> str:
         f"on {device}: ms for {bench['latency_batch_size']} and rows/s for {bench['throughput_batch_size']} {each} at "
         "a time (medians)"
     )
+
+
+def _engine_line(report: Report) -> str:
+    """Name the engine of every model, and its threads; nothing where torch computes them all."""
+    models: dict[tuple[str, int | None], list[str]] = {}
+    for model in report.models:
+        models.setdefault((model.engine, model.threads), []).append(model.name)
+    if all(engine == "torch" for engine, _ in models):
+        return ""
+    told = []
+    for (engine, threads), names in models.items():
+        given = "" if threads is None else f" with {threads} thread{'s' * (threads != 1)}"
+        told.append(f"{', '.join(names)} by {engine}{given}")
+    return f"computed: {'; '.join(told)}"
 
 
 def _shown(value: float | None, form: str, factor: float = 1) -> str:

@@ -17,10 +17,13 @@ from distill.common.sources import reason_of, split_revision
 from distill.data.files.readers import GLUE_ON_THE_HUB
 from distill.data.load import Truncated, describe_cut
 from distill.errors import InputError
+from distill.export.record import LIBRARIES, read_export
 from distill.models.adapters import base_of
 from distill.models.description import entries_in
+from distill.models.folders import is_export
 from distill.models.replacements import STRUCTURAL
 from distill.recipes.yaml12 import dump_yaml, read_yaml
+from distill.runs.usage import export_usage
 from distill.tasks.kinds import KINDS, usage_code
 from distill.verbs.all import VERBS
 
@@ -69,15 +72,18 @@ def model_card(
     """
     recipe = read_yaml(folder.parent / "recipe.yaml")
     entry = None if report is None else report.entry(record.name)
-    is_adapter = base_of(folder) is not None
-    data = _metadata(record, recipe, entry, name=name, is_adapter=is_adapter, adapted=adapted)
-    replaced = _replaced(folder)
+    replaced, pairs, library = _replaced(folder), len(record.text) == 2, _library(folder)
+    data = _metadata(record, recipe, entry, name=name, library=library, adapted=adapted)
+    if library in LIBRARIES.values():
+        usage = export_usage(folder, record.kind, name, max_length=record.data["max_length"], pairs=pairs)
+    else:
+        usage = usage_code(record.kind, name, pairs=pairs, needs_import=bool(replaced))
     template = Template((Path(__file__).parent / "card_template.md").read_text(encoding="utf-8"))
     return template.substitute(
         front_matter=dump_yaml(data.to_dict()).strip(),
         title=escaped(name.rpartition("/")[2]),
         summary=f"A model for {escaped(_task_sentence(record, recipe))}, {_what(record)}.",
-        usage=usage_code(record.kind, name, pairs=len(record.text) == 2, needs_import=bool(replaced)),
+        usage=usage,
         making=_making(record, folder.parent),
         results=_results(record, report, folder.parent, plots) if report and entry else _UNMEASURED,
         limits=_limits(record, (entry or record).truncated, replaced=replaced),
@@ -99,19 +105,27 @@ def inherited(folder: Path) -> dict[str, Any]:
 # --- front matter ---------------------------------------------------------------------------------------------------
 
 
+def _library(folder: Path) -> str:
+    """What loads a folder, as the Hub calls it."""
+    if is_export(folder):
+        return LIBRARIES[read_export(folder).engine]
+    return "transformers" if base_of(folder) is None else "peft"
+
+
 def _metadata(
     record: StepRecord,
     recipe: dict[str, Any],
     entry: ModelEntry | None,
     *,
     name: str,
-    is_adapter: bool,
+    library: str,
     adapted: str | None,
 ) -> ModelCardData:
     """Make the front matter, by the Hub's specification (hub-docs, modelcard.md and model-cards.md)."""
     root, is_glue = record.root or Root(""), "task" in recipe
     base_model = adapted or recipe.get("base_model") or root.hub_id
     verb = VERBS[record.run]
+    is_adapter = library == "peft"
     relation = "adapter" if is_adapter else verb.relation
     license = {key: getattr(root, key) for key in ("license", "license_name", "license_link")}
     if "license" in recipe:
@@ -126,7 +140,7 @@ def _metadata(
         "datasets": datasets if is_glue or record.data_revision else None,
         "language": recipe.get("language") or (["en"] if is_glue else root.language),
         **license,
-        "library_name": "peft" if is_adapter else "transformers",
+        "library_name": library,
         "pipeline_tag": KINDS[record.kind].pipeline_tag,
         "tags": tags,
         "metrics": list(dict.fromkeys(each.metric_type for each in results)) or None,

@@ -111,6 +111,28 @@ class RowMetric:
     """(task, predictions, labels) → whether each row is right, as booleans; or a number of each row."""
 
 
+@dataclass(frozen=True)
+class EngineUsage:
+    """Python that prints a prediction from what an inference engine computes of tokens, with numpy alone."""
+
+    rows: str
+    """A list of what is encoded; `$example` stands for a text or a pair, `$mask` for the tokenizer's mask."""
+    reading: str
+    """The lines that print: `rows` are the encoded rows, `names` the labels by their ids as text, and the engine's
+    outputs are called as in transformers (`logits`)."""
+
+
+SPAN_USAGE = EngineUsage(
+    '[("Where do bees live?", "Bees live in hives.")]',
+    """in_context = [number == 1 for number in rows[0].sequence_ids]
+starts, ends = (np.where(in_context, each[0], -np.inf) for each in (start_logits, end_logits))
+scores = np.where(np.tri(len(starts)).T, starts[:, None] + ends, -np.inf)  # no answer ends before it starts
+start, end = divmod(int(scores.argmax()), len(starts))
+print(tokenizer.decode(rows[0].ids[start : end + 1]))""",
+)
+"""Of kinds whose outputs are `start_logits` and `end_logits`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Kind:
     """What differs between kinds of task. Nothing has a default: a kind that leaves something out can't be made."""
@@ -181,6 +203,8 @@ class Kind:
     """The Hub's name of the kind."""
     usage: str
     """Python that prints a prediction of `$model` for `$example`, for `string.Template`."""
+    engine_usage: EngineUsage | None
+    """The same of an export, without transformers; None where that makes the inputs."""
 
 
 def pipeline_usage(tag: str, example: str, more: str = "") -> str:

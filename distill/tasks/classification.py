@@ -12,6 +12,7 @@ from distill.tasks.base import (
     STORED_COLUMNS,
     Batch,
     EncodeOptions,
+    EngineUsage,
     Kind,
     LabelRule,
     RowMetric,
@@ -156,6 +157,13 @@ def _no_score(task: Task, text: Any) -> float:
 
 ONE_CLASS = LabelRule(named=True, sets=False, tags=False, scores=False, unknown=_no_class, complete=labels_as_read)
 
+_READ_CLASS = """scores = np.exp(logits - logits.max(-1, keepdims=True))
+scores /= scores.sum(-1, keepdims=True)
+for row in scores:
+    print(names[str(row.argmax())], float(row.max()))"""
+_READ_LABELS = """for row in 1 / (1 + np.exp(-logits)):
+    print({names[str(number)]: score for number, score in enumerate(row.tolist())})"""
+
 CLASSIFICATION = Kind(
     columns=("text",),
     pairs=True,
@@ -190,6 +198,7 @@ CLASSIFICATION = Kind(
     heads=None,
     pipeline_tag="text-classification",
     usage=pipeline_usage("text-classification", "$example, truncation=True"),
+    engine_usage=EngineUsage("[$example]", _READ_CLASS),
 )
 
 _OF_TEXTS_OR_IMAGES = ("ForSequenceClassification", "ForImageClassification")
@@ -208,6 +217,7 @@ MULTI_LABEL = replace(
     in_words=labels_in_words,
     architectures=_OF_TEXTS_OR_IMAGES,
     usage=pipeline_usage("text-classification", "$example, truncation=True, top_k=None"),
+    engine_usage=EngineUsage("[$example]", _READ_LABELS),
 )
 
 REGRESSION = replace(
@@ -226,4 +236,5 @@ REGRESSION = replace(
     outcomes=None,
     in_words=as_predicted,
     usage=pipeline_usage("text-classification", '$example, truncation=True, function_to_apply="none"'),
+    engine_usage=EngineUsage("[$example]", "print(logits[:, 0].tolist())"),
 )

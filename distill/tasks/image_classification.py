@@ -41,4 +41,5 @@ IMAGE_CLASSIFICATION = replace(
     heads=("classifier",),
     pipeline_tag="image-classification",
     usage=pipeline_usage("image-classification", '"photo.jpg"'),
+    engine_usage=None,
 )

@@ -27,6 +27,7 @@ KINDS: dict[TaskKind, Kind] = {
 """In the order in which they are told."""
 
 _TEXT, _PAIR = '"The plot is thin, but the cast was great."', '{"text": "A man is asleep.", "text_pair": "He sleeps."}'
+_TUPLE = '("A man is asleep.", "He sleeps.")'
 
 
 def targets_of(model: PreTrainedModel) -> Targets:
@@ -72,3 +73,21 @@ def usage_code(kind: TaskKind, model: str, *, pairs: bool, needs_import: bool) -
     """
     code = Template(KINDS[kind].usage).safe_substitute(model=model, example=_PAIR if pairs else _TEXT)
     return f"import distill  # registers its format\n{code}" if needs_import else code
+
+
+def engine_code(kind: TaskKind, *, pairs: bool, mask: str) -> tuple[str, str] | None:
+    """Write the Python code of the rows that an export predicts for, and the lines that print what it predicts.
+
+    Args:
+        kind: of the task.
+        pairs: whether the model reads two texts.
+        mask: the tokenizer's mask, of those that have one.
+
+    Returns:
+        None for a kind whose inputs transformers makes.
+    """
+    its = KINDS[kind].engine_usage
+    if its is None:
+        return None
+    values = {"example": _TUPLE if pairs else _TEXT, "mask": mask}
+    return Template(its.rows).safe_substitute(values), Template(its.reading).safe_substitute(values)

@@ -16,6 +16,7 @@ from distill.tasks import scorers
 from distill.tasks.base import (
     Batch,
     EncodeOptions,
+    EngineUsage,
     Kind,
     LabelRule,
     ScoringArguments,
@@ -296,6 +297,10 @@ def _no_label(task: Task, text: Any) -> None:
     return None
 
 
+_READ_MASK = """for row, of_tokens in zip(rows, logits):
+    best = of_tokens[row.tokens.index("$mask")].argsort()[::-1][:5]
+    print([tokenizer.id_to_token(int(number)) for number in best])"""
+
 MASKED_LM = Kind(
     columns=("text",),
     pairs=False,
@@ -330,6 +335,7 @@ MASKED_LM = Kind(
     heads=None,
     pipeline_tag="fill-mask",
     usage=pipeline_usage("fill-mask", 'f"The cast was {predict.tokenizer.mask_token}."'),
+    engine_usage=EngineUsage('["The cast was $mask."]', _READ_MASK),
 )
 
 CAUSAL_LM = replace(
@@ -343,4 +349,5 @@ CAUSAL_LM = replace(
     peft_task="CAUSAL_LM",
     pipeline_tag="text-generation",
     usage=pipeline_usage("text-generation", '"The plot", max_new_tokens=20'),
+    engine_usage=None,
 )

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.tasks import scorers
-from distill.tasks.base import Batch, EncodeOptions, Kind, LabelRule, RowMetric, ScoringArguments, Task
+from distill.tasks.base import SPAN_USAGE, Batch, EncodeOptions, Kind, LabelRule, RowMetric, ScoringArguments, Task
 from distill.tasks.classification import CLASSES
 from distill.tasks.outputs import finite_logits
 from distill.tasks.rows import most_likely, no_classes
@@ -393,4 +393,5 @@ QUESTION_ANSWERING = Kind(
     heads=("qa_outputs", "classifier"),
     pipeline_tag="question-answering",
     usage=_USAGE,
+    engine_usage=SPAN_USAGE,
 )

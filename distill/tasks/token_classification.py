@@ -12,6 +12,7 @@ from distill.tasks import entities, scorers
 from distill.tasks.base import (
     Batch,
     EncodeOptions,
+    EngineUsage,
     Kind,
     LabelRule,
     RowMetric,
@@ -227,6 +228,11 @@ TAGS = replace(
     batch_targets=targets_of_tokens,
 )
 
+_READ_TAGS = """for row, tags in zip(rows, logits.argmax(-1)):
+    for token, tag, is_special in zip(row.tokens, tags, row.special_tokens_mask):
+        if not is_special:
+            print(token, names[str(tag)])"""
+
 TOKEN_CLASSIFICATION = Kind(
     columns=("tokens",),
     pairs=False,
@@ -263,4 +269,5 @@ TOKEN_CLASSIFICATION = Kind(
     usage=pipeline_usage(
         "token-classification", '"The plot is thin, but the cast was great."', ', aggregation_strategy="first"'
     ),
+    engine_usage=EngineUsage('["The plot is thin, but the cast was great."]', _READ_TAGS),
 )
