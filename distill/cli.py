@@ -116,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     for field in fields(BenchmarkOptions):
         told = f"{field.metadata['help']} (default {field.default})"
         bench.add_argument(f"--{field.name}", default=None, help=told.replace("%", "%%"))
+    bench.add_argument("--price_per_hour", help="of this machine: what a million predictions cost is told, too")
 
     report = commands.add_parser(
         "report", allow_abbrev=False, help="rebuild report.json, report.md and the plot of a run"

@@ -22,7 +22,7 @@ from distill.common.console import (
 from distill.common.distributed import check_launch, on_main_process
 from distill.common.folders import locked, told_of_a_full_disk
 from distill.common.hardware import available_cores
-from distill.common.records import json_text
+from distill.common.serialized import json_text
 from distill.data.load import DataOptions, describe_cut
 from distill.errors import (
     InputError,
@@ -32,6 +32,7 @@ from distill.evaluation.benchmark import (
     environment,
     remarks_on,
 )
+from distill.evaluation.cost import cost_per_million
 from distill.evaluation.evaluate import evaluate_model
 from distill.evaluation.loading import engine_versions, load_scored
 from distill.evaluation.options import EVAL_OPTIONS, BenchmarkOptions, ReportOptions
@@ -200,6 +201,8 @@ def _bench(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     }
     problems: list[str] = []
     options = parse_options(BenchmarkOptions, {k: v for k, v in given.items() if v is not None}, "bench", problems)
+    price = parse_value(arguments.price_per_hour or "null", "--price_per_hour")
+    priced = parse_options(ReportOptions, {"price_per_hour": price}, "bench", problems)
     if problems:
         raise InputError(*problems)
     sources = [find_model(reference, adapters=True, exports=True) for reference in arguments.models]
@@ -215,14 +218,18 @@ def _bench(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     )
     table = Table("", *(each.name for each in measurements))
     rows = [asdict(each) for each in measurements]
+    for row, each in zip(rows, measurements, strict=True):
+        price = priced.price_per_hour
+        row["cost_per_million"] = None if price is None else cost_per_million(each, options, price)
     for key in rows[0]:
-        if key != "name":
+        if key != "name" and not (key == "cost_per_million" and priced.price_per_hour is None):
             table.add_row(key, *(_cell(row[key]) for row in rows))
     results.print(table)
     for model in models[1:]:
         for said in remarks_on(model, models[0], variants):
             results.print(remark(said))
     found = {"environment": around, "options": asdict(options), "models": rows[: len(models)]}
+    found["price_per_hour"] = priced.price_per_hour
     found["variants"] = rows[len(models) :]
     print(json_text(found, indent=None))
 
@@ -330,6 +337,8 @@ def _own_fields(options_class: type) -> set[str]:
 
 
 def _cell(value: Any) -> str:
+    if value is None:
+        return "not measured"
     if isinstance(value, dict):
         return ", ".join(f"{key} {number}" for key, number in value.items())
     return f"{value:,}" if isinstance(value, int | float) else str(value)

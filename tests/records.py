@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from distill.common.records import ModelEntry, Report, from_json
+from distill.common.records import ModelEntry, Report
+from distill.common.serialized import from_json
 
 _MEASURED = {
     "num_parameters": 1, "size_on_disk_bytes": 4, "memory_bytes": 4, "flops_per_sample": None,

@@ -48,7 +48,8 @@ def last_line(text):
 
 def test_bench_ends_with_one_json_object(models, capsys):
     names = [str(models / name) for name in ("teacher", "student", "nf4")]
-    assert main(["bench", *names, "--sequence_length", "16", "--rounds", "2", "--throughput_batch_size", "2"]) == 0
+    options = ["--sequence_length", "16", "--rounds", "2", "--throughput_batch_size", "2"]
+    assert main(["bench", *names, *options, "--price_per_hour", "0.36"]) == 0
     found = last_line(capsys.readouterr().out)
     assert [row["name"] for row in found["models"]] == names
     assert found["options"]["sequence_length"] == 16
@@ -58,6 +59,10 @@ def test_bench_ends_with_one_json_object(models, capsys):
         assert 0 < row["latency_ms"]["p50"] <= row["latency_ms"]["p95"]
         spread = row["throughput_spread"]
         assert 0 < spread["min"] <= row["throughput_samples_per_second"] <= spread["max"]
+        cost = {"1": row["latency_ms"]["p50"] / 10, "2": 100 / row["throughput_samples_per_second"]}
+        assert row["cost_per_million"] == pytest.approx(cost, abs=1e-6)
+        assert row["joules_per_sample"] is None or row["joules_per_sample"] > 0
+    assert found["price_per_hour"] == 0.36
     teacher, student, nf4 = found["models"]
     assert teacher["num_parameters"] == sum(p.numel() for p in tiny_bert().parameters())
     assert teacher["memory_bytes"] == 4 * teacher["num_parameters"] + 2 * 8 * 64  # and two buffers of position ids
@@ -214,6 +219,7 @@ def test_eval_with_a_label_map(models, sst2_folder, tmp_path, capsys):
         (["bench", "m", "--data.path", "x"], "--data.path: no such option of bench"),
         (["bench", "/no/model"], "/no/model: no such file or folder"),
         (["bench", "/no/model", "--rounds", "none"], "bench.rounds: should be a valid integer"),
+        (["bench", "/no/model", "--price_per_hour", "0"], "bench.price_per_hour: should be greater than 0"),
         (["report", "/no/run"], "/no/run: no run lies there"),
         (["check"], "name a recipe"),
         (["run", "recipes/quickstart.yaml", "--accelerate_config", "multi_gpux"], "did you mean 'multi_gpu'"),

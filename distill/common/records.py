@@ -1,19 +1,15 @@
-"""The records of a run folder, step.json and report.json, and JSON as we write it."""
+"""The records of a run folder, step.json and report.json."""
 
 import json
-import math
-import types
-import typing
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
+from distill.common.serialized import from_json
 from distill.errors import InputError
 
 SCHEMA = 1
 """Of step.json and report.json: what their keys mean."""
-
-Record = TypeVar("Record")
 
 
 @dataclass(frozen=True)
@@ -141,6 +137,8 @@ class Measurement:
     engine: str = field(default="torch", kw_only=True)
     threads: int | None = field(default=None, kw_only=True)
     """Of the engine (torch, or the one that it was exported for), on the CPU."""
+    joules_per_sample: float | None = field(default=None, kw_only=True)
+    """Of a row in a batch for the throughput; null where no counter of the device can be read."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +158,8 @@ class Calibration:
     held_out: dict[str, float | None] | None = None
     """On the other half: what the temperature takes off the likelihood (`nll_gain`, its interval `nll_gain_low` and
     `nll_gain_high`), and the calibration error before and after (`ece`, `ece_mended`)."""
+    bins: list[list[float]] = field(default_factory=list)
+    """Of the calibration error: mean confidence, share that is right, number of predictions."""
 
 
 @dataclass(frozen=True)
@@ -238,6 +238,10 @@ class ModelEntry(Measurement, Scores):  # the fields of the last base come first
     truncated: dict[str, dict[str, int]] | None = None
     calibration: Calibration | None = None
     flips: Flips | None = None
+    cost_per_million: dict[str, float] | None = None
+    """Predictions, by the rows of a call; null without a price."""
+    fleet_bytes: int | None = None
+    """Bytes of the weight files sent to every device; null without a fleet."""
 
 
 @dataclass(frozen=True)
@@ -280,6 +284,10 @@ class Report:
     validation split), `text`, `label`, `baseline` and `prediction` (what the two predict), `baseline_right`,
     `divergence`."""
     contamination: Contamination | None = None
+    price_per_hour: float | None = None
+    """Of the machine, in the currency of every `cost_per_million`."""
+    fleet: int | None = None
+    """Devices that a model is sent to."""
 
     def entry(self, name: str) -> ModelEntry | None:
         """The model of this name, if the report holds it."""
@@ -313,45 +321,6 @@ def read_report(folder: Path) -> Report | None:
         return None
 
 
-def from_json(record: type[Record], content: dict[str, Any]) -> Record:
-    """Make a dataclass of the JSON that `asdict` gave of it; keys that it doesn't know are left out.
-
-    Raises:
-        TypeError: a key without a default is missing.
-        ValueError: a mapping or a list stands where none can be.
-    """
-    hints = typing.get_type_hints(record)
-    known = [each.name for each in fields(record) if each.name in content]  # type: ignore[arg-type]
-    return record(**{name: _as_hinted(content[name], hints[name]) for name in known})
-
-
-def _as_hinted(value: Any, hint: Any) -> Any:
-    """A value of JSON, with dataclasses in the places where a hint has them."""
-    kind, inside = typing.get_origin(hint), typing.get_args(hint)
-    if not _has_dataclass(hint) or (value is None and kind in (typing.Union, types.UnionType)):
-        return value
-    if kind in (typing.Union, types.UnionType):
-        return _as_hinted(value, next(each for each in inside if _has_dataclass(each)))
-    if kind is list:
-        if not isinstance(value, list):
-            raise ValueError(f"{value!r} is no list")
-        return [_as_hinted(each, inside[0]) for each in value]
-    if not isinstance(value, dict):
-        raise ValueError(f"{value!r} is no mapping")
-    if kind is dict:
-        return {key: _as_hinted(each, inside[1]) for key, each in value.items()}
-    return from_json(hint, value)
-
-
-def _has_dataclass(hint: Any) -> bool:
-    return is_dataclass(hint) or any(_has_dataclass(each) for each in typing.get_args(hint))
-
-
-def as_json(record: Any) -> str:
-    """The text of a record's file, from its dataclass."""
-    return json_text(asdict(record)) + "\n"
-
-
 def read_record(folder: Path, name: str = "step.json") -> dict[str, Any]:
     """A run folder's step.json, or another record in it; empty where there is none, or what is left of one.
 
@@ -379,22 +348,3 @@ def refuse_unknown_schema(file: Path, content: dict[str, Any]) -> None:
     """
     if content.get("schema", SCHEMA) != SCHEMA:
         raise InputError(f"{file}: has schema {content['schema']}, and this version of distill reads schema {SCHEMA}")
-
-
-def json_text(content: Any, *, indent: int | None = 1) -> str:
-    """JSON that every reader takes: null for numbers that are not finite, half surrogates written out.
-
-    Args:
-        indent: spaces for each level; None puts all on one line.
-    """
-    text = json.dumps(finite(content), indent=indent, ensure_ascii=False, allow_nan=False, default=str)
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def finite(content: Any) -> Any:
-    """The same with None for each number that is not finite, which JSON has no word for."""
-    if isinstance(content, dict):
-        return {key: finite(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [finite(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content

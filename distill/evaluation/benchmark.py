@@ -22,6 +22,7 @@ from distill.common.records import Latency, Measurement
 from distill.compression.quantization.layers import Int8Linear
 from distill.compression.quantization.quantize import weight_memory
 from distill.errors import InputError
+from distill.evaluation.cost import energy_counter, joules_per_row
 from distill.evaluation.loading import engine_of, load_timed, skeleton_of
 from distill.evaluation.options import BenchmarkOptions
 from distill.export.runtime import ExportedModel
@@ -62,6 +63,7 @@ def benchmark_models(
                 if round_number > 0:  # the first one warms up
                     latencies[name] += latency
                     throughputs[name].append(options.throughput_batch_size / throughput)
+    joules = _joules(models, long, options.throughput_batch_size, device)
     results = {}
     for name, model in models.items():
         skeleton = skeleton_of(model)
@@ -79,8 +81,24 @@ def benchmark_models(
             device=model.device.type,
             engine=engine,
             threads=threads,
+            joules_per_sample=joules[name],
         )
     return results
+
+
+def _joules(
+    models: Mapping[str, PreTrainedModel],
+    inputs: Mapping[str, dict[str, torch.Tensor]],
+    rows: int,
+    device: torch.device,
+) -> dict[str, float | None]:
+    """Joules of a row of each model; None where they can't be read."""
+    counter = energy_counter(device)
+    if counter is None:
+        return dict.fromkeys(models)
+    with torch.inference_mode():
+        calls = {name: functools.partial(model, **inputs[name]) for name, model in models.items()}
+        return {name: joules_per_row(call, counter, rows=rows, device=device) for name, call in calls.items()}
 
 
 def refuse_too_short(configs: Mapping[str, PretrainedConfig], options: BenchmarkOptions) -> None:

@@ -83,6 +83,7 @@ def calibration_of(logits: ArrayLike, truth: ArrayLike) -> Calibration:
         brier=float(brier_scores(logits, truth).mean()),
         nll=float(of_rows.mean()),
         temperature=temperature,
+        bins=reliability_bins(logits, truth),
     )
     if temperature is None:
         return found
@@ -119,6 +120,18 @@ def calibration_error(logits: NDArray[np.float64], truth: NDArray[np.int64], *, 
         return np.abs(sums[..., :bins]).sum(-1) / sums[..., bins]
 
     return score
+
+
+def reliability_bins(logits: NDArray[np.float64], truth: NDArray[np.int64], *, bins: int = BINS) -> list[list[float]]:
+    """Mean confidence, share that is right and number of predictions in each bin of the calibration error.
+
+    Args:
+        logits: B×L×C; truth: B×L.
+        bins: of as many predictions each, the least confident first; empty ones are left out.
+    """
+    confidence, right = _probability_of_likeliest(logits).ravel(), (logits.argmax(-1) == truth).ravel()
+    chosen = [each for each in np.array_split(np.argsort(confidence, kind="stable"), bins) if len(each)]
+    return [[float(confidence[each].mean()), float(right[each].mean()), float(len(each))] for each in chosen]
 
 
 def confidences(logits: NDArray[np.float64]) -> NDArray[np.float64]:

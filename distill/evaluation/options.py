@@ -8,6 +8,7 @@ from pydantic import Field
 EVAL_OPTIONS = "eval takes --task, --label_map and --data.<option>"
 
 PositiveInt = Annotated[int, Field(ge=1)]
+Price = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 @dataclass
@@ -30,4 +31,11 @@ class ReportOptions:
     slices: list[str] = field(
         default_factory=list,
         metadata={"help": "Columns of the scored rows; models are compared on the rows of each of their values too."},
+    )
+    price_per_hour: Price | None = field(
+        default=None,
+        metadata={"help": "Of the machine, in any currency: what a million predictions cost is told of every model."},
+    )
+    fleet: PositiveInt | None = field(
+        default=None, metadata={"help": "Devices that a model is sent to: the bytes of it are told of every model."}
     )

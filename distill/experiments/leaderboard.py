@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from distill.common.markdown import escaped, table
-from distill.common.records import ModelEntry, Report, json_text
+from distill.common.records import ModelEntry, Report
+from distill.common.serialized import json_text
 
 NAMES = {
     **{"cola": "CoLA", "sst2": "SST-2", "mrpc": "MRPC", "stsb": "STS-B", "qqp": "QQP", "mnli": "MNLI"},

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from distill.common.folders import write_atomically
-from distill.common.records import SCHEMA, as_json, from_json, read_record
+from distill.common.records import SCHEMA, read_record
+from distill.common.serialized import as_json, from_json
 from distill.errors import InputError
 from distill.models.folders import EXPORT_RECORD, is_export
 

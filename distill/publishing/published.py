@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 
 from distill.common.credentials import known_secrets, refuse_secrets, refuse_secrets_under
 from distill.common.local_names import LocalNames
-from distill.common.records import Report, from_json, json_text
+from distill.common.records import Report
+from distill.common.serialized import from_json, json_text
 from distill.common.sources import reason_of
 from distill.errors import InputError
 from distill.models.folders import EXPORT_RECORD, export_files, is_export

@@ -27,7 +27,8 @@ from huggingface_hub.utils import disable_progress_bars
 from distill.common.console import log
 from distill.common.credentials import known_secrets, refuse_secrets, require_token
 from distill.common.local_names import LocalNames
-from distill.common.records import Report, StepRecord, json_text, read_record, read_report, read_step
+from distill.common.records import Report, StepRecord, read_record, read_report, read_step
+from distill.common.serialized import json_text
 from distill.common.sources import (
     causes,
     reason_of,

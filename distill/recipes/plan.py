@@ -9,7 +9,8 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-from distill.common.records import StepRecord, as_json, from_json, read_step
+from distill.common.records import StepRecord, read_step
+from distill.common.serialized import as_json, from_json
 from distill.data.load import Data, load_data
 from distill.errors import InputError
 from distill.models.folders import export_problem

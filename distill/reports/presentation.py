@@ -14,7 +14,8 @@ from distill.data.load import describe_cut
 from distill.evaluation.benchmark import remarks_on
 from distill.evaluation.intervals import interval_method
 from distill.recipes.plan import Plan
-from distill.reports.sections import contamination_lines, fidelity_sections, slice_lines
+from distill.reports.envelope import envelope_lines, never_picked, on_front
+from distill.reports.sections import contamination_lines, cost_sections, fidelity_sections, slice_lines
 from distill.tasks.base import is_better_lower
 from distill.tasks.kinds import KINDS
 from distill.verbs.all import VERBS
@@ -81,6 +82,10 @@ def as_markdown(plan: Plan, report: Report) -> str:
             if _comparison_lines(report)
             else []
         ),
+        f"What limits would choose:\n\n{bullets(envelope_lines(report))}"
+        if envelope_lines(report)
+        else "Every model is the best one under some limits of size and latency.",
+        *cost_sections(report),
         *fidelity_sections(report),
         bullets(remarks(report))
         or "No compressed model is larger than the one it was made from, and none more than 5 % slower.",
@@ -94,6 +99,8 @@ def as_markdown(plan: Plan, report: Report) -> str:
 def draw(report: Report, path: Path | BinaryIO) -> None:
     """Plot the metric against bytes and against latency, as a PNG image.
 
+    A line goes along the front of each; models that no limit would choose are pale.
+
     Args:
         report: one point for each of its models.
         path: the file to write, or an open one.
@@ -104,6 +111,7 @@ def draw(report: Report, path: Path | BinaryIO) -> None:
     from matplotlib import pyplot
 
     models = report.models
+    unpicked = never_picked(report)
     panels = [
         ("weights on disk, MB", [(model.size_on_disk_bytes or math.nan) / 1e6 for model in models]),
         (f"median latency on {models[0].device}, ms", [model.latency_ms.p50 for model in models]),
@@ -118,9 +126,13 @@ def draw(report: Report, path: Path | BinaryIO) -> None:
             )
             reach = [[max(score - low, 0)], [max(high - score, 0)]]
             marker = "*" if model.name == report.baseline else "o"
-            axis.errorbar(value, score, yerr=reach, fmt=marker, markersize=9, capsize=3, elinewidth=1)
+            strength = 0.3 if model.name in unpicked else 1.0
+            axis.errorbar(value, score, yerr=reach, fmt=marker, markersize=9, capsize=3, elinewidth=1, alpha=strength)
             if not math.isnan(value + score):
                 labels.append((value, score, model.name))
+        best = on_front(values, models, report.metric)
+        scores = [models[index].metrics[report.metric] for index in best]
+        axis.step([values[index] for index in best], scores, where="post", color="grey", linewidth=1, zorder=0)
         axis.set_xlabel(label)
         axis.set_xlim(0, 1.3 * max(value for value in values if not math.isnan(value)) if any(values) else 1)
         axis.grid(alpha=0.3)

@@ -8,22 +8,13 @@ from typing import Any
 
 from distill.common.console import log, remark
 from distill.common.folders import write_atomically
-from distill.common.records import (
-    Comparison,
-    Measurement,
-    ModelEntry,
-    Recovery,
-    Report,
-    StepRecord,
-    as_json,
-    finite,
-    from_json,
-    read_step,
-)
+from distill.common.records import Comparison, Measurement, ModelEntry, Recovery, Report, StepRecord, read_step
+from distill.common.serialized import as_json, finite, from_json
 from distill.data.load import Truncated, token_fingerprint, tokenizer_fingerprint
 from distill.errors import InputError
 from distill.evaluation.benchmark import benchmark_models, environment
 from distill.evaluation.contamination import MOST_ROWS, Matches, find_matches, has_minhash
+from distill.evaluation.cost import cost_per_million
 from distill.evaluation.evaluate import Evaluation, evaluate_model
 from distill.evaluation.intervals import (
     agreement,
@@ -96,6 +87,8 @@ def write_report(plan: Plan) -> Report:
         slices=fidelity.slices,
         worst_rows=fidelity.worst_rows,
         contamination=measure_contamination(plan.data, _matches(plan, cache), evaluations),
+        price_per_hour=plan.recipe.report.price_per_hour,
+        fleet=plan.recipe.report.fleet,
     )
     report = from_json(Report, finite(asdict(found)))  # a correlation with constant predictions is no number
     write_atomically(plan.recipe.output_dir / "report.json", as_json(report))
@@ -300,6 +293,7 @@ def _entry(
 ) -> ModelEntry:
     """One model of report.json."""
     planned, record = plan.steps.get(name), _record_of(plan, name)
+    price, fleet = plan.recipe.report.price_per_hour, plan.recipe.report.fleet
     evaluation, metric = evaluations[name], plan.data.task.primary_metric
     baseline = evaluations.get(plan.baseline) if tokens[name] == tokens.get(plan.baseline) else None
     return ModelEntry(
@@ -317,6 +311,8 @@ def _entry(
         truncated={**(record.truncated or {}), **(evaluation.truncated or {})} or None,
         calibration=fidelity.calibration[name],
         flips=fidelity.flips[name],
+        cost_per_million=cost_per_million(measured, plan.recipe.benchmark, price) if price else None,
+        fleet_bytes=measured.size_on_disk_bytes * fleet if measured.size_on_disk_bytes and fleet else None,
     )
 
 

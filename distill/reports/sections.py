@@ -31,6 +31,59 @@ def fidelity_sections(report: Report) -> list[str]:
     return found
 
 
+def cost_sections(report: Report) -> list[str]:
+    """Paragraphs of report.md: what a million predictions cost, joules and the bytes of a fleet, where these are known.
+
+    Args:
+        report: whose recipe may say a price and a fleet.
+    """
+    rows = cost_rows(report)
+    return [f"{cost_sentence(report)}.", *([table(rows)] if rows else [])]
+
+
+def cost_sentence(report: Report) -> str:
+    """What the numbers of `cost_rows` are, and whether energy was measured.
+
+    Args:
+        report: whose recipe may say a price and a fleet.
+    """
+    said = []
+    if report.price_per_hour is not None:
+        price = f"a million predictions at {report.price_per_hour:g} an hour for this machine, busy with nothing else"
+        said.append(f"{price}, by so many rows at a time")
+    if report.fleet is not None:
+        said.append(f"gigabytes of weight files to {report.fleet:,} devices together")
+    if _of_energy(report):
+        said.append("joules of the whole chip for a row in a batch")
+    else:
+        said.append("energy not measured, as no counter of it can be read here")
+    return f"Cost: {'; '.join(said)}"
+
+
+def cost_rows(report: Report) -> list[list[str]]:
+    """A header and one row per model; nothing where neither price nor fleet is said and no energy was measured.
+
+    Args:
+        report: whose recipe may say a price and a fleet.
+    """
+    batches = list(report.models[0].cost_per_million or {})
+    header = ["model", *(f"per million by {rows}" for rows in batches)]
+    header += ["joules"] * _of_energy(report) + ["fleet GB"] * (report.fleet is not None)
+    if len(header) == 1:
+        return []
+    rows = [header]
+    for model in report.models:
+        row = [model.name, *(f"{(model.cost_per_million or {})[each]:.2f}" for each in batches)]
+        row += [_number(model.joules_per_sample)] * _of_energy(report)
+        gigabytes = None if model.fleet_bytes is None else model.fleet_bytes / 1e9
+        rows.append([*row, *[_number(gigabytes, ",.2f")] * (report.fleet is not None)])
+    return rows
+
+
+def _of_energy(report: Report) -> bool:
+    return any(model.joules_per_sample for model in report.models)
+
+
 def slice_lines(report: Report) -> list[str]:
     """One sentence for each model and slice on which it lost more than elsewhere, the surest first."""
     surest = sorted(

@@ -26,7 +26,8 @@ from distill.common.folders import (
     written_whole,
 )
 from distill.common.hardware import allocator
-from distill.common.records import Root, StepRecord, as_json, read_step
+from distill.common.records import Root, StepRecord, read_step
+from distill.common.serialized import as_json
 from distill.errors import InputError, nearest_name
 from distill.evaluation.benchmark import environment
 from distill.evaluation.options import ReportOptions
@@ -161,7 +162,7 @@ def save_recipe(recipe: Recipe) -> None:
     for key, options in (("data", recipe.data), ("benchmark", recipe.benchmark)):
         content[key] = {name: value for name, value in asdict(options).items() if value is not None}
     if recipe.report != ReportOptions():
-        content["report"] = asdict(recipe.report)
+        content["report"] = {name: value for name, value in asdict(recipe.report).items() if value is not None}
     published = {key: getattr(recipe, key) for key in ("baseline", "base_model", "license", "language", "push")}
     content |= {key: list(value) if isinstance(value, tuple) else value for key, value in published.items() if value}
     content["steps"] = {

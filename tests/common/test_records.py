@@ -13,13 +13,11 @@ from distill.common.records import (
     Report,
     Root,
     StepRecord,
-    as_json,
-    from_json,
-    json_text,
     read_record,
     read_report,
     read_step,
 )
+from distill.common.serialized import as_json, from_json, json_text
 from distill.errors import InputError
 from tests.records import entry_of
 

@@ -15,6 +15,7 @@ from distill.evaluation.fidelity import (
     holm,
     mcnemar,
     negative_log_likelihoods,
+    reliability_bins,
 )
 from distill.tasks import scorers
 from distill.tasks.base import GLUE
@@ -63,6 +64,9 @@ def test_the_calibration_error_by_hand():
     assert error == pytest.approx((abs(1 - (0.6 + 0.7)) + abs(2 - (0.8 + 0.9))) / 4)  # right − confident, of both bins
     weights = np.array([[0.0, 2, 1, 1]])  # the bins stay in a resample
     assert calibration_error(logits, truth, bins=2)(weights) == pytest.approx((1.4 + 0.3) / 4)
+    found = reliability_bins(logits, truth, bins=2)
+    assert np.array(found) == pytest.approx(np.array([[0.65, 0.5, 2], [0.85, 1.0, 2]]))
+    assert len(reliability_bins(logits, truth)) == 4  # empty ones are left out
 
 
 def test_the_calibration_error_is_that_of_scikit_learns_quantile_bins():
@@ -72,6 +76,9 @@ def test_the_calibration_error_is_that_of_scikit_learns_quantile_bins():
     shares, confidences = calibration_curve(right, chances.max(1), n_bins=15, strategy="quantile")
     error = scorers.whole(calibration_error(logits, truth), 3000)  # 200 rows in each bin
     assert error == pytest.approx(np.abs(shares - confidences).mean())
+    expected = np.stack([confidences, shares, np.full(15, 200)], axis=1)
+    assert np.array(reliability_bins(logits, truth)) == pytest.approx(expected)
+    assert calibration_of(logits, truth).bins == reliability_bins(logits, truth)
 
 
 @pytest.mark.parametrize("classes", [2, 5])

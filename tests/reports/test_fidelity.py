@@ -134,7 +134,7 @@ task: sst2
 output_dir: {tmp_path / "run"}
 data: {{path: {tmp_path / "rows"}, max_length: 16}}
 benchmark: {{sequence_length: 8, throughput_batch_size: 2, rounds: 1}}
-report: {{slices: [source]}}
+report: {{slices: [source], price_per_hour: 3.6, fleet: 50}}
 steps:
   tuned: {{run: finetune, model: {pretrained}, max_steps: 1, num_layers: 1}}
   small: {{run: quantize, model: tuned, format: bf16}}
@@ -156,6 +156,9 @@ def test_a_run_tells_all_of_it_from_report_to_card_and_pushes_no_text(recipe, tm
     tuned, small = content["models"]
     assert tuned["flips"] is None
     assert small["flips"].keys() == {"gained", "lost", "p", "classes"}
+    assert (content["price_per_hour"], content["fleet"]) == (3.6, 50)
+    assert tuned["cost_per_million"]["1"] == pytest.approx(tuned["latency_ms"]["p50"], rel=1e-6)
+    assert tuned["fleet_bytes"] == 50 * tuned["size_on_disk_bytes"]
     assert tuned["calibration"].keys() >= {"ece", "brier", "nll", "temperature"}
     report = read_report(run)
     assert json.loads(json.dumps(asdict(report))) == content

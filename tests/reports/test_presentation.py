@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from distill.common.console import PlainConsole
-from distill.common.records import finite, json_text, read_record
+from distill.common.records import read_record
+from distill.common.serialized import finite, json_text
 from distill.reports import presentation
 from distill.reports.presentation import as_markdown, draw, print_report
 from distill.tasks.base import GLUE

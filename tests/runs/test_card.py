@@ -6,7 +6,8 @@ import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
-from distill.common.records import StepRecord, from_json
+from distill.common.records import StepRecord
+from distill.common.serialized import from_json
 from distill.recipes.yaml12 import parse_yaml
 from distill.runs.card import inherited, model_card
 from distill.verbs.all import VERBS

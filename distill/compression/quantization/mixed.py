@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from distill.common.console import progress
-from distill.common.records import json_text
+from distill.common.serialized import json_text
 from distill.compression.quantization.embeddings import QuantizedEmbedding
 from distill.compression.quantization.formats import (
     EmbeddingFormat,
