@@ -1,4 +1,4 @@
-"""The words of the command line, `distill check | run | eval | bench | report | push`; `commands` has what they do.
+"""The words of the command line, `distill check | run | eval | …`; `commands` has what they do.
 
 Nothing slow is imported before a command runs: help and what is wrong with the words or the YAML come at once.
 """
@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         "distill", description="Distil, quantize and measure Hugging Face encoders.", allow_abbrev=False
     )
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="check | run | eval | bench | report | push"
+        dest="command", required=True, metavar="check | run | eval | predict | bench | report | push"
     )
 
     check = commands.add_parser(
@@ -106,6 +106,19 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("model", help="a model folder or a Hub id")
     evaluate.add_argument("--task", help="a GLUE task")
     evaluate.add_argument("--label_map", help="the model's label names → the task's: '{LABEL_0: negative, …}'")
+
+    predict = commands.add_parser(
+        "predict",
+        allow_abbrev=False,
+        help="predict rows without labels: one JSON object a row, in their order",
+        epilog=_NEW_ROWS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    predict.add_argument("model", help="a model folder or a Hub id")
+    predict.add_argument("--task", help="a GLUE task, whose columns the rows have")
+    predict.add_argument("--output", required=True, type=_path, metavar="FILE", help="a new .jsonl or .csv file")
+    predict.add_argument("--keep", nargs="+", metavar="COLUMN", help="columns of the rows that go along")
+    predict.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
 
     bench = commands.add_parser(
         "bench",
@@ -154,6 +167,12 @@ a GLUE task, from the Hub or (with --data.path) from a folder:
   distill eval MODEL --task sst2 --data.path glue/sst2
 every --data.<option>: distill check --help-options data"""
 
+_NEW_ROWS = """\
+rows with the text columns of the model's run; labels, if there are any, are not read:
+  distill predict runs/quickstart/student --data.path new.csv --output predicted.jsonl
+other columns, of a model from anywhere:
+  distill predict MODEL --data.path new.csv --data.text review --keep id --output predicted.csv"""
+
 
 def _hint(command: str, flag: str) -> str:
     """What to write instead of an unknown flag."""
@@ -162,6 +181,8 @@ def _hint(command: str, flag: str) -> str:
         return f"--{name} belongs to distill run; check goes over every step"
     if command in ("run", "check", "report") and flag.startswith("--"):
         return f"a step's option is --STEP.{name}, the data's --data.{name}; for all others: distill {command} --help"
+    if command == "predict":
+        return "predict takes --data.<option>, --task, --output, --keep and --overwrite"
     return EVAL_OPTIONS if command == "eval" else f"for all options: distill {command} --help"
 
 
@@ -173,7 +194,7 @@ def _split_overrides(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
     for word in words:
         name, equals, value = word.removeprefix("--").partition("=")
         of_recipe = name in ("output_dir", "baseline", "base_model", "license", "language") or (
-            name == "task" and arguments[0] != "eval"
+            name == "task" and arguments[0] not in ("eval", "predict")
         )
         if not word.startswith("--") or not ("." in name or of_recipe):
             plain.append(word)

@@ -24,6 +24,7 @@ from distill.common.folders import locked, told_of_a_full_disk
 from distill.common.hardware import available_cores
 from distill.common.serialized import json_text
 from distill.data.load import DataOptions, describe_cut
+from distill.data.tokenized import cut_rows
 from distill.errors import (
     InputError,
 )
@@ -36,6 +37,7 @@ from distill.evaluation.cost import cost_per_million
 from distill.evaluation.evaluate import evaluate_model
 from distill.evaluation.loading import engine_versions, load_scored
 from distill.evaluation.options import EVAL_OPTIONS, BenchmarkOptions, ReportOptions
+from distill.evaluation.predict import predict_lines, refuse_output, write_lines
 from distill.models.load import (
     fetch_weights,
     find_model,
@@ -46,6 +48,7 @@ from distill.publishing.push import push_folder, to_push, write_content
 from distill.recipes.check import print_plan
 from distill.recipes.dry_run import push_problems, runnable_plan
 from distill.recipes.plan import Plan, make_plan
+from distill.recipes.predicting import PREDICT_OPTIONS, rows_to_predict
 from distill.recipes.recipe import (
     Recipe,
     load_recipe,
@@ -158,13 +161,19 @@ def _report_and_push(plan: Plan) -> None:
     _push_all(plan.recipe)
 
 
-def _eval(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
+def _data_options(overrides: dict[str, str], known: str) -> dict[str, Any]:
+    """The values under `--data.<option>`; all others are refused with what is known."""
     values = {}
     for path, text in overrides.items():
         block, _, key = path.partition(".")
         if block != "data" or not key:
-            raise InputError(f"--{path}: no such option; {EVAL_OPTIONS}")
+            raise InputError(f"--{path}: no such option; {known}")
         values[key] = parse_value(text, f"--{path}")
+    return values
+
+
+def _eval(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
+    values = _data_options(overrides, EVAL_OPTIONS)
     label_map = parse_value(arguments.label_map, "--label_map") if arguments.label_map else None
     if label_map is not None and not isinstance(label_map, dict):
         raise InputError(f"--label_map: should be a mapping like '{{LABEL_0: negative}}', got {arguments.label_map!r}")
@@ -190,6 +199,25 @@ def _eval(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     counted = {"rows": rows, "truncated": evaluation.truncated}
     task = data.task.name if data.task.name in GLUE else data.task.kind
     print(json_text({"model": arguments.model, "task": task, **scored, **counted}, indent=None))
+
+
+def _predict(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
+    values = _data_options(overrides, PREDICT_OPTIONS)
+    refuse_output(arguments.output, overwrite=arguments.overwrite, rows=values.get("path"))
+    source = find_model(arguments.model, adapters=True, exports=True)
+    wanted = rows_to_predict(source, arguments.task, values, keep=arguments.keep or ())
+    new = wanted.new
+    for note in new.notes:
+        results.print(f"note: {note}")
+    fetch_weights(source)
+    model, processor = load_scored(source.location, new.task), load_processor(source.location, new.task.kind)
+    encoded = wanted.encoded(processor, model.config)
+    with told_of_a_full_disk(arguments.output.absolute().parent):
+        count = write_lines(arguments.output, predict_lines(model, processor, new, encoded, name=arguments.model))
+    cut = cut_rows(encoded)
+    if cut:
+        results.print(describe_cut({"new": {"rows": count, "cut": cut}}))
+    results.print(f"→ {arguments.output}: {count} rows")
 
 
 def _bench(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
@@ -348,6 +376,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, dict[str, str]], int | None]] 
     "check": _check,
     "run": _run,
     "eval": _eval,
+    "predict": _predict,
     "bench": _bench,
     "report": _report,
     "push": _push,

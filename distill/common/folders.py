@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from filelock import FileLock, Timeout
 
@@ -69,9 +70,21 @@ def write_atomically(path: Path, text: str) -> None:
         path: a file, new or not, in a folder that exists.
         text: is written in UTF-8.
     """
+    with opened_atomically(path) as file:
+        file.write(text)
+
+
+@contextmanager
+def opened_atomically(path: Path) -> Iterator[TextIO]:
+    """Open a file to be written, in UTF-8, which takes its place once the block ends well, and else is not there.
+
+    Args:
+        path: a file, new or not, in a folder that exists.
+    """
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
+        with partial.open("w", encoding="utf-8", newline="\n") as file:
+            yield file
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

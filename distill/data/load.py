@@ -190,7 +190,7 @@ def load_data(
     Raises:
         InputError: with every problem of the options, columns, texts and labels.
     """
-    task = _task(task_name, options)
+    task = task_of(task_name, options)
     read = read_splits(task, options.path, options.name)
     found, source_fingerprint = dict(read.splits), read.fingerprint
     revision = hub_revision(found)
@@ -330,7 +330,16 @@ def _fingerprint(content: Any) -> str:
 # --- the task -------------------------------------------------------------------------------------------------------
 
 
-def _task(task_name: str | None, options: DataOptions) -> Task:
+def task_of(task_name: str | None, options: DataOptions) -> Task:
+    """Give the GLUE task of a name, or the task of a user's own columns.
+
+    Args:
+        task_name: a GLUE task; None for own data.
+        options: the `data:` block.
+
+    Raises:
+        InputError: with every problem of the kind and the columns' names.
+    """
     if task_name is not None:
         given = [key for key in ("kind", "text", "label", "label_names") if getattr(options, key) is not None]
         if given:

@@ -2,7 +2,7 @@
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from itertools import chain
@@ -38,6 +38,7 @@ def tokenize(
     *,
     stride: int | None = None,
     scored: bool = False,
+    to_predict: bool = False,
     fingerprint: str | None = None,
 ) -> datasets.Dataset:
     """Turn rows into model inputs: `input_ids` and what else the tokenizer gives (unpadded), labels, and `length`.
@@ -55,14 +56,22 @@ def tokenize(
         max_length: tokens of a row or window at most.
         stride: tokens that neighbouring windows of a context share; a third of `max_length` by default.
         scored: the masks of a masked LM are drawn here, once; for training they are drawn anew whenever a row is read.
+        to_predict: the rows have no label, and are encoded as the kind's `PredictionRule` says.
         fingerprint: of the tokenizer. With it rows are kept on disk, and found there again; without it in memory.
 
     Raises:
         InputError: the task needs to know where a token stands in its text, and the tokenizer is not a fast one.
     """
     its, options = KINDS[task.kind], EncodeOptions(max_length, stride, scored)
+    encode = its.prediction.encode if to_predict else its.encode
+
+    def encoded_rows(batch: Batch, numbers: Sequence[int]) -> Batch:
+        if to_predict:
+            batch["label"] = [its.prediction.label(task, value) for value in batch[task.text[0]]]
+        return encode(batch, numbers, task, tokenizer, options)
+
     if isinstance(tokenizer, BaseImageProcessor):
-        return rows.with_transform(lambda batch: its.encode(batch, [], task, tokenizer, options))
+        return rows.with_transform(lambda batch: encoded_rows(batch, []))
     if its.needs_offsets and not tokenizer.is_fast:
         raise InputError(
             f"{type(tokenizer).__name__}: only fast tokenizers tell where a token stands, which {task.kind} needs"
@@ -70,14 +79,15 @@ def tokenize(
 
     def made(start: int) -> Batch:
         numbers = range(start, min(start + _ROWS_AT_ONCE, len(rows)))
-        return its.encode(rows[numbers.start : numbers.stop], numbers, task, tokenizer, options)
+        return encoded_rows(rows[numbers.start : numbers.stop], numbers)
 
     def write(writer: ArrowWriter) -> None:
         starts = range(0, len(rows), _ROWS_AT_ONCE)
         for found in _one_ahead(made, progress(starts, "Tokenizing", total=len(starts))):
             writer.write_batch(_as_arrow(found, tokenizer))
 
-    chosen = [asdict(task), max_length, stride, scored, type(tokenizer).__qualname__, _source_of(its.encode)]
+    chosen = [asdict(task), max_length, stride, scored, type(tokenizer).__qualname__, _source_of(encode)]
+    chosen += ["to predict"] if to_predict else []
     encoded = stored_rows(fingerprint and rows_fingerprint(rows, fingerprint, chosen), write)
     if its.labels.one_class and task.label_names and "labels" in encoded.column_names:
         # What the ids mean goes along, to be compared with what a model takes them for.

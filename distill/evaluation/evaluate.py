@@ -145,11 +145,16 @@ def _inputs(
         rows, tokenizer, batch_size=batch_size, padding_side=None if targets_of(model).per_row else "right"
     )
     for chosen, batch in progress(batches, text, total=math.ceil(len(rows) / batch_size)):
-        batch = {
-            name: values.to(model.device, model.dtype if values.is_floating_point() else None)  # pixels
-            for name, values in batch.items()
-        }
-        yield chosen, accepted_inputs(model, batch)
+        yield chosen, inputs_on_device(model, batch)
+
+
+def inputs_on_device(model: PreTrainedModel, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Select the inputs of a batch that the model takes, on its device and pixels in its dtype."""
+    moved = {
+        name: values.to(model.device, model.dtype if values.is_floating_point() else None)
+        for name, values in batch.items()
+    }
+    return accepted_inputs(model, moved)
 
 
 def input_batches(

@@ -122,15 +122,23 @@ class EngineUsage:
     outputs are called as in transformers (`logits`)."""
 
 
-SPAN_USAGE = EngineUsage(
-    '[("Where do bees live?", "Bees live in hives.")]',
-    """in_context = [number == 1 for number in rows[0].sequence_ids]
-starts, ends = (np.where(in_context, each[0], -np.inf) for each in (start_logits, end_logits))
-scores = np.where(np.tri(len(starts)).T, starts[:, None] + ends, -np.inf)  # no answer ends before it starts
-start, end = divmod(int(scores.argmax()), len(starts))
-print(tokenizer.decode(rows[0].ids[start : end + 1]))""",
-)
-"""Of kinds whose outputs are `start_logits` and `end_logits`."""
+@dataclass(frozen=True, kw_only=True)
+class PredictionRule:
+    """What a kind predicts for rows without labels, and the line that says it. Nothing has a default."""
+
+    label: Callable[[Task, Any], Any]
+    """(task, the first text or the words of a row) → what stands for the label that the row lacks."""
+    encode: Encode
+    """Rows → inputs. Where a row becomes several of them, or none, `row` holds its number."""
+    read: Callable[[PreTrainedModel, Mapping[str, Tensor], Sequence[Any], str], list[Any]]
+    """(model, batch, labels of its rows, the model's name) → of each row what its line is made of."""
+    window_columns: tuple[str, ...]
+    """Those of the encoded rows that `line` needs."""
+    reads_text: bool
+    """Whether `line` needs the row's text columns."""
+    line: Callable[[Task, Any, Sequence[Any], Sequence[Mapping[str, Any]], Sequence[Any]], dict[str, Any]]
+    """(task, tokenizer or image processor, the row's text columns, its encoded rows, what `read` gave of each) → the
+    row's prediction as JSON, with the same keys in every row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +197,8 @@ class Kind:
     B×L of the outcomes that came true; None where predictions are no distributions, or their logits are not kept."""
     in_words: Callable[[Task, Any], Any]
     """(task, one row's prediction or label) → what a reader is shown of it, as JSON."""
+    prediction: PredictionRule
+    """Of rows without labels."""
     names_labels: bool
     """Whether a model's config says what its outputs are (classes, tags, or the score)."""
     auto_class: str

@@ -15,11 +15,13 @@ from distill.tasks.base import (
     EngineUsage,
     Kind,
     LabelRule,
+    PredictionRule,
     RowMetric,
     Task,
     labels_as_read,
     pipeline_usage,
 )
+from distill.tasks.predicted.rows import class_line, labels_line, score_line
 from distill.tasks.rows import (
     as_predicted,
     class_in_words,
@@ -163,6 +165,9 @@ for row in scores:
     print(names[str(row.argmax())], float(row.max()))"""
 _READ_LABELS = """for row in 1 / (1 + np.exp(-logits)):
     print({names[str(number)]: score for number, score in enumerate(row.tolist())})"""
+CLASS_LINES = PredictionRule(
+    label=_no_class, encode=encode_texts, read=read_rows, window_columns=(), reads_text=False, line=class_line
+)
 
 CLASSIFICATION = Kind(
     columns=("text",),
@@ -191,6 +196,7 @@ CLASSIFICATION = Kind(
     classes=rows_of_classes,
     outcomes=class_outcomes,
     in_words=class_in_words,
+    prediction=CLASS_LINES,
     names_labels=True,
     auto_class="AutoModelForSequenceClassification",
     architectures=("ForSequenceClassification",),
@@ -215,6 +221,7 @@ MULTI_LABEL = replace(
     while_training=rows_while_training(label_sets),
     outcomes=label_outcomes,
     in_words=labels_in_words,
+    prediction=replace(CLASS_LINES, label=_no_labels, line=labels_line),
     architectures=_OF_TEXTS_OR_IMAGES,
     usage=pipeline_usage("text-classification", "$example, truncation=True, top_k=None"),
     engine_usage=EngineUsage("[$example]", _READ_LABELS),
@@ -235,6 +242,7 @@ REGRESSION = replace(
     classes=no_classes,
     outcomes=None,
     in_words=as_predicted,
+    prediction=replace(CLASS_LINES, label=_no_score, line=score_line),
     usage=pipeline_usage("text-classification", '$example, truncation=True, function_to_apply="none"'),
     engine_usage=EngineUsage("[$example]", "print(logits[:, 0].tolist())"),
 )

@@ -6,7 +6,7 @@ from dataclasses import replace
 from transformers import BaseImageProcessor
 
 from distill.tasks.base import Batch, EncodeOptions, Task, pipeline_usage
-from distill.tasks.classification import CLASSIFICATION
+from distill.tasks.classification import CLASS_LINES, CLASSIFICATION
 
 
 def encode_images(
@@ -34,6 +34,7 @@ IMAGE_CLASSIFICATION = replace(
     unlabelled=False,
     stored_predictions=False,
     encode=encode_images,
+    prediction=replace(CLASS_LINES, encode=encode_images),
     metrics=("accuracy", "f1_macro"),
     auto_class="AutoModelForImageClassification",
     architectures=("ForImageClassification",),

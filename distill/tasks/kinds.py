@@ -1,8 +1,9 @@
 """The kinds of task by name, and what is found through them: a model's targets, a user's task, code for a card."""
 
+from copy import copy
 from string import Template
 
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from distill.errors import InputError
 from distill.tasks.base import Kind, Task, TaskKind
@@ -48,6 +49,45 @@ def targets_of(model: PreTrainedModel) -> Targets:
     if found.one_output and config.num_labels > 1:
         raise InputError(f"{name}: a {found.name} with {config.num_labels} outputs; one is supported")
     return found
+
+
+def kind_of(config: PretrainedConfig, reference: str, given: TaskKind | None = None) -> TaskKind:
+    """Find what kind of task a model was made for, by the class and the problem type that its config names.
+
+    Args:
+        config: of the model.
+        reference: of the model, for messages.
+        given: the kind that a user or a record names. It is taken unless the config contradicts.
+
+    Raises:
+        InputError: the config names no class with a head and no kind was given, or it names one of another kind.
+    """
+    named, names = config.problem_type, config.architectures or []
+    known = {name: kind for name, kind in KINDS.items() if any(each.endswith(kind.architectures) for each in names)}
+    found = [name for name, kind in known.items() if _fits(config, kind)]
+    if given is None and found:
+        return found[0]
+    if given is None:
+        raise InputError(
+            f"{reference}: {' or '.join(names) or 'its config'} names no head that predicts "
+            f"{', '.join(KINDS)}; give the folder of a model that was trained for one of these"
+        )
+    if given not in KINDS or not names or (not known and given in KINDS):
+        return given  # told of when its options are checked, or its weights read
+    as_given = copy(config)
+    as_given.problem_type = named or KINDS[given].targets.problem_type
+    if given not in known or not _fits(as_given, KINDS[given]):
+        outputs = f", problem_type {named}" if named else ""
+        made_for = f"; it was made for {found[0]}" if found else ""
+        raise InputError(
+            f"data.kind: {given} is not what {reference} predicts ({names[0]}{outputs}, {config.num_labels} "
+            f"outputs){made_for}"
+        )
+    return given
+
+
+def _fits(config: PretrainedConfig, kind: Kind) -> bool:
+    return kind.targets.fits(config) and not (kind.targets.one_output and config.num_labels > 1)
 
 
 def own_task(kind: TaskKind, text: tuple[str, ...], label: str) -> Task:

@@ -19,6 +19,7 @@ from distill.tasks.base import (
     EngineUsage,
     Kind,
     LabelRule,
+    PredictionRule,
     ScoringArguments,
     Task,
     labels_as_read,
@@ -26,6 +27,7 @@ from distill.tasks.base import (
 )
 from distill.tasks.classification import CLASSES
 from distill.tasks.outputs import CHUNK, logits_in_chunks, refuse_not_finite_outputs
+from distill.tasks.predicted.language import encode_to_fill, fillings_line, perplexity_line, read_fillings
 from distill.tasks.rows import as_predicted, most_likely, no_classes
 from distill.tasks.scorers import Scorer
 from distill.tasks.targets import (
@@ -82,6 +84,14 @@ def encode_causal(
     """
     windows, _ = _windows(batch, task, tokenizer, options.max_length)
     return {**windows, "labels": [list(ids) for ids in windows["input_ids"]]}
+
+
+def encode_numbered(
+    batch: Batch, numbers: Sequence[int], task: Task, tokenizer: PreTrainedTokenizerBase, options: EncodeOptions
+) -> Batch:
+    """Tokenize texts as `encode_causal` does, with each window's `row`: arguments as there."""
+    windows, rows = _windows(batch, task, tokenizer, options.max_length)
+    return {**windows, "labels": [list(ids) for ids in windows["input_ids"]], "row": [numbers[row] for row, _ in rows]}
 
 
 def _windows(
@@ -328,6 +338,14 @@ MASKED_LM = Kind(
     classes=no_classes,
     outcomes=None,
     in_words=as_predicted,
+    prediction=PredictionRule(
+        label=_no_label,
+        encode=encode_to_fill,
+        read=read_fillings,
+        window_columns=(),
+        reads_text=False,
+        line=fillings_line,
+    ),
     names_labels=False,
     auto_class="AutoModelForMaskedLM",
     architectures=("ForMaskedLM",),
@@ -344,6 +362,9 @@ CAUSAL_LM = replace(
     targets=NEXT_WORDS,
     read=partial(_read, NEXT_WORDS),
     while_training=language_while_training(NEXT_WORDS),
+    prediction=replace(
+        MASKED_LM.prediction, encode=encode_numbered, read=partial(_read, NEXT_WORDS), line=perplexity_line
+    ),
     auto_class="AutoModelForCausalLM",
     architectures=("ForCausalLM", "LMHeadModel"),  # GPT-2's
     peft_task="CAUSAL_LM",

@@ -15,21 +15,17 @@ from torch import Tensor
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.tasks import scorers
-from distill.tasks.base import SPAN_USAGE, Batch, EncodeOptions, Kind, LabelRule, RowMetric, ScoringArguments, Task
+from distill.tasks.base import Batch, EncodeOptions, Kind, LabelRule, PredictionRule, RowMetric, ScoringArguments, Task
 from distill.tasks.classification import CLASSES
 from distill.tasks.outputs import finite_logits
+from distill.tasks.predicted.spans import SPAN_USAGE, answer_line, best_span
 from distill.tasks.rows import most_likely, no_classes
 from distill.tasks.scorers import Scorer
 from distill.tasks.targets import IGNORED, SPAN_LABELS, BatchTargets, any_config
 
-LONGEST_ANSWER = 30
-"""Tokens; SQuAD's answers are shorter (as in BERT's script for it)."""
-
 _LONGEST_QUESTION = 64
 _IMPOSSIBLE = "is_impossible"
 """SQuAD 2's column of whether a question has no answer."""
-
-_BEST = 20
 
 
 def encode_windows(
@@ -176,18 +172,10 @@ def answers_of(
     best = [(-np.inf, "")] * len(contexts)
     none = np.full(len(contexts), np.inf)
     for row, starts, ends, logits in windows:
-        size = len(starts)
         none[row] = min(none[row], logits[0, 0] + logits[1, 0])
-        known = np.array(starts) >= 0
-        begin, end = (np.where(known, values[:size], -np.inf) for values in logits)
-        first, last = (np.argsort(-values)[:_BEST] for values in (begin, end))
-        length = last[None, :] - first[:, None]
-        sums = begin[first][:, None] + end[last][None, :]
-        scores = np.where((length >= 0) & (length < LONGEST_ANSWER), sums, -np.inf)
-        place = np.unravel_index(scores.argmax(), scores.shape)
-        if scores[place] > best[row][0]:
-            span = contexts[row][starts[first[place[0]]] : ends[last[place[1]]]]
-            best[row] = (float(scores[place]), span)
+        span = best_span(starts, logits)
+        if span.score > best[row][0]:
+            best[row] = (span.score, contexts[row][starts[span.first] : ends[span.last]])
     return ["" if may_be_none and none[row] > score else answer for row, (score, answer) in enumerate(best)]
 
 
@@ -386,6 +374,14 @@ QUESTION_ANSWERING = Kind(
     classes=no_classes,
     outcomes=None,
     in_words=answers_in_words,
+    prediction=PredictionRule(
+        label=_no_answers,
+        encode=encode_windows,
+        read=read_spans,
+        window_columns=("starts", "ends"),
+        reads_text=True,
+        line=answer_line,
+    ),
     names_labels=False,
     auto_class="AutoModelForQuestionAnswering",
     architectures=("ForQuestionAnswering",),

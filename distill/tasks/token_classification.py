@@ -15,6 +15,7 @@ from distill.tasks.base import (
     EngineUsage,
     Kind,
     LabelRule,
+    PredictionRule,
     RowMetric,
     ScoringArguments,
     Task,
@@ -22,6 +23,7 @@ from distill.tasks.base import (
 )
 from distill.tasks.classification import CLASSES
 from distill.tasks.outputs import finite_logits
+from distill.tasks.predicted.tags import read_tag_probabilities, tags_line
 from distill.tasks.rows import most_likely
 from distill.tasks.scorers import Scorer
 from distill.tasks.targets import IGNORED, any_config, targets_of_tokens
@@ -219,6 +221,10 @@ def _no_tags(task: Task, words: Sequence[str]) -> list[int]:
     return [IGNORED] * len(words)
 
 
+def _a_tag_a_word(task: Task, words: Sequence[str]) -> list[int]:
+    return [0] * len(words)
+
+
 TAGS = replace(
     CLASSES,
     name="token_classification",
@@ -260,6 +266,14 @@ TOKEN_CLASSIFICATION = Kind(
     classes=rows_with_tags,
     outcomes=None,
     in_words=tags_in_words,
+    prediction=PredictionRule(
+        label=_a_tag_a_word,
+        encode=encode_words,
+        read=read_tag_probabilities,
+        window_columns=("words",),
+        reads_text=True,
+        line=tags_line,
+    ),
     names_labels=True,
     auto_class="AutoModelForTokenClassification",
     architectures=("ForTokenClassification",),

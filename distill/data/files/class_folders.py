@@ -105,7 +105,8 @@ def with_images(rows: datasets.Dataset, folder: Path, column: str) -> datasets.D
     else:
         return rows
     paths = [_image_inside(folder, name, column, row) for row, name in enumerate(names, 1)]
-    return rows.remove_columns(column).add_column(column, paths).cast_column(column, datasets.Image())  # type: ignore
+    named = rows.add_column(f"{column} (path)", paths).remove_columns(column)  # type: ignore[call-arg]
+    return named.rename_column(f"{column} (path)", column).cast_column(column, datasets.Image())
 
 
 def named_images(rows: datasets.Dataset, column: str) -> str:

@@ -1,0 +1,1 @@
+"""What each kind predicts for rows without labels: one JSON object a row."""
