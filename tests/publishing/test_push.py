@@ -32,6 +32,7 @@ steps:
   int8: {{run: quantize, model: student, format: int8}}
   nf4: {{run: quantize, model: student, format: nf4}}
   adapted: {{run: distill, teacher: teacher, model: nf4, lora: {{r: 2}}, max_steps: 4, learning_rate: 1e-2}}
+  served: {{run: export, model: student}}
 push: {{student: me/student, nf4: me/student-nf4}}
 """
 
@@ -208,6 +209,60 @@ def test_the_cards_snippet_runs(hub, adapters, worker, repo_id):
     assert re.search(r"\[\{'label': '(negative|positive)', 'score': 0\.\d+\}\]", reply.out)
 
 
+EXPORTED = """
+import re
+from distill import load_exported
+from transformers import AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained("me/served")
+texts = ["the film was great", "a dull plot"]
+inputs = tokenizer(texts, padding=True, return_tensors="pt")
+logits = [load_exported(where)(**inputs).logits for where in ({folder!r}, "me/served", "me/served@main")]
+answer = [(each - logits[0]).abs().max().item() for each in logits]
+"""
+
+
+def test_an_export_is_pushed_and_loaded_back_from_the_hub(hub, run, worker, tmp_path):
+    assert worker("push", run / "served", "--repo-id", "me/served").status == 0
+    files = hub.model("me/served").files()
+    expected = {
+        *("README.md", "config.json", "export.json", "onnx/model.onnx", "tokenizer.json", "tokenizer_config.json"),
+        *("recipe.yaml", "report.json", "report.png", ".gitattributes"),
+    }
+    assert set(files) == expected
+    assert files["onnx/model.onnx"] == (run / "served" / "onnx" / "model.onnx").read_bytes()
+    data = card_of(hub, "me/served").data
+    assert (data.library_name, data.base_model_relation) == ("onnx", "quantized")
+    assert worker(code=EXPORTED.format(folder=str(run / "served"))).answer == [0.0, 0.0, 0.0]
+    code = snippet(card_of(hub, "me/served"))
+    assert 'snapshot_download("me/served")' in code
+    assert re.search(r"(negative|positive) 0\.\d+\n", worker(code=code).out)
+    scored = worker("eval", "me/served", "--task", "sst2", "--data.path", "acme/reviews", "--data.max_length", "24")
+    assert scored.status == 0, scored.err
+    report = json.loads((run / "report.json").read_text())
+    (entry,) = (model for model in report["models"] if model["name"] == "served")
+    assert json.loads(scored.out.splitlines()[-1])["metrics"] == entry["metrics"]
+    assert worker("push", run / "served", "--repo-id", "me/served", "--dry-run", tmp_path / "dry").status == 0
+    assert (tmp_path / "dry" / "onnx" / "model.onnx").is_file()
+
+
+def test_an_export_takes_the_place_of_another_model(hub, run, worker):
+    old = {
+        "README.md": b"---\ntags:\n- distill\n---\n",
+        "model.safetensors": b"old",
+        "openvino/openvino_model.bin": b"1",
+    }
+    hub.add("me/replaced", old)
+    assert worker("push", run / "served", "--repo-id", "me/replaced").status == 0
+    files = hub.model("me/replaced").files()
+    assert not {"model.safetensors", "openvino/openvino_model.bin"} & set(files)
+    assert "onnx/model.onnx" in files
+    assert worker("push", run / "student", "--repo-id", "me/replaced").status == 0
+    assert not {"onnx/model.onnx", "export.json"} & set(hub.model("me/replaced").files())
+    missing = worker(code="from distill import load_exported\ntry:\n    load_exported('me/replaced')\n"
+                     "except ValueError as error:\n    answer = str(error)")  # fmt: skip
+    assert "holds no export.json, so it is no exported model" in missing.answer
+
+
 def test_pushing_again_commits_nothing(hub, run, worker):
     before, uploads = len(hub.model("me/student").commits), hub.seen["lfs_upload"]
     reply = worker("push", run / "student", "--repo-id", "me/student")
@@ -338,7 +393,7 @@ def test_a_warm_cache_is_enough_without_a_network(hub, run, worker):
     other = worker("check", run.parent / "r.yaml", "--data.path", "acme/reviews@" + 40 * "0")
     worker(code=offline.format(False))
     assert reply.status == 0, reply.err
-    assert reply.out.count("finished already") == 5
+    assert reply.out.count("finished already") == 6
     assert hub.seen.total() == before
     assert other.status == 2
     assert "its cache holds another revision" in other.err

@@ -198,6 +198,14 @@ def test_each_metric_stands_under_the_split_that_it_was_measured_on(card):
             ["distill", "quantize", "int8"],
             "- Quantized with bitsandbytes: linear layers in int8, embeddings in int8",
         ),
+        (
+            "export",
+            "`a` and `b` exported for openvino in int8",
+            "quantized",
+            ["distill", "export", "openvino", "int8"],
+            "- Static scales of activations from 256 training rows, on which it keeps 99.12% of the float model's "
+            "predictions, divergence 0.00067",
+        ),
     ],
 )
 def test_every_verb_has_its_words_tags_and_relation(card, verb, sentence, relation, tags, detail):
@@ -205,9 +213,10 @@ def test_every_verb_has_its_words_tags_and_relation(card, verb, sentence, relati
     trimmed = {"vocab_size": 12000, "coverage": None, "min_count": None}
     pruned = {"heads": None, "neurons": None, "intermediate_size": None, "speedup": 1.5}
     pruned |= {"importance": "fisher", "rounds": 1, "reconstruct": True}
-    options = {**record()["options"], **quantized, **trimmed, **pruned, "model": "b"}
+    options = {**record()["options"], **quantized, **trimmed, **pruned, "model": "b", "engine": "openvino"}
     decided = {"vocab_size_before": 30522, "vocab_size": 12000, "tokens": 9, "touched": {}}
     decided |= {"heads": [12, 9], "neurons": [768, 768], "speedup": 1.52, "threads": 1}
+    decided |= {"float_layers": [], "calibration_rows": 256, "agreement": 0.9912, "divergence": 0.00067}
     found = card({"base_model": "org/root"}, run=verb, parents=["a", "b"], options=options, decided=decided)
     assert f"(no, yes), {sentence}." in found.text
     assert found.data.base_model_relation == relation

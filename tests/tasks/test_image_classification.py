@@ -221,3 +221,23 @@ def test_two_image_processors_are_refused(folder, tmp_path):
     ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(other)
     with pytest.raises(InputError, match="its image processor is not that of teacher"):
         plan_of(folder, tmp_path, f"student: {{run: distill, teacher: teacher, model: {other}, from_scratch: true}}")
+
+
+@pytest.mark.slow
+def test_an_export_of_an_image_model_is_scored_with_its_processor(folder, tmp_path):
+    steps = "served: {run: export, model: teacher, format: int8, agreement: 0.9, divergence: 0.1}"
+    steps += "\n  plain: {run: export, model: teacher, engine: openvino}"
+    made = plan_of(folder, tmp_path, steps)
+    run_plan(made)
+    by_name = {model["name"]: model for model in asdict(write_report(made))["models"]}
+    assert by_name["plain"]["metrics"] == by_name["teacher"]["metrics"]
+    assert by_name["served"]["metrics"]["accuracy"] >= 0.9
+    assert by_name["served"]["flops_per_sample"] == by_name["teacher"]["flops_per_sample"]
+    for name in ("served", "plain"):
+        location = made.steps[name].folder
+        assert (location / "preprocessor_config.json").is_file()
+        assert "load_exported" in (location / "README.md").read_text()
+    options = f"teacher: teacher, model: {folder / 'resnet'}, from_scratch: true, max_steps: 1"
+    steps = f"resnet: {{run: distill, {options}}}\n  served: {{run: export, model: resnet, format: int8}}"
+    with pytest.raises(InputError, match="format: int8 is for layers in transformer blocks; ResNetForImage"):
+        plan_of(folder, tmp_path, steps)

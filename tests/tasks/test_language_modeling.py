@@ -133,6 +133,31 @@ def language_model(kind, vocabulary):
     return GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, bos_token_id=2, eos_token_id=3, **sizes)).eval()
 
 
+def test_a_masked_model_that_an_engine_computes_is_scored_alike(tmp_path, monkeypatch):
+    """An engine computes its head at all tokens, since it is no module whose head could be kept back."""
+    for module in ("tasks.outputs", "tasks.language_modeling"):
+        monkeypatch.setattr(f"distill.{module}.CHUNK", 7)
+    data, tokenizer = load(tmp_path, "masked-lm"), make_tokenizer()
+    model = BertForMaskedLM(tiny_config(initializer_range=0.3)).eval()
+
+    class Engine:
+        config, device, dtype, forward = model.config, model.device, model.dtype, model.forward
+
+        def __call__(self, **inputs):
+            return model(**inputs)
+
+        def to(self, device):
+            return self
+
+        def eval(self):
+            return self
+
+    expected = evaluate_model(model, tokenizer, data, batch_size=5)
+    found = evaluate_model(type("BertForMaskedLM", (Engine,), {})(), tokenizer, data, batch_size=5)
+    assert found.metrics == pytest.approx(expected.metrics, rel=1e-5)
+    assert [each["tokens"] for each in found.predictions] == [each["tokens"] for each in expected.predictions]
+
+
 @pytest.mark.parametrize("kind", ["masked-lm", "causal-lm"])
 def test_an_evaluation_never_holds_the_logits_of_a_batch(tmp_path, kind, monkeypatch):
     """Nor does Trainer's, with a teacher; the numbers are those of whole batches, wherever padding stands."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-import distill  # noqa: F401  (registers what plain transformers can't describe)
+from distill import load_exported  # which registers what plain transformers can't describe
 from distill.errors import InputError
 from distill.recipes.plan import make_plan
 from distill.recipes.recipe import load_recipe
@@ -32,6 +32,7 @@ STEPS = {
     "int8": "{run: quantize, model: FROM, format: int8}",
     "nf4": "{run: quantize, model: FROM, format: nf4, embeddings: nf4, gptq: true, calibration_rows: 20}",
     "mixed": "{run: quantize, model: FROM, bits_budget: 7, calibration_rows: 20}",
+    "served": "{run: export, model: FROM}",
 }
 """What may stand first or second."""
 
@@ -41,6 +42,7 @@ REASONS = {
        for first in ("int8", "nf4", "mixed") for second in STEPS if second not in ("adapter", "adapted")},
     **{(first, "adapted"): "adapters merged into quantized weights would be rounded away"
        for first in ("int8", "nf4", "mixed")},
+    **{("served", second): "is an export, the end of a chain" for second in STEPS},
     ("pruned", "cut"): "its layers have other sizes than its config says",
 }  # fmt: skip
 """Of the pairs that are refused."""
@@ -112,6 +114,11 @@ def test_what_is_refused_is_refused_with_the_reason(made):
         assert reason in refused[pair], pair
 
 
+def whole_models(plan):
+    """The folders that transformers loads by themselves."""
+    return [each.folder for each in plan.steps.values() if not (each.plan.is_adapter or each.plan.is_export)]
+
+
 LOGITS = """
 import json, sys, torch, distill
 from transformers import AutoModelForSequenceClassification
@@ -127,7 +134,7 @@ print(json.dumps(found))
 
 def test_every_pair_reloads_bit_for_bit(made, tmp_path):
     plan, _ = made
-    folders = [planned.folder for planned in plan.steps.values() if not planned.plan.is_adapter]
+    folders = whole_models(plan)
     assert len(folders) > 80
     ids = torch.randint(5, 40, (4, 12), generator=torch.Generator().manual_seed(0))
     here = {}
@@ -165,7 +172,7 @@ print(json.dumps(refused))
 
 def test_plain_transformers_refuses_what_it_cannot_describe(made):
     plan, _ = made
-    folders = [planned.folder for planned in plan.steps.values() if not planned.plan.is_adapter]
+    folders = whole_models(plan)
     described = {
         str(folder) for folder in folders if "quantization_config" in json.loads((folder / "config.json").read_text())
     }
@@ -174,3 +181,17 @@ def test_plain_transformers_refuses_what_it_cannot_describe(made):
         [sys.executable, "-c", PLAIN], input="\n".join(map(str, folders)), capture_output=True, text=True, check=True
     )
     assert set(json.loads(fresh.stdout.splitlines()[-1])) == described
+
+
+def test_exports_of_what_every_verb_made_compute_what_it_does(made):
+    plan, _ = made
+    ids = torch.randint(5, 40, (4, 12), generator=torch.Generator().manual_seed(0))
+    exports = [planned for planned in plan.steps.values() if planned.plan.is_export]
+    assert len(exports) > 7
+    for planned in exports:
+        parent = AutoModelForSequenceClassification.from_pretrained(planned.plan.source.location, dtype=torch.float32)
+        inputs = ids % parent.config.vocab_size
+        with torch.inference_mode():
+            expected = parent.eval()(inputs).logits
+        found = load_exported(planned.folder, threads=1)(input_ids=inputs).logits
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
