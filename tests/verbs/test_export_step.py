@@ -66,24 +66,22 @@ def write_recipe(folder, model, data, steps=STEPS):
     return path
 
 
-def traced_once():
+_GRAPHS = {}
+
+
+def traced(model, inputs):
     """`float_graph`, which translates the same weights once."""
-    known = {}
-
-    def trace(model, inputs):
-        key = tuple(float(each.double().sum()) for each in model.parameters())
-        if key not in known:
-            known[key] = float_graph(model, inputs)
-        return known[key]
-
-    return trace
+    key = tuple(float(each.double().sum()) for each in model.parameters())
+    if key not in _GRAPHS:
+        _GRAPHS[key] = float_graph(model, inputs)
+    return _GRAPHS[key]
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, model, sst2_folder):
     plan = make_plan(load_recipe(write_recipe(tmp_path_factory.mktemp("runs"), model, sst2_folder)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("distill.export.export.float_graph", traced_once())
+        patch.setattr("distill.export.export.float_graph", traced)
         run_plan(plan)
     return plan
 
@@ -131,7 +129,7 @@ def test_what_is_decided_is_recorded_and_said_again_gives_the_same_model(finishe
     assert record.decided["agreement"] >= 0.9
     assert record.decided["divergence"] <= 0.05
     assert read_export(finished.steps["said"].folder).float_layers == [LAYER]
-    monkeypatch.setattr("distill.export.export.float_graph", traced_once())
+    monkeypatch.setattr("distill.export.export.float_graph", traced)
     student = finished.steps["student"].folder
     steps = (
         f"\n  again: {{run: export, model: {student}, format: int8, float_layers: {json.dumps(kept.float_layers)}}}\n"
@@ -139,6 +137,23 @@ def test_what_is_decided_is_recorded_and_said_again_gives_the_same_model(finishe
     run_plan(make_plan(load_recipe(write_recipe(tmp_path, student, sst2_folder, steps))))
     first, second = (folder / kept.file for folder in (finished.steps["served"].folder, tmp_path / "run" / "again"))
     assert first.read_bytes() == second.read_bytes()
+
+
+def test_an_export_that_was_cut_off_leaves_no_folder_and_is_made_by_the_next_run(
+    finished, tmp_path, sst2_folder, monkeypatch
+):
+    monkeypatch.setattr("distill.export.export.float_graph", traced)
+    student = finished.steps["student"].folder
+    path = write_recipe(tmp_path, student, sst2_folder, "\n  it: {run: export, model: MODEL}\n")
+    with monkeypatch.context() as patch:
+        patch.setattr("distill.export.export._move", lambda *_: exec("raise KeyboardInterrupt"))
+        with pytest.raises(KeyboardInterrupt):
+            run_plan(make_plan(load_recipe(path)))
+    assert not [each.name for each in (tmp_path / "run").iterdir() if each.is_dir()]
+    assert run_plan(make_plan(load_recipe(path))) == ["it"]
+    assert run_plan(make_plan(load_recipe(path))) == []
+    (tmp_path / "run" / "it" / "onnx" / "model.onnx").unlink()
+    assert run_plan(make_plan(load_recipe(path))) == ["it"]
 
 
 def test_exports_are_entries_of_the_report_like_any_model(finished, report):
