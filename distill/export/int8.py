@@ -71,6 +71,7 @@ def with_int8_layers(graph: onnx.ModelProto, layers: Iterable[str], grids: Mappi
     from onnxruntime.quantization import CalibrationMethod, QuantType  # of an extra
     from onnxruntime.quantization.calibrate import TensorsData
     from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+    from onnxruntime.quantization.quant_utils import DEQUANT_OUTPUT_SUFFIX
 
     copied = type(graph)()
     copied.CopyFrom(graph)
@@ -94,7 +95,13 @@ def with_int8_layers(graph: onnx.ModelProto, layers: Iterable[str], grids: Mappi
             extra_options={"OpTypesToExcludeOutputQuantization": list(_PRODUCTS)},
         )
         quantizer.quantize_model()
-    return quantizer.model.model
+    quantized = quantizer.model.model
+    rounded = {f"{name}{DEQUANT_OUTPUT_SUFFIX}": name for name in read}
+    multiplied = {node.name for node in products}
+    for node in quantized.graph.node:
+        if node.name not in multiplied:  # what is added to what the layers give, as residuals are, stays in float
+            node.input[:] = [rounded.get(name, name) for name in node.input]
+    return quantized
 
 
 def with_int8_embeddings(graph: onnx.ModelProto, embeddings: Iterable[str]) -> onnx.ModelProto:
