@@ -15,13 +15,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from distill.common.folders import told_of_a_full_disk, unfinished
+from distill.compression.quantization.grids import SimulatedGrids
 from distill.compression.quantization.mixed import calibration_logits
 from distill.errors import InputError
 from distill.export.choice import Closeness, Limits, choose_layers, closeness
 from distill.export.files import write_graph
 from distill.export.graph import float_copy, float_graph
-from distill.export.grids import activation_grids
 from distill.export.int8 import (
+    activation_grids,
+    grids_of_layers,
     quantizable_embeddings,
     quantizable_layers,
     weights_of_activations,
@@ -60,6 +62,7 @@ def export_model(
     float_layers: Collection[str] | None = None,
     agreement: float = 0.99,
     divergence: float = 1.5e-3,
+    grids: SimulatedGrids | None = None,
 ) -> ExportRecord:
     """Export a model, its config and its tokenizer to a folder that `load_exported` loads.
 
@@ -81,6 +84,9 @@ def export_model(
         float_layers: of int8: names of the layers that stay in float; chosen by what they cost where it is None.
         agreement: of int8: the least share of the calibration rows' predictions that are the float model's.
         divergence: of int8: the most of the mean KL from the float model's predictions, in nats.
+        grids: of int8: those that the model was trained with (`simulated_grids` of its folder), for either engine.
+            These layers and embeddings and no others compute in 8 bit, on these grids, and nothing is chosen; batches
+            are only measured on, and may be left out.
 
     Returns:
         What `export.json` says.
@@ -90,8 +96,11 @@ def export_model(
             compute what the model does.
     """
     problems = export_problems(model, engine, format, float_layers=float_layers or ())
-    if format == "int8" and not batches:
+    if format == "int8" and not batches and grids is None:
         problems.append("batches: int8 needs calibration rows, batches of the model's inputs")
+    if grids is not None and (format != "int8" or float_layers is not None):
+        given = f"format: {format}" if format != "int8" else "float_layers"
+        problems.append(f"grids: say which layers compute in int8, and on what scales; leave them or {given} out")
     if problems:
         raise InputError(*problems)
     refuse_not_finite(model, "model")
@@ -109,7 +118,10 @@ def export_model(
                 record = _write_half(graph, model, samples, partial, record)
             elif format == "int8":
                 limits = Limits(agreement, divergence, values=targets_of(model).distributions is None)
-                record = _write_int8(graph, model, inputs, partial, record, embeddings, float_layers, limits)
+                if grids is None:
+                    record = _write_int8(graph, model, inputs, partial, record, embeddings, float_layers, limits)
+                else:
+                    record = _write_trained(graph, model, inputs, partial, record, grids)
             write_export(partial, record)
             tokenizer.save_pretrained(partial)
             _move(partial, folder)
@@ -194,6 +206,37 @@ def _write_int8(
         calibration_rows=sum(len(next(iter(batch.values()))) for batch in batches),
         agreement=found.agreement,
         divergence=found.divergence,
+    )
+
+
+def _write_trained(
+    graph: onnx.ModelProto,
+    model: PreTrainedModel,
+    batches: Sequence[Mapping[str, Tensor]],
+    folder: Path,
+    record: ExportRecord,
+    grids: SimulatedGrids,
+) -> ExportRecord:
+    """Write the graph in 8 bit instead, as the model was trained, and measure it where there are rows."""
+    of_layers, layers = grids.of_layers(), quantizable_layers(model)
+    small = with_int8_embeddings(graph, grids.embeddings)
+    quantized = with_int8_layers(small, list(of_layers), grids_of_layers(graph, of_layers))
+    record = _instead(record, "int8", folder)
+    write_graph(quantized, folder / record.file, record.engine)
+    write_export(folder, record)
+    found: Closeness | None = None
+    if batches:
+        reference, computed = (calibration_logits(each, batches) for each in (model, load_exported(folder)))
+        found = closeness(targets_of(model), reference, computed)
+    return replace(
+        record,
+        embeddings="int8" if grids.embeddings else "same",
+        quantized_layers=[name for name in layers if name in of_layers],
+        float_layers=[name for name in layers if name not in of_layers],
+        trained_for=grids.engine,
+        calibration_rows=sum(len(next(iter(batch.values()))) for batch in batches) or None,
+        agreement=None if found is None else found.agreement,
+        divergence=None if found is None else found.divergence,
     )
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from distill.compression.quantization.formats import quantizable_modules
-from distill.export.grids import Grid
+from distill.compression.quantization.grids import VECTORS, Grid, chosen_vectors, fit_grid
+from distill.errors import InputError
 
 if TYPE_CHECKING:
     import onnx
@@ -55,6 +56,63 @@ def weights_of_activations(graph: onnx.ModelProto, layers: Iterable[str]) -> dic
         weight = numpy_helper.to_array(tensors[node.input[1]])
         found.setdefault(node.input[0], {})[node.input[1]] = weight.T if _is_turned(node) else weight
     return {name: np.concatenate(list(weights.values()), axis=1) for name, weights in found.items()}
+
+
+def activation_grids(
+    graph: onnx.ModelProto, weights: Mapping[str, NDArray], batches: Sequence[Mapping[str, Tensor]]
+) -> dict[str, Grid]:
+    """The grid of each activation that 8 bits represent with the least error in what is computed from it.
+
+    Args:
+        graph: in float32.
+        weights: for each activation …×C all that multiply it, C×O, by the name of the activation.
+        batches: of the model's inputs; what stands at padding doesn't count.
+    """
+    import onnxruntime  # of an extra
+    from onnx import helper
+
+    names = list(weights)
+    shown = type(graph)()
+    shown.CopyFrom(graph)
+    shown.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(shown.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    inputs = [each.name for each in graph.graph.input]
+    seen: dict[str, list[NDArray]] = {name: [] for name in names}
+    per_batch = max(1, VECTORS // len(batches))
+    for batch in batches:
+        arrays = {name: np.asarray(batch[name]) for name in inputs}
+        for name, values in zip(names, session.run(names, arrays), strict=True):
+            seen[name].append(chosen_vectors(values, batch.get("attention_mask"), per_batch))
+    return {name: fit_grid(np.concatenate(seen[name]), weights[name]) for name in names}
+
+
+def grids_of_layers(graph: onnx.ModelProto, grids: Mapping[str, Grid]) -> dict[str, Grid]:
+    """The grid of each activation, from those that a training computed on.
+
+    Args:
+        graph: in float32.
+        grids: by name of the layer that reads the activation; one object for all that read the same.
+
+    Raises:
+        InputError: they are another model's, or layers that read one activation have several grids.
+    """
+    found: dict[str, Grid] = {}
+    sizes = {each.name: each.dims for each in graph.graph.initializer}
+    layers = set()
+    for node in _products(graph, grids):
+        layer = _module(node.name)
+        width = sizes[node.input[1]][1 if _is_turned(node) else 0]
+        if grids[layer].factors.size not in (1, width):
+            raise InputError(f"grids: {layer} reads {width} channels and they have {grids[layer].factors.size} factors")
+        if found.setdefault(node.input[0], grids[layer]) is not grids[layer]:
+            raise InputError(f"grids: {layer} reads what others read on another grid, and a graph rounds it once")
+        layers.add(layer)
+    missing = [name for name in grids if name not in layers]
+    if missing:
+        raise InputError(f"grids: {missing[0]} is no such layer of this model; export it with its own, or without any")
+    return found
 
 
 def with_int8_layers(graph: onnx.ModelProto, layers: Iterable[str], grids: Mapping[str, Grid]) -> onnx.ModelProto:

@@ -51,6 +51,9 @@ class ExportRecord:
     """Of int8: what computes in 8 bit, by the names of the model's modules."""
     float_layers: list[str] = field(default_factory=list)
     """Of int8: what could be quantized and stayed in float."""
+    trained_for: str | None = None
+    """Of int8: the engine that the model's training simulated (`qat`), whose layers and scales these are; None where
+    they were chosen on calibration rows."""
     calibration_rows: int | None = None
     agreement: float | None = None
     """Share of the calibration rows' predictions that are the float model's."""

@@ -1,6 +1,6 @@
 """Quantization-aware training: a model that computes with the weights which quantizing it would leave."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -46,14 +46,23 @@ def fake_quantized(
         InputError: as `check_quantizable`.
     """
     fake = FakeQuantization(model, settings, activations=activations)
-    before = {module: vars(module).get("forward") for module in fake.forwards}
-    for module, forward in fake.forwards.items():
-        module.forward = forward  # type: ignore[method-assign]
     watched = model.register_forward_pre_hook(fake.see_mask, with_kwargs=True)
     try:
-        yield fake
+        with forwards_replaced(fake.forwards):
+            yield fake
     finally:
         watched.remove()
+
+
+@contextmanager
+def forwards_replaced(forwards: Mapping[nn.Module, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Let modules compute with other functions of their inputs than their own forwards."""
+    before = {module: vars(module).get("forward") for module in forwards}
+    for module, forward in forwards.items():
+        module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
         for module, earlier in before.items():
             if earlier is None:
                 del module.forward
@@ -67,11 +76,20 @@ def check_quantizable(model: PreTrainedModel, settings: QuantizationSettings) ->
     Raises:
         InputError: the model is quantized already or has adapters; else as `choose_formats`.
     """
+    check_float(model)
+    return choose_formats(model, settings)
+
+
+def check_float(model: PreTrainedModel) -> None:
+    """Refuse a model whose own weights are not floats that learn.
+
+    Raises:
+        InputError: it is quantized already or has adapters.
+    """
     if isinstance(model, PeftModel):
         raise InputError("qat: the model has adapters, and its own weights don't learn; leave qat or the adapters out")
     if is_quantized(model.config):
         raise InputError("qat: the model is quantized already; train the model it was made from")
-    return choose_formats(model, settings)
 
 
 class FakeQuantization:

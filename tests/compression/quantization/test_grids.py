@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from distill.export.grids import Grid, fit_grid, least_error_range
+from distill.compression.quantization.grids import Grid, fit_grid, least_error_range
 
 
 def error_of_product(vectors, weights, grid):
