@@ -1,4 +1,4 @@
-"""The words of the command line, `distill check | run | eval | …`; `commands` has what they do.
+"""The words of the command line, `distill check | run | search | eval | …`; `commands` has what they do.
 
 Nothing slow is imported before a command runs: help and what is wrong with the words or the YAML come at once.
 """
@@ -13,7 +13,18 @@ from distill.errors import DiskFull, FolderInUse, InputError, MainProcessFailed,
 from distill.evaluation.options import EVAL_OPTIONS, BenchmarkOptions
 from distill.recipes.yaml12 import parse_value, read_yaml
 
-_WITH_OPTIONS = ("finetune", "distill", "trim_vocabulary", "prune", "quantize", "export", "data", "benchmark", "report")
+_WITH_OPTIONS = (
+    "finetune",
+    "distill",
+    "trim_vocabulary",
+    "prune",
+    "quantize",
+    "export",
+    "data",
+    "benchmark",
+    "report",
+    "search",
+)
 """The verbs, whose modules import torch, and a recipe's blocks."""
 
 
@@ -74,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         "distill", description="Distil, quantize and measure Hugging Face encoders.", allow_abbrev=False
     )
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="check | run | eval | predict | bench | report | push"
+        dest="command", required=True, metavar="check | run | search | eval | predict | bench | report | push"
     )
 
     check = commands.add_parser(
@@ -95,6 +106,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--force", action="store_true", help="make every step anew")
     _add_launch(run)
+
+    search = commands.add_parser(
+        "search",
+        allow_abbrev=False,
+        help="try what a recipe's `search:` block names, and write the best as a recipe",
+        epilog=_OVERRIDES,
+    )
+    search.add_argument("recipe", type=_path)
 
     evaluate = commands.add_parser(
         "eval",
@@ -179,7 +198,7 @@ def _hint(command: str, flag: str) -> str:
     name = flag.lstrip("-").partition("=")[0]
     if command == "check" and name in ("only", "rerun", "force", "profile"):
         return f"--{name} belongs to distill run; check goes over every step"
-    if command in ("run", "check", "report") and flag.startswith("--"):
+    if command in ("run", "check", "report", "search") and flag.startswith("--"):
         return f"a step's option is --STEP.{name}, the data's --data.{name}; for all others: distill {command} --help"
     if command == "predict":
         return "predict takes --data.<option>, --task, --output, --keep and --overwrite"

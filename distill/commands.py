@@ -14,47 +14,32 @@ from huggingface_hub import constants
 from rich import box
 from rich.table import Table
 
-from distill.common.console import (
-    log_handler,
-    remark,
-    results,
-)
+from distill.common.console import log_handler, remark, results
 from distill.common.distributed import check_launch, on_main_process
 from distill.common.folders import locked, told_of_a_full_disk
 from distill.common.hardware import available_cores
 from distill.common.serialized import json_text
 from distill.data.load import DataOptions, describe_cut
 from distill.data.tokenized import cut_rows
-from distill.errors import (
-    InputError,
-)
-from distill.evaluation.benchmark import (
-    benchmark_models,
-    environment,
-    remarks_on,
-)
+from distill.errors import InputError
+from distill.evaluation.benchmark import benchmark_models, environment, remarks_on
 from distill.evaluation.cost import cost_per_million
 from distill.evaluation.evaluate import evaluate_model
 from distill.evaluation.loading import engine_versions, load_scored
 from distill.evaluation.options import EVAL_OPTIONS, BenchmarkOptions, ReportOptions
 from distill.evaluation.predict import predict_lines, refuse_output, write_lines
-from distill.models.load import (
-    fetch_weights,
-    find_model,
-    load_processor,
-)
+from distill.experiments.found import rows_of, sentences
+from distill.experiments.search import search, space_problems
+from distill.models.load import fetch_weights, find_model, load_processor
 from distill.publishing.published import left_out
 from distill.publishing.push import push_folder, to_push, write_content
 from distill.recipes.check import print_plan
 from distill.recipes.dry_run import push_problems, runnable_plan
 from distill.recipes.plan import Plan, make_plan
 from distill.recipes.predicting import PREDICT_OPTIONS, rows_to_predict
-from distill.recipes.recipe import (
-    Recipe,
-    load_recipe,
-    parse_options,
-)
+from distill.recipes.recipe import Recipe, load_recipe, parse_options
 from distill.recipes.scoring import rows_to_score
+from distill.recipes.search_options import SearchOptions
 from distill.recipes.trainer_options import refusal
 from distill.recipes.yaml12 import parse_value
 from distill.reports.presentation import print_report
@@ -96,6 +81,8 @@ def _check(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
         return _launch(arguments, overrides, ["check", str(arguments.recipe)])
     check_launch()
     plan = runnable_plan(load_recipe(arguments.recipe, overrides, draft=True))
+    if problems := space_problems(arguments.recipe, overrides, plan.recipe):
+        raise InputError(*problems)
     print_plan(plan)
     for problem in push_problems(plan.recipe):
         results.print(f"note: {problem}")
@@ -170,6 +157,21 @@ def _data_options(overrides: dict[str, str], known: str) -> dict[str, Any]:
             raise InputError(f"--{path}: no such option; {known}")
         values[key] = parse_value(text, f"--{path}")
     return values
+
+
+def _search(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
+    found = search(arguments.recipe, overrides)
+    header, *rows = rows_of(found)
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*row)
+    results.print(table)
+    for line in sentences(found):
+        results.print(line)
+    if found.best is None:
+        return 1
+    results.print(f"→ {load_recipe(arguments.recipe, overrides).output_dir / 'best.yaml'}")
+    return 0
 
 
 def _eval(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
@@ -340,7 +342,7 @@ def _launch(arguments: argparse.Namespace, overrides: dict[str, str], command: l
 
 
 def _print_options(name: str) -> None:
-    blocks = {"data": DataOptions, "benchmark": BenchmarkOptions, "report": ReportOptions}
+    blocks = {"data": DataOptions, "benchmark": BenchmarkOptions, "report": ReportOptions, "search": SearchOptions}
     options_class = VERBS[name].options if name in VERBS else blocks[name]
     own = _own_fields(options_class)
     shown = [field for field in fields(options_class) if field.init and not refusal(options_class, field.name)]
@@ -375,6 +377,7 @@ def _cell(value: Any) -> str:
 COMMANDS: dict[str, Callable[[argparse.Namespace, dict[str, str]], int | None]] = {
     "check": _check,
     "run": _run,
+    "search": _search,
     "eval": _eval,
     "predict": _predict,
     "bench": _bench,

@@ -14,6 +14,7 @@ from distill.errors import (
     nearest_name,
 )
 from distill.evaluation.options import BenchmarkOptions, ReportOptions
+from distill.recipes.search_options import PRESENCE, SearchOptions
 from distill.recipes.trainer_options import annotations_of, read_mapping, refusal
 from distill.recipes.yaml12 import parse_value, read_yaml
 from distill.training.checkpoints import CHECKPOINTS
@@ -23,14 +24,14 @@ from distill.verbs.base import Options
 
 _TOP_LEVEL = (
     *("task", "data", "output_dir", "baseline", "benchmark", "report", "steps"),
-    *("base_model", "license", "language", "push"),
+    *("base_model", "license", "language", "push", "search"),
 )
 _USUAL_NAMES = {
     **{"batch_size": "per_device_train_batch_size", "epochs": "num_train_epochs", "num_epochs": "num_train_epochs"},
     **{"lr": "learning_rate", "steps": "max_steps", "bits": "bits_budget"},
 }
 """What other tools call options, and their names here."""
-_FILES_OF_A_RUN = ("recipe.yaml", "report.json", "report.md", "report.png")
+_FILES_OF_A_RUN = ("recipe.yaml", "report.json", "report.md", "report.png", "best.yaml")
 _KEYED = re.compile(r"[a-z][a-z0-9_]*(\.[a-z_]+)*: ")
 _STEP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
@@ -74,14 +75,19 @@ class Recipe:
     report: ReportOptions = field(default_factory=ReportOptions)
     push: dict[str, str] = field(default_factory=dict)
     """For steps, the repositories that their models are pushed to after the report."""
+    search: SearchOptions | None = None
+    """What `distill search` tries; `run` makes the recipe as it stands."""
 
 
-def load_recipe(path: Path, overrides: Mapping[str, str] | None = None, *, draft: bool = False) -> Recipe:
+def load_recipe(
+    path: Path, overrides: Mapping[str, str] | None = None, *, draft: bool = False, without: Collection[str] = ()
+) -> Recipe:
     """Read a recipe, and check every key and value of it.
 
     Args:
         path: the YAML file.
         overrides: values (as YAML) by path: `student.temperature`, `data.max_length`, `output_dir`.
+        without: steps that are left out; those that start from one start from what it starts from.
         draft: leave the problems in the recipe, for `make_plan` to tell them with those of data and models.
 
     Raises:
@@ -95,6 +101,9 @@ def load_recipe(path: Path, overrides: Mapping[str, str] | None = None, *, draft
         steps = content["steps"] = {}
     overrides = overrides or {}
     _apply_overrides(content, overrides, problems)
+    every_step = dict(steps)
+    for name in without:
+        _leave_out(name, content)
 
     unknown = [key for key in content if key not in _TOP_LEVEL]
     for key in unknown:
@@ -123,6 +132,7 @@ def load_recipe(path: Path, overrides: Mapping[str, str] | None = None, *, draft
             parsed[name] = step
     push = _checked_push(content.get("push"), steps, problems)
     base_model, license, language = _checked_card(content, problems)
+    search = _checked_search(content.get("search"), every_step, problems)
     problems = [located(problem, path, overrides) for problem in problems]
     if problems and not draft:
         raise InputError(*problems)
@@ -144,6 +154,7 @@ def load_recipe(path: Path, overrides: Mapping[str, str] | None = None, *, draft
         language=language,
         report=report or ReportOptions(),
         push=push,
+        search=search,
     )
 
 
@@ -233,6 +244,32 @@ def _checked_card(content: Mapping[str, Any], problems: list[str]) -> tuple[str 
     return base_model, license, tuple(languages)
 
 
+def _checked_search(given: Any, steps: Mapping[str, Any], problems: list[str]) -> SearchOptions | None:
+    """The `search:` block; what is wrong with it goes into `problems`. What is tried is checked by trying it."""
+    if given is None:
+        return None
+    found = len(problems)
+    values = _right_values(SearchOptions, given, "search", problems)
+    if len(problems) > found:
+        return None
+    try:
+        search = SearchOptions(**values)
+    except InputError as error:
+        problems += [f"search.{problem}" for problem in error.problems]
+        return None
+    if search.step is not None and search.step not in steps:
+        problems.append(f"search.step: no step {search.step!r}; {nearest_name(search.step, steps)}")
+    for path, tried in search.space.items():
+        if path in steps and tried != list(PRESENCE):
+            problems.append(f"search.space.{path}: is a step, so what can be tried is [{', '.join(PRESENCE)}]")
+        elif path == search.step:
+            problems.append(f"search.space.{path}: its metric is optimised, so it can't be left out")
+        elif not _longest_step(path, steps) and path not in steps and path.partition(".")[0] != "data":
+            known = [*steps, "data"]
+            problems.append(f"search.space.{path}: no such step; {nearest_name(path.partition('.')[0], known)}")
+    return search
+
+
 # --- steps ----------------------------------------------------------------------------------------------------------
 
 
@@ -274,7 +311,7 @@ def _apply_overrides(content: dict[str, Any], overrides: Mapping[str, str], prob
         except InputError as error:
             problems += error.problems
             continue
-        if first in ("data", "benchmark", "report", "push") and rest:
+        if first in ("data", "benchmark", "report", "push", "search") and rest:
             block = content.get(first)
             content[first] = {**(block if isinstance(block, dict) else {}), rest: value}
         elif path in _TOP_LEVEL and path != "steps":
@@ -286,6 +323,19 @@ def _apply_overrides(content: dict[str, Any], overrides: Mapping[str, str], prob
         elif content["steps"]:
             known = [*content["steps"], *(key for key in _TOP_LEVEL if key != "steps")]
             problems.append(f"--{path}: no such step or key; {nearest_name(first, known)}")
+
+
+def _leave_out(name: str, content: dict[str, Any]) -> None:
+    """Take a step out of a recipe's content; what named it names what it starts from."""
+    steps = content["steps"]
+    left = steps.pop(name, None)
+    parent = left.get("model", left.get("teacher")) if isinstance(left, dict) else None
+    for options in [each for each in steps.values() if isinstance(each, dict)]:
+        for key in ("model", "teacher"):
+            if options.get(key) == name:
+                options[key] = parent
+            elif isinstance(options.get(key), list):
+                options[key] = [parent if each == name else each for each in options[key]]
 
 
 def _longest_step(path: str, steps: Mapping[str, Any]) -> str:

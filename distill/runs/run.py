@@ -156,7 +156,13 @@ def _note_reruns(output_dir: Path, names: set[str]) -> None:
 
 
 def save_recipe(recipe: Recipe) -> None:
-    """Write the recipe with its overrides into the output folder, where `distill report` finds it; no tokens."""
+    """Write the recipe with its overrides into the output folder, where `distill report` finds it."""
+    recipe.output_dir.mkdir(parents=True, exist_ok=True)
+    write_atomically(recipe.output_dir / "recipe.yaml", recipe_text(recipe))
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """A recipe as YAML, with its overrides; no tokens."""
     content: dict[str, Any] = {"task": recipe.task} if recipe.task else {}
     content |= {"output_dir": str(recipe.output_dir)}
     for key, options in (("data", recipe.data), ("benchmark", recipe.benchmark)):
@@ -165,13 +171,13 @@ def save_recipe(recipe: Recipe) -> None:
         content["report"] = {name: value for name, value in asdict(recipe.report).items() if value is not None}
     published = {key: getattr(recipe, key) for key in ("baseline", "base_model", "license", "language", "push")}
     content |= {key: list(value) if isinstance(value, tuple) else value for key, value in published.items() if value}
+    if recipe.search is not None:
+        content["search"] = {key: value for key, value in asdict(recipe.search).items() if value is not None}
     content["steps"] = {
         step.name: {"run": step.run, **{key: value for key, value in step.given.items() if not key.endswith("_token")}}
         for step in recipe.steps.values()
     }
-    text = dump_yaml(json.loads(json.dumps(content, default=str)))
-    recipe.output_dir.mkdir(parents=True, exist_ok=True)
-    write_atomically(recipe.output_dir / "recipe.yaml", text)
+    return dump_yaml(json.loads(json.dumps(content, default=str)))
 
 
 def chosen_steps(plan: Plan, only: list[str] | None, rerun: list[str]) -> tuple[list[PlannedStep], set[str]]:

@@ -1,6 +1,9 @@
 """What a training says while it runs: the layers it matches, its losses and scores, where the time of a step goes."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,22 @@ _PHASES = {
     "optimizer": "optimizer",
 }
 _FIRST_STEPS, _STEPS = 5, 20
+_WATCHERS: ContextVar[tuple[TrainerCallback, ...]] = ContextVar("watchers", default=())
+
+
+@contextmanager
+def watched_by(*callbacks: TrainerCallback) -> Iterator[None]:
+    """Give these callbacks to every training of the recipe's steps that begins within the block."""
+    token = _WATCHERS.set((*_WATCHERS.get(), *callbacks))
+    try:
+        yield
+    finally:
+        _WATCHERS.reset(token)
+
+
+def watchers() -> tuple[TrainerCallback, ...]:
+    """The callbacks of the `watched_by` blocks around."""
+    return _WATCHERS.get()
 
 
 class Announcement(TrainerCallback):

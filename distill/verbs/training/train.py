@@ -27,7 +27,7 @@ from distill.models.adapters import in_float32, lora_config, merged
 from distill.models.load import load_processor
 from distill.tasks.kinds import KINDS
 from distill.training.arguments import comparable, token_losses
-from distill.training.callbacks import ProgressLines, StepProfile
+from distill.training.callbacks import ProgressLines, StepProfile, watchers
 from distill.training.checkpoints import (
     Clock,
     last_checkpoint,
@@ -99,7 +99,7 @@ def train(
         train_dataset=rows.train,
         eval_dataset=rows.validation,
         processing_class=rows.processor,
-        callbacks=[clock, *([StepProfile(folder)] if profile else [])],
+        callbacks=[clock, *watchers(), *([StepProfile(folder)] if profile else [])],
         **metrics_while_training(data, rows.validation),
     )
     if options.disable_tqdm:
