@@ -25,7 +25,7 @@ from distill.errors import InputError
 from distill.evaluation.benchmark import benchmark_models, environment, remarks_on
 from distill.evaluation.cost import cost_per_million
 from distill.evaluation.evaluate import evaluate_model
-from distill.evaluation.loading import engine_versions, load_scored
+from distill.evaluation.loading import engine_of, engine_versions, load_scored
 from distill.evaluation.options import EVAL_OPTIONS, BenchmarkOptions, ReportOptions
 from distill.evaluation.predict import predict_lines, refuse_output, write_lines
 from distill.experiments.found import rows_of, sentences
@@ -198,7 +198,8 @@ def _eval(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     if cut := describe_cut(evaluation.truncated):
         results.print(cut)
     scored = {"metrics": evaluation.metrics, "interval": list(evaluation.interval)}
-    counted = {"rows": rows, "truncated": evaluation.truncated}
+    engine, threads = engine_of(model)
+    counted = {"rows": rows, "truncated": evaluation.truncated, "engine": engine, "threads": threads}
     task = data.task.name if data.task.name in GLUE else data.task.kind
     print(json_text({"model": arguments.model, "task": task, **scored, **counted}, indent=None))
 

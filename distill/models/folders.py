@@ -129,7 +129,7 @@ def fetch_weights(source: ModelSource) -> None:
         commit = f"{source.hub_id}@{source.revision}"
         folder = snapshot(commit, (*_SMALL_FILES, *_WEIGHTS))
         if is_export(folder):
-            names = [str(path.relative_to(folder)) for path in export_files(folder)]
+            names = [path.relative_to(folder).as_posix() for path in export_files(folder)]
             snapshot(commit, names, below=True)
             missing = [name for name in names if not (folder / name).is_file()]
             if missing:

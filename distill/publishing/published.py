@@ -91,8 +91,7 @@ def left_out(folder: Path) -> list[str]:
     return [
         path.name + "/" * path.is_dir()
         for path in sorted(folder.iterdir())
-        if (path.is_dir() and path not in exported)
-        or (path.is_file() and not (path.name in known or _WEIGHTS.fullmatch(path.name)))
+        if path not in exported and (path.is_dir() or not (path.name in known or _WEIGHTS.fullmatch(path.name)))
     ]
 
 

@@ -196,6 +196,7 @@ def test_eval_and_bench_take_the_folder(finished, report, tmp_path, capsys):
     assert main(["eval", str(folder)]) == 0
     scored = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert scored["metrics"] == report.entry("served").metrics
+    assert (scored["engine"], scored["threads"]) == ("onnxruntime", torch.get_num_threads())
     student = finished.steps["student"].folder
     options = ["--sequence_length", "16", "--rounds", "1", "--throughput_batch_size", "2"]
     assert main(["bench", str(student), str(folder), *options]) == 0
