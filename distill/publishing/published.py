@@ -24,7 +24,8 @@ from distill.reports.presentation import draw
 
 _CONFIGS = (
     *("config.json", "generation_config.json", "adapter_config.json", "tokenizer_config.json", "processor_config.json"),
-    *("preprocessor_config.json", "video_preprocessor_config.json", "sensitivity.json", EXPORT_RECORD),
+    *("preprocessor_config.json", "video_preprocessor_config.json", "sensitivity.json", "qat.json"),
+    EXPORT_RECORD,
 )
 """Small JSON files, in which a path becomes a name."""
 

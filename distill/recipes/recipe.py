@@ -6,6 +6,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from distill.common.options import checked
 from distill.common.sources import repo_id_problem
 from distill.data.load import DataOptions
 from distill.errors import (
@@ -18,7 +19,6 @@ from distill.recipes.search_options import PRESENCE, SearchOptions
 from distill.recipes.trainer_options import annotations_of, read_mapping, refusal
 from distill.recipes.yaml12 import parse_value, read_yaml
 from distill.training.checkpoints import CHECKPOINTS
-from distill.training.config import checked
 from distill.verbs.all import VERBS
 from distill.verbs.base import Options
 

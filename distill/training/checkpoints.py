@@ -119,7 +119,7 @@ def save_student(
     student: PreTrainedModel,
     state: dict[str, Tensor] | None,
     *,
-    ranges: Tensor | None,
+    ranges: dict[str, Tensor],
     is_main_process: bool,
 ) -> None:
     """Write the student alone, in plain form; beside it, in a checkpoint, what its training goes on with.
@@ -127,7 +127,7 @@ def save_student(
     Args:
         model: what is trained: the student, or a `ProjectedStudent`, whose projections a checkpoint has.
         state: of that; None reads it here.
-        ranges: of the activations of a quantization-aware training, for a checkpoint.
+        ranges: of the activations of a quantization-aware training, for a checkpoint; empty for any other.
         is_main_process: the one that writes.
     """
     projections = {}
@@ -138,8 +138,8 @@ def save_student(
     student.save_pretrained(folder, state_dict=state, is_main_process=is_main_process)
     if not is_main_process or not folder.name.startswith(PREFIX_CHECKPOINT_DIR):
         return
-    if ranges is not None:
-        safetensors.torch.save_file({"ranges": ranges}, folder / _RANGES_FILE)
+    if ranges:
+        safetensors.torch.save_file(ranges, folder / _RANGES_FILE)
     if isinstance(model, ProjectedStudent) and model.projections:
         safetensors.torch.save_file(projections, folder / _PROJECTIONS_FILE)
 
@@ -155,9 +155,9 @@ def load_projections(checkpoint: Path, model: nn.Module) -> None:
         model.load_state_dict(safetensors.torch.load_file(checkpoint / _PROJECTIONS_FILE), strict=False)
 
 
-def load_ranges(checkpoint: Path) -> Tensor:
-    """The activations' ranges in a checkpoint, on the CPU."""
-    return safetensors.torch.load_file(checkpoint / _RANGES_FILE)["ranges"]
+def load_ranges(checkpoint: Path) -> dict[str, Tensor]:
+    """What a checkpoint keeps of the activations' ranges, on the CPU."""
+    return safetensors.torch.load_file(checkpoint / _RANGES_FILE)
 
 
 def load_student(checkpoint: str, student: PreTrainedModel) -> None:

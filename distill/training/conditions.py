@@ -14,8 +14,13 @@ from transformers import PretrainedConfig, PreTrainedModel, TrainerState, Traini
 from distill.common.distributed import AcceleratorSnapshot
 from distill.common.hardware import available_cores, freed_memory_kept
 from distill.common.private_names import put_forward, take_prepared_forward
-from distill.compression.quantization.qat import FakeQuantization, check_quantizable, fake_quantized
+from distill.compression.quantization.engine import EngineSimulation, computed_as_exported
+from distill.compression.quantization.formats import QuantizationSettings
+from distill.compression.quantization.grids import SimulatedGrids, simulated_grids, write_grids
+from distill.compression.quantization.qat import FakeQuantization, check_float, check_quantizable, fake_quantized
 from distill.compression.student import dropout
+from distill.errors import InputError
+from distill.export.problems import export_problems
 from distill.models.modes import evaluating, fast_attention, modes_kept
 from distill.models.packing import packed
 from distill.training.checkpoints import load_ranges
@@ -28,6 +33,10 @@ _OF_DETERMINISM = (
     *("CUDA_LAUNCH_BLOCKING", "CUBLAS_WORKSPACE_CONFIG", "ASCEND_LAUNCH_BLOCKING", "HCCL_DETERMINISTIC"),
     "FLASH_ATTENTION_DETERMINISTIC",
 )
+_CALIBRATION_ROWS = 256
+_ROWS_AT_ONCE = 32
+_READ_CONSTANTS = ("deberta", "deberta-v2")
+"""Families whose quantized layers read what depends on no input."""
 _HOOKS_OF_TRAINER = ("make_inputs_require_grads", "neftune_post_forward_hook")
 
 
@@ -126,34 +135,52 @@ class RunConditions:
             self._prepared_forward = take_prepared_forward(self._student)
 
 
+Batch = dict[str, Tensor]
+Rows = tuple[int, Callable[[list[int]], Batch]]
+"""How many rows there are, and what makes the batch, on the device, of those with some numbers."""
+
+
 class QuantizationAwareness:
-    """The student with the weights that a later `quantize` will leave, where `qat` asks for it; else as it is.
+    """The student as a later `quantize` or `export` will leave it, where `qat` asks for it; else as it is.
 
     Args:
         student: a float model.
         args: the trainer's arguments.
+        rows: gives those of the training, on some of which an engine's scales are found.
 
     Raises:
-        InputError: a student that can't be quantized.
+        InputError: a student that can't be quantized, or that the engine can't take in int8.
     """
 
-    def __init__(self, student: PreTrainedModel, args: TrainingConfig):
-        if args.quantization is not None:
+    def __init__(self, student: PreTrainedModel, args: TrainingConfig, rows: Callable[[], Rows]):
+        if args.qat_engine is not None:
+            check_simulated(student, args.qat_engine)
+        elif args.quantization is not None:
             check_quantizable(student, args.quantization)
-        self.is_on = args.quantization is not None
-        self._student, self._args = student, args
+        self._student, self._args, self._rows = student, args, rows
         self._fake: FakeQuantization | None = None
+        self._simulation: EngineSimulation | None = None
 
-    def applied(self) -> AbstractContextManager[FakeQuantization | None]:
+    def applied(self) -> AbstractContextManager[object]:
         """Fake weights of what the student's own are now."""
-        if self._args.quantization is None:
-            return nullcontext()
-        return fake_quantized(self._student, self._args.quantization, activations=self._args.qat_activations)
+        if self._args.qat_engine is not None:
+            simulation = self._simulated(self._args.qat_engine)
+            if simulation.grids is None:
+                simulation.calibrate(self._calibration_batches())
+            return computed_as_exported(simulation)
+        return nullcontext() if self._args.quantization is None else self._faked(self._args.quantization)
 
     @contextmanager
     def training(self) -> Iterator[None]:
         """Fake weights that a training makes anew at each step."""
-        with self.applied() as self._fake:
+        if self._args.qat_engine is not None:
+            self._simulation = self._simulated(self._args.qat_engine)
+            with computed_as_exported(self._simulation):
+                yield
+        elif self._args.quantization is not None:
+            with self._faked(self._args.quantization) as self._fake:
+                yield
+        else:
             yield
 
     def begin_step(self, state: TrainerState, gather: Callable[[Tensor], Tensor]) -> None:
@@ -162,24 +189,77 @@ class QuantizationAwareness:
         Args:
             gather: collects a tensor N×… from all processes.
         """
+        delay = self._args.qat_delay * (state.max_steps if self._args.qat_delay < 1 else 1)
+        on = state.global_step >= delay
         if self._fake is not None:
-            delay = self._args.qat_delay * (state.max_steps if self._args.qat_delay < 1 else 1)
-            self._fake.begin_step(on=state.global_step >= delay, gather=gather)
+            self._fake.begin_step(on=on, gather=gather)
+        if self._simulation is not None:
+            if on and self._simulation.grids is None:
+                self._simulation.calibrate(self._calibration_batches())
+            self._simulation.begin_step(on=on)
+            self.move_ranges(state, gather)
 
-    def average_ranges(self, gather: Callable[[Tensor], Tensor]) -> None:
-        """Bring what the activations' ranges were since the last step into their average."""
+    def move_ranges(self, state: TrainerState, gather: Callable[[Tensor], Tensor]) -> None:
+        """Bring what the activations were since the last step into their ranges."""
         if self._fake is not None:
             self._fake.average_ranges(gather)
+        if self._simulation is not None:
+            self._simulation.train_ranges(state.global_step / max(state.max_steps, 1), gather)
 
     @property
-    def ranges(self) -> Tensor | None:
-        """Of the activations, while a training quantizes them."""
-        return self._fake.ranges if self._fake is not None and self._args.qat_activations else None
+    def grids(self) -> SimulatedGrids | None:
+        """What an engine will compute in 8 bit, and on what grids, where a training has found them."""
+        return None if self._simulation is None else self._simulation.grids
 
-    def load_ranges(self, checkpoint: Path) -> None:
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps of the activations' ranges, beside an engine's grids; empty where that is nothing."""
+        if self._simulation is not None and self.grids is not None:
+            return self._simulation.state
+        return {"ranges": self._fake.ranges} if self._fake is not None and self._args.qat_activations else {}
+
+    def save(self, folder: Path) -> None:
+        """Write an engine's grids beside the weights in a folder, where a training has found them."""
+        if self.grids is not None:
+            write_grids(folder, self.grids)
+
+    def load(self, checkpoint: Path) -> None:
         """Go on from the activations' ranges in a checkpoint, while a training quantizes them."""
         if self._fake is not None and self._args.qat_activations:
-            self._fake.ranges = load_ranges(checkpoint).to(self._args.device)
+            self._fake.ranges = load_ranges(checkpoint)["ranges"].to(self._args.device)
+        if self._simulation is not None and (grids := simulated_grids(checkpoint)) is not None:
+            self._simulation.take(grids.grids)
+            self._simulation.load_state(load_ranges(checkpoint))
+
+    def _faked(self, settings: QuantizationSettings) -> AbstractContextManager[FakeQuantization]:
+        return fake_quantized(self._student, settings, activations=self._args.qat_activations)
+
+    def _simulated(self, engine: str) -> EngineSimulation:
+        embeddings = self._args.qat_embeddings != "none"
+        return EngineSimulation(self._student, engine, embeddings=embeddings, grids=self.grids)
+
+    def _calibration_batches(self) -> list[Batch]:
+        """As many rows as an export is calibrated on, evenly spread."""
+        count, read = self._rows()
+        numbers = [row * count // min(count, _CALIBRATION_ROWS) for row in range(min(count, _CALIBRATION_ROWS))]
+        return [read(numbers[i : i + _ROWS_AT_ONCE]) for i in range(0, len(numbers), _ROWS_AT_ONCE)]
+
+
+def check_simulated(student: PreTrainedModel, engine: str) -> None:
+    """Refuse a student that an engine can't compute in int8, or not as it is trained.
+
+    Raises:
+        InputError: it is quantized already, has adapters, or is of a kind or family that is not exported.
+    """
+    check_float(student)
+    problems = [f"qat: {each.partition(': ')[2]}" for each in export_problems(student, engine, "int8", runs=False)]
+    if student.config.model_type in _READ_CONSTANTS:
+        problems.append(
+            f"qat: {student.config.model_type} projects positions too, which an export computes once, in float; "
+            "export it without, or say qat: int8"
+        )
+    if problems:
+        raise InputError(*problems)
 
 
 @contextmanager

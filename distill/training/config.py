@@ -5,64 +5,21 @@ import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, cast, get_type_hints
 
 import torch
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field
 from transformers import TrainingArguments
-from typing_extensions import NotRequired, TypedDict, is_typeddict  # typing's own from Python 3.12 on
+from typing_extensions import NotRequired, TypedDict  # typing's own from Python 3.12 on
 
 from distill.common.distributed import check_world_size, runs_on_cpu
 from distill.common.hardware import has_bf16
+from distill.common.options import checked
 from distill.compression.quantization.formats import EmbeddingFormat, Format, QuantizationSettings
-from distill.errors import InputError, nearest_name
+from distill.errors import InputError
 from distill.losses import AttentionLoss, HiddenLoss, SoftLoss
 from distill.tasks.base import is_better_lower
 from distill.training.features import LayerMap
-
-
-def checked(value: Any, annotation: Any) -> Any:
-    """Validate a value against its annotation, and return it converted to that.
-
-    Args:
-        value: as a user gave it.
-        annotation: of the option's field.
-
-    Raises:
-        InputError: it is something else.
-    """
-    adapter: TypeAdapter = TypeAdapter(annotation, config=ConfigDict(coerce_numbers_to_str=True))
-    try:
-        return adapter.validate_python(value)
-    except ValidationError as error:
-        parts = error.errors()
-        if isinstance(value, dict):  # of a union's members only the mapping was meant
-            parts = [
-                part for part in parts if part["type"] not in ("float_type", "literal_error", "list_type")
-            ] or parts
-        else:
-            parts = [part for part in parts if part["type"] != "dict_type"] or parts
-        keys = _keys(annotation)
-        messages = []
-        for part in parts:
-            place = "".join(f"[{item}] " for item in part["loc"] if isinstance(item, int))
-            last = part["loc"][-1] if part["loc"] else None
-            message = part["msg"].removeprefix("Input ").replace("Field required", "is missing")
-            if part["type"] == "extra_forbidden":
-                message = f"is no such key ({nearest_name(str(last), keys)})"
-            if part["type"] == "extra_forbidden" or last in keys:
-                place += f"{last} "
-            messages.append(place + message)
-        found = (", " if isinstance(value, dict) else " or ").join(dict.fromkeys(messages))
-        raise InputError(f"{found}; got {value!r}") from None
-
-
-def _keys(annotation: Any) -> list[str]:
-    """Of the mappings that a value may be."""
-    if is_typeddict(annotation):
-        return list(annotation.__annotations__)
-    return [key for member in get_args(annotation) for key in _keys(member)]
-
 
 Schedule = TypedDict(
     "Schedule",
@@ -147,11 +104,12 @@ class TrainingConfig(TrainingArguments):
     freeze_embeddings: bool = field(
         default=False, metadata={"help": "Leave the word embeddings as they are: less memory, shorter steps on a CPU."}
     )
-    qat: Format | None = field(
+    qat: Literal["int8", "nf4", "fp4", "onnxruntime", "openvino"] | None = field(
         default=None,
         metadata={
-            "help": "Train with the weights that a quantize step of this format will leave (int8, nf4 or fp4), so that "
-            "it costs less; what is saved is the float model."
+            "help": "Train with the weights that a quantize step of this format will leave (int8, nf4 or fp4), or with "
+            "the arithmetic of an export to this engine in int8 (onnxruntime or openvino), so that it costs less; what "
+            "is saved is the float model, and beside it qat.json with an engine's scales, for export."
         },
     )
     qat_embeddings: EmbeddingFormat = field(
@@ -201,15 +159,35 @@ class TrainingConfig(TrainingArguments):
             options = TrainingConfig.__dataclass_fields__
             changed = [name for name in _QAT_OPTIONS if getattr(self, name) != options[name].default]
             problems += [f"{name}: has no effect without qat; say qat: int8, nf4 or fp4" for name in changed]
+        if self.qat_engine is not None:
+            problems += self._engine_problems(self.qat_engine)
         if problems:
             raise InputError(*problems)
 
     @property
     def quantization(self) -> QuantizationSettings | None:
-        """What a quantization-aware step trains for."""
-        if self.qat is None:
+        """What a quantization-aware step trains for, where that is a `quantize` step."""
+        if self.qat is None or self.qat_engine is not None:
             return None
-        return QuantizationSettings(format=self.qat, embeddings=self.qat_embeddings, double_quant=self.qat_double_quant)
+        return QuantizationSettings(
+            format=cast(Format, self.qat), embeddings=self.qat_embeddings, double_quant=self.qat_double_quant
+        )
+
+    @property
+    def qat_engine(self) -> str | None:
+        """What a quantization-aware step trains for, where that is an engine."""
+        return self.qat if self.qat in ("onnxruntime", "openvino") else None
+
+    def _engine_problems(self, engine: str) -> list[str]:
+        """What contradicts `qat: onnxruntime` and `qat: openvino`."""
+        idle = [name for name, default in (("qat_double_quant", True), ("qat_activations", False))
+                if getattr(self, name) != default]  # fmt: skip
+        problems = [f"{name}: has no effect with qat: {engine}; leave it out" for name in idle]
+        if self.qat_embeddings == "nf4":
+            problems.append(f"qat_embeddings: {engine} stores them in int8; say int8, or none for float")
+        if self.fsdp or self.deepspeed:
+            problems.append(f"qat: {engine} needs whole weights, and FSDP and DeepSpeed split them; leave one out")
+        return problems
 
 
 _PATHS = {"cache_dir", "deepspeed", "fsdp_config", "accelerator_config", "resume_from_checkpoint"}

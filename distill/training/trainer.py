@@ -102,7 +102,7 @@ class DistillationTrainer(transformers.Trainer):
             words = len(tokenizer) if isinstance(tokenizer, PreTrainedTokenizerBase) else None
             self.teachers = match_teachers(model, teachers, args, columns=columns, vocabulary=words, pairs=layer_pairs)
             transformers.set_seed(args.seed)  # projections are drawn here
-        self.quantization = QuantizationAwareness(model, args)
+        self.quantization = QuantizationAwareness(model, args, lambda: self._rows_at_hand("calibration"))
         uses_logits = is_on(self.weights["hard"]) or is_on(self.weights.get("soft", 0))
         trained: nn.Module = model
         if self.teachers:
@@ -144,10 +144,7 @@ class DistillationTrainer(transformers.Trainer):
         for each in self.teachers:
             if each.student_wants.pooled:
                 with self._conditions.running():
-                    rows: Any = self.train_dataset if self.train_dataset is not None else self.eval_dataset
-                    each.negatives = pooled_negatives(
-                        each, len(rows), self._teacher_reader(rows, "negatives"), self.args
-                    )
+                    each.negatives = pooled_negatives(each, *self._rows_at_hand("negatives"), self.args)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *arguments: Any, **options: Any) -> TrainOutput:
         """Trainer's, also after an evaluation; with teachers cached, and on a CPU with its attention and memory.
@@ -189,10 +186,7 @@ class DistillationTrainer(transformers.Trainer):
         Raises:
             InputError: always.
         """
-        raise InputError(
-            "hyperparameter_search: a student is matched with its teacher once; make a DistillationTrainer, with a new "
-            "student, for each trial"
-        )
+        raise InputError("hyperparameter_search: it is matched once; make a DistillationTrainer, with a new student")
 
     def _image_tokens(self) -> int:
         """States of an image that losses compare."""
@@ -224,8 +218,7 @@ class DistillationTrainer(transformers.Trainer):
 
     def begin_quantized_step(self) -> None:
         """Quantize weights anew from here on; with `qat_delay` only once it is over."""
-        if self.quantization.is_on:
-            self.quantization.begin_step(self.state, self.accelerator.gather)
+        self.quantization.begin_step(self.state, self.accelerator.gather)
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches of like length (see `LengthBatches`), with what is cached of the teachers."""
@@ -247,6 +240,11 @@ class DistillationTrainer(transformers.Trainer):
         """Makes the batch, on the device, that teachers see of the rows with these numbers."""
         read = self._reader(dataset, what_for)
         return lambda numbers: self.rows.completed(self._prepare_inputs(read(numbers)))
+
+    def _rows_at_hand(self, what_for: str) -> tuple[int, Callable[[list[int]], dict[str, Tensor]]]:
+        """How many rows there are of the training, or else of the evaluation, and what makes batches of them."""
+        rows: Any = self.train_dataset if self.train_dataset is not None else self.eval_dataset
+        return len(rows), self._teacher_reader(rows, what_for)
 
     def planned_caches(self) -> list[tuple[Teacher, CachePlan]]:
         """Each teacher that is a model, with what `train` will cache of it, or why it will not.
@@ -364,7 +362,7 @@ class DistillationTrainer(transformers.Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Trainer's, but weights that are not finite never replace a good checkpoint."""
         self.objective.refuse_not_finite(self.model, self.state)
-        self.quantization.average_ranges(self.accelerator.gather)
+        self.quantization.move_ranges(self.state, self.accelerator.gather)
         if self.args.should_save:
             checkpoints.note_batches(Path(self._get_output_dir(trial=trial)), self.state.global_step, self.args)
         super()._save_checkpoint(model, trial)
@@ -373,9 +371,11 @@ class DistillationTrainer(transformers.Trainer):
         """Write the student alone, nothing pickled; in a checkpoint with its projections and ranges of activations."""
         folder = Path(output_dir or self.args.output_dir)
         model = self.accelerator.unwrap_model(self.model)
-        writes, ranges = self.args.should_save, self.quantization.ranges
+        writes, ranges = self.args.should_save, self.quantization.state
         with using_cache(self.student.config, self._use_cache):
             checkpoints.save_student(folder, model, self.student, state_dict, ranges=ranges, is_main_process=writes)
+        if writes:
+            self.quantization.save(folder)
         if writes and self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 
@@ -384,7 +384,7 @@ class DistillationTrainer(transformers.Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, self.student if model is None else model)
         else:
             checkpoints.load_student(resume_from_checkpoint, self.student)
-        self.quantization.load_ranges(Path(resume_from_checkpoint))
+        self.quantization.load(Path(resume_from_checkpoint))
         checkpoints.load_projections(Path(resume_from_checkpoint), self.model)
 
     def _load_best_model(self) -> None:

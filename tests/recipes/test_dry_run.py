@@ -87,6 +87,7 @@ def test_a_logger_that_is_not_installed(recipe, logger, tmp_path, capfd):
         ({"lora": {"target_modules": ["qery"]}, "merge": True}, "student.lora.target_modules: no module 'qery'; did y"),
         ({"lora": {"modules_to_save": ["haed"]}, "merge": True}, "student.lora.modules_to_save: no module 'haed'"),
         ({"lora": {}, "merge": True, "qat": "int8"}, "student.qat: the model has adapters"),
+        ({"lora": {}, "merge": True, "qat": "openvino"}, "student.qat: the model has adapters"),
     ],
 )  # fmt: skip
 def test_what_a_training_would_stop_at(recipe, options, message):
@@ -125,7 +126,8 @@ def test_the_problems_of_all_steps_are_told_at_once_with_those_of_the_recipe(rec
     [
         {"report_to": "none"}, {"report_to": "all"}, {"neftune_noise_alpha": 5}, {"gradient_checkpointing": True},
         {"lora": {"target_modules": r".*\.(query|value)"}, "merge": True}, {"packing": True}, {"qat": "int8"},
-        {"contrastive_weight": 1.0}, {"hidden_weight": 1.0, "hidden_size": 32, "num_attention_heads": 2},
+        {"qat": "openvino"}, {"contrastive_weight": 1.0},
+        {"hidden_weight": 1.0, "hidden_size": 32, "num_attention_heads": 2},
         {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"}, {"max_steps": -1},
         {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "dataloader_prefetch_factor": 2},
     ],

@@ -61,6 +61,7 @@ CASES = {
         **{"narrow": True, "temperature": {"from": 4, "to": 1}, "hidden_weight": {"from": 1, "to": 0.5}},
     },
     "quantization-aware": {"qat": "nf4", "qat_embeddings": "nf4"},
+    "engine-aware": {"qat": "onnxruntime"},
     "regression": {"kind": "regression"},
     "label sets": {"kind": "label sets"},
     "label sets, dkd": only("soft", soft_loss="dkd", kind="label sets"),
@@ -387,7 +388,11 @@ def test_the_step_equals_a_loop_written_by_hand(tmp_path):
     sorted(
         CASES.keys()
         - {"hard", "class weights", "contrastive", "every part", "hidden, upper layers unused", "two tokenizers"}
-        - {"quantization-aware", *(case for case in CASES if case.startswith("some rows of other tokens"))}
+        - {
+            "quantization-aware",
+            "engine-aware",
+            *(case for case in CASES if case.startswith("some rows of other tokens")),
+        }
     ),
 )
 def test_a_student_equal_to_its_teacher_has_nothing_to_learn(tmp_path, case):

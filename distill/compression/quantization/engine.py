@@ -94,40 +94,45 @@ class EngineSimulation:
             None if each.factors is None else torch.tensor(each.factors, dtype=torch.float32, device=device)
             for each in grids
         ]
-        self.moments = torch.zeros(2, *self.ends.shape, device=device)
-        """Of Adam: the mean of the gradients and of their squares."""
-        self.steps = 0
+        self._moments = torch.zeros(2, *self.ends.shape, device=device)  # Adam's means of gradients and of squares
+        self._steps = 0
 
-    def begin_step(
-        self, *, on: bool, progress: float, gather: Callable[[Tensor], Tensor] = lambda tensor: tensor
-    ) -> None:
-        """Train the ranges by the gradients of the step before, and round weights anew from here on.
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """What the training of the ranges goes on with, beside the grids."""
+        return {"moments": self._moments, "steps": torch.tensor(self._steps)}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on with what `state` gave, after `take` of the grids."""
+        self._moments, self._steps = state["moments"].to(self._model.device), int(state["steps"])
+
+    def begin_step(self, *, on: bool) -> None:
+        """Round weights anew from here on.
 
         Args:
             on: whether the coming step computes in 8 bits.
-            progress: the share of all steps that are done.
-            gather: collects a tensor N×… from all processes.
         """
         self.on = on
         self._kept = {
             module: kept for module, kept in self._kept.items() if not module.get_parameter("weight").requires_grad
         }
-        self.train_ranges(progress, gather)
 
     def train_ranges(self, progress: float, gather: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> None:
         """Take the step of the ranges for which there are gradients since the last one.
 
-        Args: as for `begin_step`.
+        Args:
+            progress: the share of all steps that are done.
+            gather: collects a tensor N×… from all processes.
         """
         if self.ends.grad is None:
             return
         gradient = gather(self.ends.grad.unsqueeze(0)).mean(0) * self.ends.detach()  # by their logarithms
         self.ends.grad = None
-        self.steps += 1
+        self._steps += 1
         corrected = []
-        for moment, beta, seen in zip(self.moments, _BETAS, (gradient, gradient**2), strict=True):
+        for moment, beta, seen in zip(self._moments, _BETAS, (gradient, gradient**2), strict=True):
             moment.mul_(beta).add_(seen, alpha=1 - beta)
-            corrected.append(moment / (1 - beta**self.steps))
+            corrected.append(moment / (1 - beta**self._steps))
         mean, square = corrected
         with torch.no_grad():
             self.ends.mul_((-_RATE * (1 - progress) * mean / square.sqrt().clamp(min=1e-30)).exp())

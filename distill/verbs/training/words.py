@@ -59,6 +59,8 @@ def details_of_training(record: StepRecord, named: Callable[[str], str], losses:
 def _awareness(options: TrainingConfig) -> str:
     """What a quantization-aware step trains with, and from when on."""
     parts = [f"{options.qat} weights", f"{options.qat_embeddings} embeddings"]
+    if options.qat_engine is not None:
+        parts[0] = f"the int8 arithmetic of {options.qat_engine}"
     parts[-1] = "embeddings as they are" if options.qat_embeddings == "none" else parts[-1]
     if options.qat_activations:
         parts.append("8-bit inputs")
