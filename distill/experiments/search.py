@@ -329,4 +329,5 @@ def _say(study: "optuna.Study", number: int, options: SearchOptions, metric: str
     values = [each.value for each in ended if each.state.name == "COMPLETE" and each.value is not None]
     best = (min if study.direction.name == "MINIMIZE" else max)(values, default=None)
     so_far = "" if best is None else f"; best so far {best:.4f}"
-    log.print(f"      trial {int(trials[number].user_attrs['folder'])}: {', '.join(filter(None, said))}; {len(ended)} of {options.trials} done{so_far}")
+    name, ended_as = int(trials[number].user_attrs["folder"]), ", ".join(filter(None, said))
+    log.print(f"      trial {name}: {ended_as}; {len(ended)} of {options.trials} done{so_far}")

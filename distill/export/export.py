@@ -34,6 +34,7 @@ from distill.export.problems import export_problems
 from distill.export.record import ENGINE_FOLDERS, RECORD, Engine, ExportRecord, Format, file_of, write_export
 from distill.export.runtime import load_exported
 from distill.export.samples import largest_difference, sample_inputs
+from distill.export.web import say_format, web_problems
 from distill.models.adapters import has_adapters, merged_copy
 from distill.models.description import describe
 from distill.models.replacements import structure_of, without_replacements
@@ -63,6 +64,7 @@ def export_model(
     agreement: float = 0.99,
     divergence: float = 1.5e-3,
     grids: SimulatedGrids | None = None,
+    web: bool = False,
 ) -> ExportRecord:
     """Export a model, its config and its tokenizer to a folder that `load_exported` loads.
 
@@ -87,6 +89,7 @@ def export_model(
         grids: of int8: those that the model was trained with (`simulated_grids` of its folder), for either engine.
             These layers and embeddings and no others compute in 8 bit, on these grids, and nothing is chosen; batches
             are only measured on, and may be left out.
+        web: whether transformers.js has to read it, too; config.json then says which file it takes by itself.
 
     Returns:
         What `export.json` says.
@@ -101,6 +104,8 @@ def export_model(
     if grids is not None and (format != "int8" or float_layers is not None):
         given = f"format: {format}" if format != "int8" else "float_layers"
         problems.append(f"grids: say which layers compute in int8, and on what scales; leave them or {given} out")
+    if web:
+        problems += web_problems(model, tokenizer, engine)
     if problems:
         raise InputError(*problems)
     refuse_not_finite(model, "model")
@@ -122,6 +127,9 @@ def export_model(
                     record = _write_int8(graph, model, inputs, partial, record, embeddings, float_layers, limits)
                 else:
                     record = _write_trained(graph, model, inputs, partial, record, grids)
+            if web:
+                record = replace(record, web=True)
+                say_format(partial, format)
             write_export(partial, record)
             tokenizer.save_pretrained(partial)
             _move(partial, folder)

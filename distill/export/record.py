@@ -59,6 +59,8 @@ class ExportRecord:
     """Share of the calibration rows' predictions that are the float model's."""
     divergence: float | None = None
     """Mean over them of the KL from the float model's in nats, or of the squared difference of values."""
+    web: bool = False
+    """Whether transformers.js reads it, too."""
     versions: dict[str, str] = field(default_factory=dict)
     """Of the packages that made it."""
     structure: dict[str, Any] | None = None

@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 
-from distill.common.console import log
+from distill.common.console import log, remark
 from distill.common.distributed import on_main_process
 from distill.common.records import StepRecord
+from distill.compression.quantization.grids import simulated_grids
 from distill.data.load import Data
 from distill.errors import InputError
 from distill.export.export import export_model
@@ -19,6 +20,7 @@ from distill.export.int8 import quantizable_embeddings, quantizable_layers
 from distill.export.problems import export_problems, missing_packages
 from distill.export.record import LIBRARIES, Engine, Format
 from distill.export.size import export_size
+from distill.export.web import web_problems
 from distill.models.labels import set_labels
 from distill.models.load import from_config, load_classifier, load_processor, size_on_disk
 from distill.models.replacements import is_quantized
@@ -68,6 +70,9 @@ class ExportOptions:
         default=None,
         metadata={"help": "Of int8: most of the mean KL from the model's predictions, in nats; by default 0.0015."},
     )
+    web: bool = field(
+        default=False, metadata={"help": "transformers.js has to read it too, in browsers; for onnxruntime."}
+    )
     label_map: dict[str, str] | None = field(
         default=None, metadata={"help": "The model's label names → the task's, where they differ."}
     )
@@ -110,6 +115,9 @@ def _plan(options: ExportOptions, inputs: dict[str, ModelInput], data: Data | No
             skeleton = from_config(config, data.task.kind)
         kept = options.float_layers
         problems = export_problems(skeleton, options.engine, options.format, float_layers=kept or (), runs=False)
+        if options.web:
+            processor = load_processor(inputs["model"].tokenizer_location, data.task.kind)
+            problems += web_problems(skeleton, processor, options.engine)
         if problems:
             raise InputError(*problems)
         num_parameters = sum(parameter.numel() for parameter in skeleton.parameters())
@@ -149,7 +157,12 @@ def export(options: ExportOptions, plan: ExportPlan, data: Data, folder: Path, *
         batches = []
         if options.format == "int8":
             batches = calibration_batches(data, processor, rows=options.calibration_rows or _ROWS)
-        given = {name: getattr(options, name) for name in (*_LIMITS, "embeddings")}
+        given = {name: getattr(options, name) for name in (*_LIMITS, "embeddings", "float_layers")}
+        given = {name: value for name, value in given.items() if value is not None}
+        grids = simulated_grids(Path(location)) if options.format == "int8" else None
+        if grids is not None and given:
+            log.print(remark(f"{', '.join(given)}: given, so the scales that the model was trained with are left"))
+            grids = None
         record = export_model(
             model,
             processor,
@@ -157,8 +170,9 @@ def export(options: ExportOptions, plan: ExportPlan, data: Data, folder: Path, *
             engine=options.engine,
             format=options.format,
             batches=batches,
-            float_layers=options.float_layers,
-            **{name: value for name, value in given.items() if value is not None},
+            grids=grids,
+            web=options.web,
+            **given,
         )
         decided.update(weight_bytes=size_on_disk(folder), largest_difference=record.largest_difference)
         if options.format == "int8":
