@@ -62,8 +62,9 @@ def _refuse_no_yaml(arguments: argparse.Namespace, overrides: Mapping[str, str])
     """Raise an `InputError` for a recipe or for values of a command that are no YAML."""
     if getattr(arguments, "recipe", None) is not None:
         read_yaml(arguments.recipe)
-    if arguments.command == "report" and (arguments.directory / "recipe.yaml").is_file():
-        read_yaml(arguments.directory / "recipe.yaml")
+    for directory in arguments.directory if arguments.command == "report" else ():
+        if (directory / "recipe.yaml").is_file():
+            read_yaml(directory / "recipe.yaml")
     problems: list[str] = []
     for path, text in overrides.items():
         try:
@@ -151,9 +152,17 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--price_per_hour", help="of this machine: what a million predictions cost is told, too")
 
     report = commands.add_parser(
-        "report", allow_abbrev=False, help="rebuild report.json, report.md and the plot of a run"
+        "report",
+        allow_abbrev=False,
+        help="rebuild report.json, report.md, report.html and the plot of a run; of several runs side by side, too",
     )
-    report.add_argument("directory", type=_path)
+    report.add_argument("directory", nargs="+", type=_path)
+    report.add_argument(
+        "--output",
+        type=_path,
+        metavar="FOLDER",
+        help="of several runs' report (default: side-by-side beside the first)",
+    )
 
     push = commands.add_parser("push", allow_abbrev=False, help="upload a run folder with its model card to the Hub")
     push.add_argument("folder", type=_path, metavar="RUN_FOLDER", help="output_dir/<step> of a run with a report")

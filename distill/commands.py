@@ -44,6 +44,7 @@ from distill.recipes.trainer_options import refusal
 from distill.recipes.yaml12 import parse_value
 from distill.reports.presentation import print_report
 from distill.reports.report import write_report
+from distill.reports.side_by_side import write_side_by_side
 from distill.runs.launch import check_config, find_config, launch
 from distill.runs.run import chosen_steps, run_plan
 from distill.tasks.base import GLUE
@@ -145,6 +146,7 @@ def _report_and_push(plan: Plan) -> None:
     with told_of_a_full_disk(plan.recipe.output_dir), locked(plan.recipe.output_dir):
         print_report(write_report(plan))
     results.print(f"→ {plan.recipe.output_dir / 'report.md'}")
+    results.print(f"→ {plan.recipe.output_dir / 'report.html'}")
     _push_all(plan.recipe)
 
 
@@ -266,12 +268,26 @@ def _bench(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
 
 
 def _report(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
-    recipe = arguments.directory / "recipe.yaml"
-    if not recipe.is_file():
-        raise InputError(f"{arguments.directory}: no run lies there (no recipe.yaml, which `distill run` writes)")
-    plan = make_plan(load_recipe(recipe, {"output_dir": str(arguments.directory), **overrides}, draft=True))
-    with told_of_a_full_disk(plan.recipe.output_dir):
-        print_report(write_report(plan))
+    directories: list[Path] = arguments.directory
+    if arguments.output is not None and len(directories) == 1:
+        raise InputError("--output: is of several runs side by side; the report of one run lies in its folder")
+    lacking = [each for each in directories if not (each / "recipe.yaml").is_file()]
+    if lacking:
+        raise InputError(
+            *(f"{each}: no run lies there (no recipe.yaml, which `distill run` writes)" for each in lacking)
+        )
+    plans = [
+        make_plan(load_recipe(each / "recipe.yaml", {"output_dir": str(each), **overrides}, draft=True))
+        for each in directories
+    ]
+    if len(plans) == 1:
+        with told_of_a_full_disk(plans[0].recipe.output_dir):
+            print_report(write_report(plans[0]))
+        return
+    output = arguments.output or directories[0].resolve().parent / "side-by-side"
+    with told_of_a_full_disk(output):
+        print_report(write_side_by_side(plans, output))
+    results.print(f"→ {output / 'report.html'}")
 
 
 def _push(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:

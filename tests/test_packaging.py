@@ -27,7 +27,11 @@ def test_the_wheel_holds_the_package_its_card_and_the_launch_configurations(tmp_
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(unpacked)
     found = {str(file.relative_to(unpacked)) for file in unpacked.rglob("*") if ".dist-info" not in str(file)}
-    files = {str(file.relative_to(ROOT)) for file in (ROOT / "distill").rglob("*.*") if file.suffix in (".py", ".md")}
+    files = {
+        str(file.relative_to(ROOT))
+        for file in (ROOT / "distill").rglob("*.*")
+        if file.suffix in (".py", ".md", ".html", ".css", ".js")
+    }
     configs = {f"distill/accelerate_configs/{file.name}" for file in (ROOT / "accelerate_configs").glob("*.yaml")}
     assert {name for name in found if "." in name} == files | configs
     assert len(configs) >= 7

@@ -31,7 +31,7 @@ _USUAL_NAMES = {
     **{"lr": "learning_rate", "steps": "max_steps", "bits": "bits_budget"},
 }
 """What other tools call options, and their names here."""
-_FILES_OF_A_RUN = ("recipe.yaml", "report.json", "report.md", "report.png", "best.yaml")
+_FILES_OF_A_RUN = ("recipe.yaml", "report.json", "report.md", "report.png", "report.html", "best.yaml")
 _KEYED = re.compile(r"[a-z][a-z0-9_]*(\.[a-z_]+)*: ")
 _STEP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")

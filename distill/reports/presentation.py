@@ -32,7 +32,7 @@ _TWO_LINES = {
 
 def print_report(report: Report) -> None:
     """Print the report's table and remarks."""
-    header, *rows = _rows(report)
+    header, *rows = table_rows(report)
     left_out = ("divergence", "params", "GFLOPs")  # so that it fits 80 columns
     shown = [index for index, column in enumerate(header) if column not in left_out]
     shown_table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
@@ -43,12 +43,12 @@ def print_report(report: Report) -> None:
     for row in rows:
         shown_table.add_row(*(row[index] for index in shown))
     results.print(shown_table)
-    results.print(styled((_units(report), "dim")))
-    if line := _engine_line(report):
+    results.print(styled((units(report), "dim")))
+    if line := engine_line(report):
         results.print(styled((line, "dim")))
     if is_better_lower(report.metric):
-        results.print(styled((_metric(report), "dim")))
-    for line in _comparison_lines(report):
+        results.print(styled((metric_name(report), "dim")))
+    for line in comparison_lines(report):
         results.print(line)
     if cut := describe_cut(report.truncated):
         results.print(f"rows {cut}")
@@ -70,16 +70,16 @@ def as_markdown(plan: Plan, report: Report) -> str:
     cut = describe_cut(report.truncated)
     lines = [
         f"# {escaped(plan.recipe.output_dir.resolve().name)}",
-        f"{_metric(report)} on {rows_scored} validation rows, with its 95 % interval "
+        f"{metric_name(report)} on {rows_scored} validation rows, with its 95 % interval "
         f"({interval_method(plan.data.task)}); "
         f"retention, agreement and divergence (KL in nats; of scores the squared difference) are against "
-        f"{escaped(report.baseline)}; {_units(report)}.",
-        table(_rows(report)),
-        *([f"{escaped(line)}."] if (line := _engine_line(report)) else []),
+        f"{escaped(report.baseline)}; {units(report)}.",
+        table(table_rows(report)),
+        *([f"{escaped(line)}."] if (line := engine_line(report)) else []),
         "![accuracy against size and latency](report.png)",
         *(
-            [f"On the same rows (paired bootstrap):\n\n{bullets(_comparison_lines(report))}"]
-            if _comparison_lines(report)
+            [f"On the same rows (paired bootstrap):\n\n{bullets(comparison_lines(report))}"]
+            if comparison_lines(report)
             else []
         ),
         f"What limits would choose:\n\n{bullets(envelope_lines(report))}"
@@ -141,7 +141,7 @@ def draw(report: Report, path: Path | BinaryIO) -> None:
     figure.draw_without_rendering()  # the scales are known from here on
     for axis, labels in zip(axes, panel_labels, strict=True):
         _write_apart(axis, labels)
-    axes[0].set_ylabel(f"{_metric(report)}, 95 % interval", parse_math=False)
+    axes[0].set_ylabel(f"{metric_name(report)}, 95 % interval", parse_math=False)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
@@ -180,13 +180,13 @@ def remarks(report: Report) -> list[str]:
     return sentences
 
 
-def _metric(report: Report) -> str:
+def metric_name(report: Report) -> str:
     """Name the primary metric, and which way is better where it is not the usual one."""
     name = report.metric.replace("_", " ")
     return f"{name} (lower is better)" if is_better_lower(report.metric) else name
 
 
-def _rows(report: Report) -> list[list[str]]:
+def table_rows(report: Report) -> list[list[str]]:
     """Make the table of the report: a header and one row per model."""
     header = ["model", report.metric.replace("_", " "), "95 % interval", "retention", "agreement", "divergence"]
     header += ["params", "MB on disk", "MB loaded", "ms", "rows/s", "GFLOPs", "train s"]
@@ -211,7 +211,7 @@ def _rows(report: Report) -> list[list[str]]:
     return rows
 
 
-def _comparison_lines(report: Report) -> list[str]:
+def comparison_lines(report: Report) -> list[str]:
     """Write one sentence for each comparison."""
     lines = []
     for each in report.comparisons:
@@ -233,7 +233,8 @@ def _recovery_line(recovery: Recovery, baseline: str) -> str:
     return f"{recovery.model}: {won}, 95 % interval {low:.0%} to {high:.0%}{verdict}"
 
 
-def _units(report: Report) -> str:
+def units(report: Report) -> str:
+    """Say on what device, with how many rows and how long ones, latency and throughput were measured."""
     bench, device = report.environment["benchmark"], report.models[0].device
     of_images = report.task in KINDS and KINDS[report.task].reads == "images"
     each = "images" if of_images else f"rows of {bench['sequence_length']} tokens"
@@ -243,7 +244,7 @@ def _units(report: Report) -> str:
     )
 
 
-def _engine_line(report: Report) -> str:
+def engine_line(report: Report) -> str:
     """Name the engine of every model, and its threads; nothing where torch computes them all."""
     models: dict[tuple[str, int | None], list[str]] = {}
     for model in report.models:

@@ -1,4 +1,4 @@
-"""The report: every model of a run scored and measured side by side, as report.json, report.md and a plot."""
+"""The report: every model of a run scored and measured side by side, as report.json, report.md, a plot and a page."""
 
 import hashlib
 import json
@@ -29,6 +29,7 @@ from distill.recipes.fingerprint import code_fingerprint
 from distill.recipes.finished import is_finished
 from distill.recipes.plan import Plan, PlannedStep
 from distill.reports.fidelity import Fidelity, measure_contamination, measure_fidelity
+from distill.reports.page import as_html
 from distill.reports.presentation import as_markdown, draw
 from distill.runs.card import write_model_card
 from distill.runs.run import lineage
@@ -36,12 +37,14 @@ from distill.tasks.base import is_better_lower
 from distill.tasks.kinds import KINDS
 from distill.verbs.all import VERBS
 
+FILES = ("report.json", "report.md", "report.png", "report.html")
+
 _SAME_BYTES = 0.1
 """Models within this share of another's bytes take as many; adapters of rank 8 add less than that."""
 
 
 def write_report(plan: Plan) -> Report:
-    """Score and measure the run's finished models and its baseline, and write report.json, report.md and the plot.
+    """Score and measure the run's finished models and its baseline, and write report.json, report.md, plot and page.
 
     What was measured before stays valid while models, rows and code are the same: a second report measures nothing.
 
@@ -58,7 +61,7 @@ def write_report(plan: Plan) -> Report:
     if stale:
         said = f"left out, as they are not what the recipe would make now: {', '.join(stale)}; "
         log.print(remark(f"{said}`distill run` makes them anew"))
-    blocked = [file for file in ("report.json", "report.md", "report.png") if (plan.recipe.output_dir / file).is_dir()]
+    blocked = [file for file in FILES if (plan.recipe.output_dir / file).is_dir()]
     if blocked:
         raise InputError(f"{plan.recipe.output_dir / blocked[0]}: is a folder, and the report would be written there")
     names = finished if plan.baseline in plan.steps else [plan.baseline, *finished]
@@ -91,14 +94,30 @@ def write_report(plan: Plan) -> Report:
         fleet=plan.recipe.report.fleet,
     )
     report = from_json(Report, finite(asdict(found)))  # a correlation with constant predictions is no number
-    write_atomically(plan.recipe.output_dir / "report.json", as_json(report))
-    draw(report, plan.recipe.output_dir / "report.png")
-    write_atomically(plan.recipe.output_dir / "report.md", as_markdown(plan, report))
+    recipe = plan.recipe.output_dir / "recipe.yaml"
+    write_files(plan, report, recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else "")
     for entry in models:
         record = read_step(plan.steps[entry.name].folder) if entry.name in plan.steps else None
         if record is not None:
             write_model_card(plan.steps[entry.name].folder, record, report)
     return report
+
+
+def write_files(plan: Plan, report: Report, *, recipe: str) -> None:
+    """Write a report into the plan's `output_dir`, as each of `FILES`.
+
+    Args:
+        plan: of the run.
+        report: of its models.
+        recipe: text of recipe.yaml, which the page shows.
+    """
+    folder = plan.recipe.output_dir
+    write_atomically(folder / "report.json", as_json(report))
+    draw(report, folder / "report.png")
+    write_atomically(folder / "report.md", as_markdown(plan, report))
+    rows = len(plan.data.splits[plan.data.task.validation_splits[0][0]])
+    page = as_html(report, title=folder.resolve().name, rows=rows, recipe=recipe, notes=plan.data.notes)
+    write_atomically(folder / "report.html", page)
 
 
 # --- measuring ------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ LEVEL = 0.05
 def fidelity_sections(report: Report) -> list[str]:
     """Paragraphs of report.md; no row's text stands in them, as cards show them too."""
     found = []
-    rows = _fidelity_rows(report)
+    rows = fidelity_rows(report)
     if rows:
         baseline = escaped(report.baseline)
         found += [
@@ -119,11 +119,11 @@ def _slice_line(report: Report, found: Slice, model: str, p: float) -> str:
     where = f"{found.by.replace('_', ' ')} {found.slice}"
     return (
         f"{model}: lost more where {where} ({found.rows:,} rows): {found.metric.replace('_', ' ')} {here}{interval} "
-        f"against {report.baseline}'s {there}, p = {_p(p)}"
+        f"against {report.baseline}'s {there}, p = {p_value(p)}"
     )
 
 
-def _fidelity_rows(report: Report) -> list[list[str]]:
+def fidelity_rows(report: Report) -> list[list[str]]:
     """A header and one row per model; nothing where neither flips nor probabilities are known of any."""
     header = ["model", "gained", "lost", "p", "ECE", "95 % interval", "Brier", "NLL", "temperature", "NLL taken off"]
     known = [model for model in report.models if model.flips or model.calibration]
@@ -132,7 +132,7 @@ def _fidelity_rows(report: Report) -> list[list[str]]:
 
 def _fidelity_row(model: ModelEntry) -> list[str]:
     flips, found = model.flips, model.calibration
-    row = [model.name, *(["–"] * 3 if flips is None else [str(flips.gained), str(flips.lost), _p(flips.p)])]
+    row = [model.name, *(["–"] * 3 if flips is None else [str(flips.gained), str(flips.lost), p_value(flips.p)])]
     if found is None:
         return row + ["–"] * 6
     held_out = found.held_out or {}
@@ -152,5 +152,6 @@ def _number(value: float | None, form: str = ".4f") -> str:
     return "–" if value is None else format(value, form)
 
 
-def _p(value: float) -> str:
+def p_value(value: float) -> str:
+    """Write a p-value with three digits."""
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
