@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from distill.common.console import visible
-from distill.common.records import ModelEntry, Report, Slice, json_text
+from distill.common.records import ModelEntry, Report, Slice
+from distill.common.serialized import json_text
 from distill.reports.envelope import never_picked
 from distill.reports.presentation import comparison_lines, metric_name, remarks, table_rows, units
 from distill.reports.sections import (
@@ -191,8 +193,8 @@ def _flips(models: Sequence[ModelEntry]) -> list[dict[str, Any]]:
             "name": _cut(name),
             "lost": flips.lost,
             "gained": flips.gained,
-            "lost_share": f"{80 * flips.lost / most:.1f}",
-            "gained_share": f"{80 * flips.gained / most:.1f}",
+            "lost_share": f"{70 * flips.lost / most:.1f}",
+            "gained_share": f"{70 * flips.gained / most:.1f}",
             "p": p_value(flips.p),
             "sure": flips.p < LEVEL,
         }
@@ -201,21 +203,31 @@ def _flips(models: Sequence[ModelEntry]) -> list[dict[str, Any]]:
 
 
 def _diagrams(models: Sequence[ModelEntry]) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
-    for model in models:
-        known = model.calibration
-        if known is None or known.ece is None or len(found) == _DIAGRAMS:
-            continue
-        held_out = known.held_out or {}
+    """Reliability diagrams, all to one scale, which ends at 1."""
+    known = [(model.name, model.calibration) for model in models if model.calibration is not None][:_DIAGRAMS]
+    lowest = min((min(confidence, right) for _, each in known for confidence, right, _ in each.bins), default=0.0)
+    least = min(math.floor(10 * lowest) / 10, 0.9)
+
+    def placed(share: float) -> float:
+        return round(100 * (share - least) / (1 - least), 1)
+
+    found = []
+    for name, each in known:
+        held_out = each.held_out or {}
         before, after = held_out.get("ece"), held_out.get("ece_mended")
-        mended = "" if before is None or after is None else f"ECE {before:.3f} → {after:.3f}"
-        temperature = "" if known.temperature is None else f", T {known.temperature:.2f}"
-        bins = [
-            {"x": f"{100 * confidence:.1f}", "y": f"{100 - 100 * right:.1f}", "ideal": f"{100 - 100 * confidence:.1f}"}
-            for confidence, right, _ in known.bins
-        ]
-        said = f"{mended or f'ECE {known.ece:.3f}'}{temperature}"
-        found.append({"name": _cut(model.name), "bins": bins, "said": said})
+        error = "" if each.ece is None else f"ECE {each.ece:.3f}"
+        found.append(
+            {
+                "name": _cut(name),
+                "least": f"{least:.1f}",
+                "bins": [
+                    {"x": placed(sure), "y": round(100 - placed(right), 1), "ideal": round(100 - placed(sure), 1)}
+                    for sure, right, _ in each.bins
+                ],
+                "error": error if before is None or after is None else f"ECE {before:.3f} → {after:.3f}",
+                "temperature": "" if each.temperature is None else f"T {each.temperature:.2f}",
+            }
+        )
     return found
 
 
@@ -253,7 +265,7 @@ def _slice_cells(found: Slice, models: Sequence[str], baseline: str) -> list[dic
         elif name == baseline or of_baseline is None:
             text = f"{value:.4f}"
         else:
-            text = f"{value - of_baseline:+.4f}".replace("-", "−")
+            text = f"{value - of_baseline:+.4f}".replace("-", "−") if value != of_baseline else "0"
         cells.append({"text": text, "sure": p is not None and p < LEVEL})
     return cells
 
