@@ -160,6 +160,8 @@ class Calibration:
     `nll_gain_high`), and the calibration error before and after (`ece`, `ece_mended`)."""
     bins: list[list[float]] = field(default_factory=list)
     """Of the calibration error: mean confidence, share that is right, number of predictions."""
+    rows: int | None = None
+    """Where a model was calibrated on half of them: how many the others are, which all of this is of."""
 
 
 @dataclass(frozen=True)
@@ -187,8 +189,7 @@ class Slice:
     intervals: dict[str, list[float | None]] = field(default_factory=dict)
     """Of each model, at 95 %."""
     p: dict[str, float] = field(default_factory=dict)
-    """Of each model but the baseline: how likely as many rows drawn by chance would have lost as much against the
-    baseline, by Holm's correction over all slices and models."""
+    """Of each other model: how likely as many rows drawn by chance would have lost as much, Holm's over all of them."""
 
 
 @dataclass(frozen=True)
@@ -280,9 +281,8 @@ class Report:
     truncated: dict[str, dict[str, int]] | None = None
     slices: list[Slice] | None = None
     worst_rows: list[dict[str, Any]] | None = None
-    """Of each model those whose predictions are farthest from the baseline's: `model`, `row` (its number in the first
-    validation split), `text`, `label`, `baseline` and `prediction` (what the two predict), `baseline_right`,
-    `divergence`."""
+    """Of each model those farthest from the baseline's predictions: `model`, `row` (its number in the first validation
+    split), `text`, `label`, `baseline` and `prediction` (what the two predict), `baseline_right`, `divergence`."""
     contamination: Contamination | None = None
     price_per_hour: float | None = None
     """Of the machine, in the currency of every `cost_per_million`."""

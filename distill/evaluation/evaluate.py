@@ -92,9 +92,16 @@ def predict_rows(
     Raises:
         InputError: outputs that are NaN or infinite.
     """
-    batches = _inputs(model.eval(), rows, tokenizer, batch_size=batch_size, text=f"Predicting {name}")
-    logits = np.stack(_read(model, task, rows, batches, type(model).__name__))
+    logits = logits_of_rows(model, tokenizer, task, rows, name=name, batch_size=batch_size)
     return KINDS[task.kind].predict(logits).tolist()
+
+
+def logits_of_rows(
+    model: PreTrainedModel, tokenizer: Processor, task: Task, rows: datasets.Dataset, *, name: str, batch_size: int = 64
+) -> NDArray:
+    """Compute the logits B×C of tokenized rows, in their order: arguments and errors as of `predict_rows`."""
+    batches = _inputs(model.eval(), rows, tokenizer, batch_size=batch_size, text=f"Predicting {name}")
+    return np.stack(_read(model, task, rows, batches, type(model).__name__))
 
 
 _Inputs: TypeAlias = Iterator[tuple[NDArray[np.int64], dict[str, Tensor]]]

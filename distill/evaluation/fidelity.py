@@ -15,7 +15,7 @@ from distill.tasks.scorers import Scorer
 BINS = 15
 """Of the calibration error (as Guo et al. 2017 choose)."""
 
-_TEMPERATURES = (0.01, 100.0)
+TEMPERATURES = (0.01, 100.0)
 """What a temperature is looked for between."""
 
 
@@ -74,8 +74,7 @@ def calibration_of(logits: ArrayLike, truth: ArrayLike) -> Calibration:
     logits, truth = np.asarray(logits, dtype=np.float64), np.asarray(truth, dtype=np.int64)
     of_rows = negative_log_likelihoods(logits, truth)
     ece, interval = bootstrap(calibration_error(logits, truth), len(logits))
-    order = np.random.default_rng(0).permutation(len(logits))
-    fitted, judged = order[: len(order) // 2], order[len(order) // 2 :]
+    fitted, judged = halves(len(logits))
     temperature = fit_temperature(logits[fitted], truth[fitted]) if len(fitted) else None
     found = Calibration(
         ece=ece,
@@ -93,6 +92,16 @@ def calibration_of(logits: ArrayLike, truth: ArrayLike) -> Calibration:
     before, after = (scorers.whole(each, len(judged)) for each in errors)
     held_out = {"nll_gain": gain, "nll_gain_low": low, "nll_gain_high": high, "ece": before, "ece_mended": after}
     return Calibration(**{**vars(found), "held_out": held_out})
+
+
+def halves(count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Draw the numbers of the rows that a temperature is fitted on, and of those that it is judged on: always the same.
+
+    Args:
+        count: of all rows.
+    """
+    order = np.random.default_rng(0).permutation(count)
+    return order[: count // 2], order[count // 2 :]
 
 
 def calibration_error(logits: NDArray[np.float64], truth: NDArray[np.int64], *, bins: int = BINS) -> Scorer:
@@ -181,6 +190,6 @@ def fit_temperature(logits: NDArray[np.float64], truth: NDArray[np.int64]) -> fl
         return float(negative_log_likelihoods(logits / np.exp(log_temperature), truth).mean())
 
     found = optimize.minimize_scalar(
-        loss, bounds=tuple(np.log(_TEMPERATURES)), method="bounded", options={"xatol": 1e-5}
+        loss, bounds=tuple(np.log(TEMPERATURES)), method="bounded", options={"xatol": 1e-5}
     )
     return float(np.exp(found.x))

@@ -1,7 +1,7 @@
 """What report.json says of each model against the baseline beyond its score: flips, calibration, slices, worst rows."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from distill.data.load import Data
 from distill.data.tokenized import Processor
 from distill.evaluation.contamination import Matches, contamination_of, shown_texts
 from distill.evaluation.evaluate import Evaluation
-from distill.evaluation.fidelity import calibration_of, confidences, flips
+from distill.evaluation.fidelity import calibration_of, confidences, flips, halves
 from distill.evaluation.slices import Groups, by_value, compare_slices, quarters, shares_of_rare
 from distill.tasks.base import is_better_lower
 from distill.tasks.kinds import KINDS
@@ -34,7 +34,12 @@ class Fidelity:
 
 
 def measure_fidelity(
-    data: Data, evaluations: Mapping[str, Evaluation], *, baseline: str, processor: Processor | None
+    data: Data,
+    evaluations: Mapping[str, Evaluation],
+    *,
+    baseline: str,
+    processor: Processor | None,
+    calibrated: bool = False,
 ) -> Fidelity:
     """Hold every model against the baseline on the rows of the first scored split.
 
@@ -42,10 +47,13 @@ def measure_fidelity(
         evaluations: of each model.
         baseline: its name; it may be none of the evaluated ones, and then nothing is held against it.
         processor: the baseline's, whose tokens are counted; None leaves slices by tokens out.
+        calibrated: whether any of them got a temperature that was fitted on half of the rows; calibration is then told
+            of the other half, for all of them.
     """
     split = data.scored_splits()[0][0]
     its, labels = KINDS[data.task.kind], data.labels(split)
-    calibration = {name: _calibration(data, each, labels) for name, each in evaluations.items()}
+    judged = halves(len(labels))[1] if calibrated else None
+    calibration = {name: _calibration(data, each, labels, judged) for name, each in evaluations.items()}
     if its.row_metric is None:
         return Fidelity(calibration, dict.fromkeys(evaluations), None, None)
     of_rows = {name: its.row_metric.of_rows(data.task, each.predictions, labels) for name, each in evaluations.items()}
@@ -86,11 +94,17 @@ def measure_contamination(
     return contamination_of(data, matches, scores)
 
 
-def _calibration(data: Data, evaluation: Evaluation, labels: Sequence) -> Calibration | None:
+def _calibration(
+    data: Data, evaluation: Evaluation, labels: Sequence, judged: NDArray[np.int64] | None
+) -> Calibration | None:
+    """Of the rows numbered `judged`, or of all."""
     outcomes = KINDS[data.task.kind].outcomes
     if outcomes is None or evaluation.logits is None:
         return None
-    return calibration_of(*outcomes(np.asarray(evaluation.logits), np.asarray(labels)))
+    logits, truth = np.asarray(evaluation.logits), np.asarray(labels)
+    if judged is None:
+        return calibration_of(*outcomes(logits, truth))
+    return replace(calibration_of(*outcomes(logits[judged], truth[judged])), rows=len(judged))
 
 
 # --- slices -----------------------------------------------------------------------------------------------------------

@@ -234,9 +234,18 @@ def _fidelity(
     processor = None
     if plan.baseline in locations:
         processor = load_processor(locations[plan.baseline], plan.data.task.kind)
-    found = measure_fidelity(plan.data, evaluations, baseline=plan.baseline, processor=processor)
+    found = measure_fidelity(
+        plan.data, evaluations, baseline=plan.baseline, processor=processor, calibrated=_has_calibrated(plan)
+    )
     _write_cache(cache / "fidelity.json", key, asdict(found))
     return found
+
+
+def _has_calibrated(plan: Plan) -> bool:
+    """Whether any model, or one that it was made from, got a temperature that was fitted on scored rows."""
+    folders = [planned.folder for planned in plan.steps.values()]
+    records = [read_step(folder) for folder in (*folders, *(Path(each.location) for each in plan.sources.values()))]
+    return any((record.decided or {}).get("temperature") for record in records if record is not None)
 
 
 def _matches(plan: Plan, cache: Path) -> Matches | None:

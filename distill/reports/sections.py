@@ -20,6 +20,9 @@ def fidelity_sections(report: Report) -> list[str]:
             "off the NLL of the half of the rows that it was not fitted on.",
             table(rows),
         ]
+    judged = next((model.calibration.rows for model in report.models if model.calibration), None)
+    if judged:
+        found.append(f"Calibration is of the {judged:,} rows that no model's temperature was fitted on.")
     lines = slice_lines(report)
     if lines:
         found.append(

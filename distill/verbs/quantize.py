@@ -2,7 +2,7 @@
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,6 +37,7 @@ from distill.models.replacements import structure_of
 from distill.tasks.kinds import targets_of
 from distill.verbs.base import Estimate, Memory, ModelInput, StepPlan, StepResult, Verb
 from distill.verbs.calibration import calibration_batches
+from distill.verbs.temperature import calibrate, calibration_problems
 
 _SETTINGS = {field.name for field in fields(QuantizationSettings)}
 
@@ -68,6 +69,13 @@ class QuantizeOptions(QuantizationSettings):
             "images) measure on."
         },
     )
+    calibrate: bool = field(
+        default=False,
+        metadata={
+            "help": "Divide the logits by a temperature that is fitted on half of the validation rows, in the head's "
+            "weights: usable probabilities, the same labels. Needs rest_dtype: fp32."
+        },
+    )
     label_map: dict[str, str] | None = field(
         default=None, metadata={"help": "The model's label names → the task's, where they differ."}
     )
@@ -80,6 +88,15 @@ class QuantizeOptions(QuantizationSettings):
             raise InputError("gptq: is for weights in 4 bit; say format: nf4, or leave it out")
         if self.calibration_rows is not None and not self.reads_rows:
             raise InputError("calibration_rows: has no effect without bits_budget or gptq; leave it out")
+        if self.calibrate and (self.format == "bf16" or self.rest_dtype != "fp32"):
+            raise InputError(
+                "calibrate: a head rounded to 16 bit can't be scaled without changing labels; "
+                + (
+                    "bf16 leaves no other, so leave one out"
+                    if self.format == "bf16"
+                    else "say rest_dtype: fp32 beside it"
+                )
+            )
 
     @property
     def reads_rows(self) -> bool:
@@ -164,7 +181,10 @@ def quantize(
             rows = options.calibration_rows
             batches = calibration_batches(data, processor, rows=rows or 512, tokens=None if rows else 65536)
             compensate(model, formats, options, batches)
-        apply_formats(model.to("cpu"), formats, options).save_pretrained(folder)
+        quantized = apply_formats(model.to("cpu"), formats, options)
+        if options.calibrate:
+            decided.update(calibrate(quantized, processor, data))
+        quantized.save_pretrained(folder)
         processor.save_pretrained(folder)
 
     on_main_process(work)
@@ -203,11 +223,18 @@ def _lines(options: QuantizeOptions, plan: QuantizePlan) -> list[str]:
         return [f"a format for each module, picked within {(plan.budget or 0) / 1e6:.2f} MB"]
     counts = Counter(plan.formats.values())
     told = [f"{count} module{'s' * (count > 1)} in {each}" for each, count in counts.items()]
-    return [", ".join(told) or "all weights in bf16"]
+    lines = [", ".join(told) or "all weights in bf16"]
+    return lines + ["a temperature, fitted on half of the validation rows, in its head"] * options.calibrate
 
 
 def _rows(options: QuantizeOptions, data: Data) -> list[Any]:
-    return [data.task.label_names, data.max_length, *([data.train_fingerprint] if options.reads_rows else [])]
+    rows = [data.train_fingerprint] if options.reads_rows else []
+    return [data.task.label_names, data.max_length, *rows, *([data.fingerprint] if options.calibrate else [])]
+
+
+def _splits(options: QuantizeOptions, names: Iterable[str]) -> set[str]:
+    trained = {"train", "unlabelled"} if options.reads_rows else set()
+    return trained | ({"validation", *(set(names) - {"train", "unlabelled", "test"})} if options.calibrate else set())
 
 
 def _is_plain(options: QuantizeOptions) -> bool:
@@ -220,7 +247,13 @@ def _summary(options: Mapping[str, Any], parents: Sequence[str]) -> str:
 
 def _details(record: StepRecord, named: Callable[[str], str]) -> list[str]:
     formats = _formats(record.options)
-    return [formats[0].upper() + formats[1:]] if formats else []
+    found, temperature = record.decided or {}, (record.decided or {}).get("temperature")
+    said = (
+        [f"probabilities by a temperature of {temperature:.2f}, fitted on {found['temperature_rows']} validation rows"]
+        if temperature
+        else []
+    )
+    return [each[0].upper() + each[1:] for each in (formats, *said) if each]
 
 
 def _formats(options: Mapping[str, Any]) -> str:
@@ -247,11 +280,11 @@ QUANTIZE = Verb(
     needs_head=("model",),
     label_map="label_map",
     takes_quantized=lambda _: False,
-    problems=lambda options, plan, data: [],
+    problems=lambda options, plan, data: calibration_problems(data) if options.calibrate else [],
     estimate=_estimate,
     lines=_lines,
     rows=_rows,
-    splits=lambda options, _: {"train", "unlabelled"} if options.reads_rows else set(),
+    splits=_splits,
     resolved=asdict,
     is_smaller=lambda _, of_parent: True,
     is_compared=False,
