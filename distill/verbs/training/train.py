@@ -40,6 +40,7 @@ from distill.training.trainer import DistillationTrainer
 from distill.verbs.base import OtherTokens, StepResult, describe_left_out
 from distill.verbs.training.options import TrainingOptions
 from distill.verbs.training.planning import TrainingPlan
+from distill.verbs.training.trackers import tracked
 
 _FEWEST_COMPARED = 0.01
 """Of the training rows, the share that losses of tokens need at least."""
@@ -90,35 +91,36 @@ def train(
         trained = with_step_counts(trained, checkpoint)
     if options.lora is not None and Path(started_from).is_dir():
         model.name_or_path = str(Path(started_from).resolve())  # where the adapter will look for it, from anywhere
-    trainer = DistillationTrainer(
-        model=model,
-        teacher=list(teachers),
-        args=trained,
-        layer_pairs=plan.pairs_of_teachers,
-        peft_config=None if options.lora is None else lora_config(options.lora, kind),
-        train_dataset=rows.train,
-        eval_dataset=rows.validation,
-        processing_class=rows.processor,
-        callbacks=[clock, *watchers(), *([StepProfile(folder)] if profile else [])],
-        **metrics_while_training(data, rows.validation),
-    )
-    if options.disable_tqdm:
-        trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(ProgressLines())
-    if checkpoint is not None:
-        clock.resume(checkpoint)
+    with tracked(trained):
+        trainer = DistillationTrainer(
+            model=model,
+            teacher=list(teachers),
+            args=trained,
+            layer_pairs=plan.pairs_of_teachers,
+            peft_config=None if options.lora is None else lora_config(options.lora, kind),
+            train_dataset=rows.train,
+            eval_dataset=rows.validation,
+            processing_class=rows.processor,
+            callbacks=[clock, *watchers(), *([StepProfile(folder)] if profile else [])],
+            **metrics_while_training(data, rows.validation),
+        )
+        if options.disable_tqdm:
+            trainer.remove_callback(PrinterCallback)
+            trainer.add_callback(ProgressLines())
+        if checkpoint is not None:
+            clock.resume(checkpoint)
+            if trainer.is_world_process_zero():
+                log.print(f"      resuming from {checkpoint.name}")
+        rows_of_a_step, said = batch_of(trainer)
+        truncated = rows_cut(data, rows.processor, plan)
         if trainer.is_world_process_zero():
-            log.print(f"      resuming from {checkpoint.name}")
-    rows_of_a_step, said = batch_of(trainer)
-    truncated = rows_cut(data, rows.processor, plan)
-    if trainer.is_world_process_zero():
-        log.print(f"      {said}")
-        if cut := describe_cut(truncated):
-            log.print(f"      {cut}")
-        for line in describe_left_out(other_tokens):
-            log.print(f"      {line}")
-    with in_float32(trainer.student):
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            log.print(f"      {said}")
+            if cut := describe_cut(truncated):
+                log.print(f"      {cut}")
+            for line in describe_left_out(other_tokens):
+                log.print(f"      {line}")
+        with in_float32(trainer.student):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if options.merge:
         if trainer.is_world_process_zero():
             merged(trainer.student).save_pretrained(folder)
