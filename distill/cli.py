@@ -221,7 +221,7 @@ def _split_overrides(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
     words = iter(arguments)
     for word in words:
         name, equals, value = word.removeprefix("--").partition("=")
-        of_recipe = name in ("output_dir", "baseline", "base_model", "license", "language") or (
+        of_recipe = name in ("output_dir", "baseline", "base_model", "license", "language", "seeds") or (
             name == "task" and arguments[0] not in ("eval", "predict")
         )
         if not word.startswith("--") or not ("." in name or of_recipe):

@@ -288,6 +288,8 @@ class Report:
     """Of the machine, in the currency of every `cost_per_million`."""
     fleet: int | None = None
     """Devices that a model is sent to."""
+    seeds: dict[str, dict[str, Any]] | None = None
+    """Of each step that is there once per seed: its `models`, and by metric `mean`, `std`, `min`, `max`, `interval`."""
 
     def entry(self, name: str) -> ModelEntry | None:
         """The model of this name, if the report holds it."""

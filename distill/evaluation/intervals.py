@@ -67,6 +67,42 @@ def paired_difference(
     return bootstrap(lambda weights: one(weights) - other(weights), len(first), resamples=_resamples(task))
 
 
+def difference_over_seeds(
+    task: Task, first: Sequence[Sequence], second: Sequence[Sequence] | None, labels: Sequence
+) -> tuple[float, tuple[float, float]]:
+    """Compute the mean over seeds of how much more one model scores than another, and the 95 % interval of that.
+
+    Each resample draws rows, and of the seeds as many with replacement, independently (the pigeonhole bootstrap of
+    crossed factors; Owen 2007): all models of a resample are scored on the same rows, those of one seed as a pair.
+
+    Args:
+        task: whose primary metric is compared.
+        first: for each seed the one model's predictions as in `Evaluation`, one a row.
+        second: the other's, in the same order of seeds; None for the mean score of the first itself.
+        labels: of the same rows.
+    """
+    scorer, num_rows = KINDS[task.kind].scorer, len(first[0])
+    ones = [scorer(task, predictions, labels) for predictions in first]
+    others = [scorer(task, predictions, labels) for predictions in second or ()]
+
+    def scores(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        """…×S of weights …×N."""
+        found = np.stack([score(weights) for score in ones], axis=-1)
+        return found - np.stack([score(weights) for score in others], axis=-1) if others else found
+
+    value = float(scores(np.ones(num_rows)).mean(-1))
+    generator = np.random.default_rng(0)
+    at_once, resamples = max(1, _DRAWN_AT_ONCE // num_rows), _resamples(task)
+    means = []
+    for start in range(0, resamples, at_once):
+        count = min(at_once, resamples - start)
+        of_seeds = scores(_weights(generator.integers(num_rows, size=(count, num_rows)), num_rows))
+        drawn = generator.integers(len(first), size=(count, len(first)))
+        means.append(np.take_along_axis(of_seeds, drawn, axis=-1).mean(-1))
+    low, high = np.nanpercentile(np.concatenate(means), [2.5, 97.5])
+    return value, (min(float(low), value), max(float(high), value))
+
+
 def mean_interval(values: NDArray) -> tuple[float, float]:
     """The 95 % interval of a mean: Wilson's of a share (booleans), the percentile bootstrap's of numbers.
 

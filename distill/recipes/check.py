@@ -38,9 +38,26 @@ def print_plan(plan: Plan) -> None:
     for note in data.notes:
         results.print(f"note: {note}")
     total, said, reruns = 0.0, list[str](), pending_reruns(plan.recipe.output_dir)
+    alike = {
+        copy: (first, seed)
+        for first, copies in plan.recipe.copies.items()
+        for copy, seed in zip(copies[1:], plan.recipe.seeds[1:], strict=True)
+    }
+    estimates: dict[str, Estimate] = {}
     for name, planned in plan.steps.items():
+        if name in alike:
+            first, seed = alike[name]
+            seconds = 0.0 if is_finished(planned) and name not in reruns else estimates[first].seconds or 0.0
+            total += seconds
+            results.print(
+                styled(
+                    (name, "bold"),
+                    f": as {first}, with seed {seed}{f', about {_duration(seconds)}' if seconds else ''}",
+                )
+            )
+            continue
         with log.status(f"{name}: timing a few batches"):
-            estimate = estimate_step(plan, planned)
+            estimate = estimates[name] = estimate_step(plan, planned)
         results.print(styled("\n", (name, "bold"), f": {planned.step.run} of {', '.join(planned.parents)}"))
         results.print(f"  {_size(estimate.num_parameters, estimate.weight_bytes)}")
         for line in _inputs(plan, planned):
@@ -69,7 +86,9 @@ def print_plan(plan: Plan) -> None:
             results.print(f"  about {estimate.memory}")
             if estimate.cache_bytes:
                 results.print(f"  {show_bytes(estimate.cache_bytes)} of teacher outputs cached on disk")
-    results.print(f"\nabout {_duration(total)} of training on this machine")
+    trainings = sum(VERBS[planned.step.run].trains for planned in plan.steps.values())
+    of_seeds = f" ({trainings} trainings, seeds {', '.join(map(str, plan.recipe.seeds))})" if plan.recipe.seeds else ""
+    results.print(f"\nabout {_duration(total)} of training on this machine{of_seeds}")
     for name, repo_id in plan.recipe.push.items():
         results.print(f"then {name} is pushed to {repo_id}")
 

@@ -20,6 +20,7 @@ from distill.models.weights import fit_problems
 from distill.recipes.fingerprint import code_fingerprint
 from distill.recipes.inputs import baseline_problems, default_baseline, label_map_of, needs_head, resolve_outside
 from distill.recipes.recipe import Recipe, Step, located
+from distill.recipes.seeds import told_once
 from distill.recipes.stored_models import stored_fit
 from distill.training.teachers import FROM_DATA
 from distill.verbs.all import VERBS
@@ -124,6 +125,7 @@ def make_plan(recipe: Recipe, *, check_step: StepCheck | None = None) -> Plan:
                 f"baseline: {problem}" for problem in baseline_problems(baseline, label_map, recipe, data, sources)
             ]
     if problems or recipe.problems or data is None or baseline is None:
+        problems = told_once(problems, recipe.copies)
         raise InputError(*recipe.problems, *(located(problem, recipe.path, recipe.flags) for problem in problems))
     return Plan(recipe, data, planned, baseline, label_map, sources)
 

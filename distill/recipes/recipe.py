@@ -16,6 +16,7 @@ from distill.errors import (
 )
 from distill.evaluation.options import BenchmarkOptions, ReportOptions
 from distill.recipes.search_options import PRESENCE, SearchOptions
+from distill.recipes.seeds import expand_seeds, told_once
 from distill.recipes.trainer_options import annotations_of, read_mapping, refusal
 from distill.recipes.yaml12 import parse_value, read_yaml
 from distill.training.checkpoints import CHECKPOINTS
@@ -23,7 +24,7 @@ from distill.verbs.all import VERBS
 from distill.verbs.base import Options
 
 _TOP_LEVEL = (
-    *("task", "data", "output_dir", "baseline", "benchmark", "report", "steps"),
+    *("task", "data", "output_dir", "baseline", "benchmark", "report", "seeds", "steps"),
     *("base_model", "license", "language", "push", "search"),
 )
 _USUAL_NAMES = {
@@ -73,6 +74,9 @@ class Recipe:
     language: tuple[str, ...] = ()
     """Of model cards; by default GLUE's or the root's."""
     report: ReportOptions = field(default_factory=ReportOptions)
+    seeds: tuple[int, ...] = ()
+    copies: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """For each step that is there once per seed, the names of its steps in their order, its own first."""
     push: dict[str, str] = field(default_factory=dict)
     """For steps, the repositories that their models are pushed to after the report."""
     search: SearchOptions | None = None
@@ -104,6 +108,8 @@ def load_recipe(
     every_step = dict(steps)
     for name in without:
         _leave_out(name, content)
+    seeds, copies = expand_seeds(content, problems)
+    steps = content["steps"]
 
     unknown = [key for key in content if key not in _TOP_LEVEL]
     for key in unknown:
@@ -133,7 +139,7 @@ def load_recipe(
     push = _checked_push(content.get("push"), steps, problems)
     base_model, license, language = _checked_card(content, problems)
     search = _checked_search(content.get("search"), every_step, problems)
-    problems = [located(problem, path, overrides) for problem in problems]
+    problems = [located(problem, path, overrides) for problem in told_once(problems, copies)]
     if problems and not draft:
         raise InputError(*problems)
     misnamed = bool(unknown) and not {"task", "data"} & content.keys()
@@ -153,6 +159,8 @@ def load_recipe(
         license=license,
         language=language,
         report=report or ReportOptions(),
+        seeds=seeds,
+        copies=copies,
         push=push,
         search=search,
     )

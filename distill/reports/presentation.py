@@ -16,6 +16,7 @@ from distill.evaluation.intervals import interval_method
 from distill.recipes.plan import Plan
 from distill.reports.envelope import envelope_lines, never_picked, on_front
 from distill.reports.sections import contamination_lines, cost_sections, fidelity_sections, slice_lines
+from distill.reports.seeds import seed_lines, seeds_section
 from distill.tasks.base import is_better_lower
 from distill.tasks.kinds import KINDS
 from distill.verbs.all import VERBS
@@ -48,7 +49,7 @@ def print_report(report: Report) -> None:
         results.print(styled((line, "dim")))
     if is_better_lower(report.metric):
         results.print(styled((metric_name(report), "dim")))
-    for line in comparison_lines(report):
+    for line in [*seed_lines(report), *comparison_lines(report)]:
         results.print(line)
     if cut := describe_cut(report.truncated):
         results.print(f"rows {cut}")
@@ -77,6 +78,7 @@ def as_markdown(plan: Plan, report: Report) -> str:
         table(table_rows(report)),
         *([f"{escaped(line)}."] if (line := engine_line(report)) else []),
         "![accuracy against size and latency](report.png)",
+        *seeds_section(report),
         *(
             [f"On the same rows (paired bootstrap):\n\n{bullets(comparison_lines(report))}"]
             if comparison_lines(report)

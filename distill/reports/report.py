@@ -31,6 +31,7 @@ from distill.recipes.plan import Plan, PlannedStep
 from distill.reports.fidelity import Fidelity, measure_contamination, measure_fidelity
 from distill.reports.page import as_html
 from distill.reports.presentation import as_markdown, draw
+from distill.reports.seeds import further_copies, paired_over_seeds, spread_over_seeds
 from distill.runs.card import write_model_card
 from distill.runs.run import lineage
 from distill.tasks.base import is_better_lower
@@ -92,6 +93,7 @@ def write_report(plan: Plan) -> Report:
         contamination=measure_contamination(plan.data, _matches(plan, cache), evaluations),
         price_per_hour=plan.recipe.report.price_per_hour,
         fleet=plan.recipe.report.fleet,
+        seeds=spread_over_seeds(plan, evaluations),
     )
     report = from_json(Report, finite(asdict(found)))  # a correlation with constant predictions is no number
     recipe = plan.recipe.output_dir / "recipe.yaml"
@@ -209,14 +211,19 @@ def _comparisons(
     student = next((name for name in trained if verbs[name].is_compared), None)
     if student is None:
         return []
-    key = _key(fingerprints, plan.data.fingerprint, _scored_with(), code_fingerprint("evaluation.evaluate"))
+    code, seeds = code_fingerprint("evaluation.evaluate"), [plan.recipe.seeds] if plan.recipe.seeds else []
+    key = _key(fingerprints, plan.data.fingerprint, _scored_with(), code, *seeds)
     known = _read_cache(cache / "comparisons.json", key)
     if known is None:
         labels = plan.data.labels(plan.data.task.validation_splits[0][0])
         known = []
+        further = further_copies(plan)
         for other in [name for name in trained if name != student and tokens[name] == tokens[student]]:
+            if other in further:
+                continue
             predictions = evaluations[student].predictions, evaluations[other].predictions
-            difference, interval = paired_difference(plan.data.task, *predictions, labels)
+            compared = paired_over_seeds(plan, evaluations, student, other)
+            difference, interval = compared or paired_difference(plan.data.task, *predictions, labels)
             known.append({"model": student, "over": other, "difference": difference, "interval": list(interval)})
         _write_cache(cache / "comparisons.json", key, known)
     return [from_json(Comparison, each) for each in known]

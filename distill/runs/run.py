@@ -48,6 +48,7 @@ from distill.recipes.plan import (
     settled,
 )
 from distill.recipes.recipe import Recipe
+from distill.recipes.seeds import unexpanded
 from distill.recipes.yaml12 import dump_yaml
 from distill.runs.card import inherited, write_model_card
 from distill.training.checkpoints import CHECKPOINTS, drop_half_made, last_checkpoint
@@ -171,12 +172,14 @@ def recipe_text(recipe: Recipe) -> str:
         content["report"] = {name: value for name, value in asdict(recipe.report).items() if value is not None}
     published = {key: getattr(recipe, key) for key in ("baseline", "base_model", "license", "language", "push")}
     content |= {key: list(value) if isinstance(value, tuple) else value for key, value in published.items() if value}
+    content |= {"seeds": list(recipe.seeds)} if recipe.seeds else {}
     if recipe.search is not None:
         content["search"] = {key: value for key, value in asdict(recipe.search).items() if value is not None}
-    content["steps"] = {
+    steps = {
         step.name: {"run": step.run, **{key: value for key, value in step.given.items() if not key.endswith("_token")}}
         for step in recipe.steps.values()
     }
+    content["steps"] = unexpanded(steps, recipe.copies)
     return dump_yaml(json.loads(json.dumps(content, default=str)))
 
 
