@@ -52,7 +52,9 @@ def predict_lines(
     """
     model = model.to(compute_device()).eval()
     task, rule, count = new.task, KINDS[new.task.kind].prediction, len(new.rows)
-    row_of = np.asarray(encoded["row"]) if "row" in encoded.column_names else np.arange(count)
+    row_of = np.arange(count)
+    if "row" in encoded.column_names:
+        row_of = encoded.with_format("arrow")["row"][:].to_numpy()
     batches = sum(math.ceil(len(part) / batch_size) for _, part in _parts(row_of, count))
     ticks = iter(progress(range(batches), f"Predicting with {name}"))
     for rows, windows in _parts(row_of, count):

@@ -25,8 +25,13 @@ def print_plan(plan: Plan) -> None:
 
     Only the main process prints; all take part in the estimates.
     """
+    alike = {  # steps of further seeds take what the first one takes
+        copy: (first, seed)
+        for first, copies in plan.recipe.copies.items()
+        for copy, seed in zip(copies[1:], plan.recipe.seeds[1:], strict=True)
+    }
     if not process_state().is_main_process:
-        for planned in plan.steps.values():
+        for planned in [each for name, each in plan.steps.items() if name not in alike]:
             estimate_step(plan, planned)
         return
     data, task = plan.data, plan.data.task
@@ -38,23 +43,14 @@ def print_plan(plan: Plan) -> None:
     for note in data.notes:
         results.print(f"note: {note}")
     total, said, reruns = 0.0, list[str](), pending_reruns(plan.recipe.output_dir)
-    alike = {
-        copy: (first, seed)
-        for first, copies in plan.recipe.copies.items()
-        for copy, seed in zip(copies[1:], plan.recipe.seeds[1:], strict=True)
-    }
     estimates: dict[str, Estimate] = {}
     for name, planned in plan.steps.items():
         if name in alike:
             first, seed = alike[name]
             seconds = 0.0 if is_finished(planned) and name not in reruns else estimates[first].seconds or 0.0
             total += seconds
-            results.print(
-                styled(
-                    (name, "bold"),
-                    f": as {first}, with seed {seed}{f', about {_duration(seconds)}' if seconds else ''}",
-                )
-            )
+            lasts = f", about {_duration(seconds)}" if seconds else ""
+            results.print(styled((name, "bold"), f": as {first}, with seed {seed}{lasts}"))
             continue
         with log.status(f"{name}: timing a few batches"):
             estimate = estimates[name] = estimate_step(plan, planned)
