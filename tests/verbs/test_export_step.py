@@ -26,6 +26,7 @@ from distill.recipes.plan import make_plan
 from distill.recipes.recipe import load_recipe
 from distill.reports.report import write_report
 from distill.runs.run import run_plan
+from distill.verbs.export import EXPORT
 from tests.conftest import GOOD, sentences, tiny_bert
 from tests.verbs.test_trim_step import word_pieces
 
@@ -154,6 +155,14 @@ def test_an_export_that_was_cut_off_leaves_no_folder_and_is_made_by_the_next_run
     assert run_plan(make_plan(load_recipe(path))) == []
     (tmp_path / "run" / "it" / "onnx" / "model.onnx").unlink()
     assert run_plan(make_plan(load_recipe(path))) == ["it"]
+
+
+def test_other_processes_leave_the_export_to_the_main_one(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr("distill.verbs.export.on_main_process", lambda work: None)
+    planned = finished.steps["served"]
+    made = EXPORT.run(planned.step.options, planned.plan, finished.data, tmp_path / "it", profile=False)
+    assert made.decided is None
+    assert not (tmp_path / "it").exists()
 
 
 def test_exports_are_entries_of_the_report_like_any_model(finished, report):
