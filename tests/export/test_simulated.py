@@ -5,12 +5,17 @@ import onnx
 import pytest
 import torch
 from onnxruntime.quantization.quant_utils import compute_scale_zp
+from transformers import BertForSequenceClassification
 
 from distill import InputError, export_model, load_exported
 from distill.compression.quantization.engine import EngineSimulation, computed_as_exported, scale_and_zero
 from distill.compression.quantization.grids import simulated_grids, write_grids
 from distill.export.record import read_export
 from distill.export.runtime import import_openvino
+from distill.publishing.published import left_out
+from distill.recipes.plan import make_plan
+from distill.recipes.recipe import load_recipe
+from distill.runs.run import run_plan
 from tests.conftest import make_tokenizer, sentences, tiny_bert
 from tests.export.families import IMAGES, family_model, image_processor
 
@@ -181,6 +186,26 @@ def test_other_families_are_simulated_too(family, tmp_path):
     assert (exact - expected).abs().median() > 2e-3 * expected.std()
 
 
+def test_the_folder_of_a_step_is_exported_as_it_was_trained(tmp_path, pretrained, sst2_folder):
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        f"task: sst2\noutput_dir: {tmp_path / 'run'}\ndata: {{path: {sst2_folder}, max_length: 24}}\nsteps:\n"
+        f"  aware: {{run: finetune, model: {pretrained}, num_layers: 2, max_steps: 4, qat: openvino}}\n"
+    )
+    assert run_plan(make_plan(load_recipe(path))) == ["aware"]
+    folder = tmp_path / "run" / "aware"
+    assert "qat.json" not in left_out(folder)  # of a push
+    model, tokenizer = BertForSequenceClassification.from_pretrained(folder).eval(), make_tokenizer()
+    grids = simulated_grids(folder)
+    batches = rows_of(tokenizer, 64)
+    record = export_model(
+        model, tokenizer, tmp_path / "served", engine="onnxruntime", format="int8", grids=grids, batches=batches
+    )
+    assert (record.trained_for, record.engine, len(record.quantized_layers)) == ("openvino", "onnxruntime", 12)
+    real = logits_of_engine(tmp_path / "served", batches)
+    assert are_alike(logits_of_simulation(model, grids, batches), real)
+
+
 def test_grids_of_another_model_and_contradictions_are_told(trained, tmp_path):
     model, grids, batches = trained
     tokenizer = make_tokenizer()
@@ -188,7 +213,7 @@ def test_grids_of_another_model_and_contradictions_are_told(trained, tmp_path):
     with pytest.raises(InputError, match=r"grids: .* reads 32 channels and they have 64 factors"):
         export_model(narrow, tokenizer, tmp_path, format="int8", grids=grids)
     with pytest.raises(InputError, match=r"grids: bert.encoder.layer.1.* is no such layer of this model"):
-        export_model(divided_bert().__class__(tiny_bert(num_hidden_layers=1).config), tokenizer, tmp_path,
+        export_model(tiny_bert(num_hidden_layers=1), tokenizer, tmp_path,
                      format="int8", grids=grids)  # fmt: skip
     with pytest.raises(InputError, match="leave them or format: fp32 out"):
         export_model(model, tokenizer, tmp_path, grids=grids)
