@@ -445,7 +445,7 @@ def test_ctrl_c_ends_with_status_1(monkeypatch, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("distill.commands.load_recipe", interrupted)
+    monkeypatch.setattr("distill.commands.on_recipes.load_recipe", interrupted)
     assert main(["run", str(ROOT / "recipes" / "quickstart.yaml")]) == 1
     assert "goes on from the last checkpoint" in capsys.readouterr().err
 

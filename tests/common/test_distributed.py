@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
 from distill.cli import main
-from distill.commands import run_recipe
+from distill.commands.on_recipes import run_recipe
 from distill.common.distributed import (
     check_launch,
     check_world_size,

@@ -14,7 +14,7 @@ import distill.evaluation.predict as module
 from distill.cli import main
 from distill.evaluation.predict import predict_lines
 from distill.models.load import find_model, load_classifier, load_processor
-from distill.recipes.predicting import rows_to_predict
+from distill.recipes.rows import rows_to_predict
 from tests.conftest import GOOD, OTHER, WORDS, make_tokenizer, tiny_config, write_rows
 
 
