@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from distill.compression.registration import register_when_needed
 
 if TYPE_CHECKING:
+    from distill.compression.factorization.factorize import factorize_model
     from distill.compression.pruning.prune import prune_model
     from distill.compression.quantization.formats import QuantizationSettings
     from distill.compression.quantization.quantize import quantize_model
@@ -31,6 +32,7 @@ __all__ = [
     "QuantizationSettings",
     "build_student",
     "export_model",
+    "factorize_model",
     "load_data",
     "load_exported",
     "prune_model",
@@ -46,6 +48,7 @@ _MODULES = {
     "QuantizationSettings": "distill.compression.quantization.formats",
     "build_student": "distill.compression.student",
     "export_model": "distill.export.export",
+    "factorize_model": "distill.compression.factorization.factorize",
     "load_data": "distill.data.load",
     "load_exported": "distill.export.runtime",
     "prune_model": "distill.compression.pruning.prune",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from distill.common.private_names import draw_weights
 from distill.errors import InputError
 from distill.models.description import Entry, describe, entries_of, grouped
+from distill.models.factorized import Factorized, factors_of
 
 if TYPE_CHECKING:  # the quantizer is registered while they are being imported
     from transformers import PretrainedConfig, PreTrainedModel
@@ -90,7 +91,9 @@ class Removed:
         model.set_submodule(name, RemovedModule(model.get_submodule(name), self.attention, self.bias))
 
 
-STRUCTURAL: dict[str, type[Resized] | type[Removed]] = {each.kind: each for each in (Resized, Removed)}
+Structural: TypeAlias = Resized | Removed | Factorized
+
+STRUCTURAL: dict[str, type[Structural]] = {each.kind: each for each in (Resized, Removed, Factorized)}
 """Kinds whose weights are floats: models that hold no others train, cast and take adapters as plain ones do."""
 
 
@@ -133,9 +136,9 @@ class RemovedModule(nn.Module):
 
 
 def restructure(
-    model: PreTrainedModel, replacements: Mapping[str, Resized | Removed], weights: Mapping[str, Tensor]
+    model: PreTrainedModel, replacements: Mapping[str, Structural], weights: Mapping[str, Tensor]
 ) -> PreTrainedModel:
-    """Put modules of other sizes into a model in place, with their weights, and note in its config how they are built.
+    """Put modules of other sizes or factors into a model in place, with their weights, and note in its config how.
 
     The model stays an ordinary float model; saved, it loads after `import distill`.
 
@@ -226,9 +229,7 @@ def resolve_name(name: str, model: PreTrainedModel) -> str | None:
     return None
 
 
-def _problem(
-    model: PreTrainedModel, name: str, replacement: Resized | Removed, weights: Mapping[str, Tensor]
-) -> str | None:
+def _problem(model: PreTrainedModel, name: str, replacement: Structural, weights: Mapping[str, Tensor]) -> str | None:
     """What keeps a replacement from being put into a model."""
     try:
         before = model.get_submodule(name)
@@ -248,10 +249,30 @@ def _problem(
         if bias is not None and tuple(bias.shape) != shape[:1]:
             return f"{name}.bias: is {tuple(bias.shape)}, and {shape[:1]} in the new layer"
         return None
+    if isinstance(replacement, Factorized):
+        return _problem_of_factors(model, name, replacement.rank, weights)
     if any("Norm" in type(module).__name__ for module in before.modules()):
         return f"{name}: holds a norm, so more than what is added to the residual would be lost; name what is before it"
     if replacement.bias is not None and replacement.bias not in before.state_dict():
         return f"{name}: has no bias {replacement.bias!r}"
+    return None
+
+
+def _problem_of_factors(model: PreTrainedModel, name: str, rank: int, weights: Mapping[str, Tensor]) -> str | None:
+    """What keeps two factors from taking the place of a module."""
+    before: Any = model.get_submodule(name)
+    if type(before) not in (nn.Linear, nn.Embedding, Conv1D):
+        return f"{name}: is a {type(before).__name__}, and only linear layers and embeddings can be factorized"
+    if not 1 <= rank <= min(before.weight.shape):
+        return f"{name}: a rank of {rank}; its weight has one of up to {min(before.weight.shape)}"
+    output = model.get_output_embeddings()
+    if output is not before and getattr(output, "weight", None) is before.weight:
+        return f"{name}: the output layer computes with its weight, which two factors don't have"
+    for key, empty in factors_of(before, rank).items():
+        given = weights.get(f"{name}.{key}")
+        if given is None or given.shape != empty.shape:
+            is_now = "missing" if given is None else f"{tuple(given.shape)}"
+            return f"{name}.{key}: is {is_now}, and {tuple(empty.shape)} in the new module"
     return None
 
 
@@ -270,7 +291,7 @@ def _fill(module: nn.Module, before: nn.Module, name: str, weights: Mapping[str,
     module.train(before.training).requires_grad_(like.requires_grad)
 
 
-def _note(config: PretrainedConfig, replacements: Mapping[str, Resized | Removed]) -> None:
+def _note(config: PretrainedConfig, replacements: Mapping[str, Structural]) -> None:
     """Add replacements to what a config says; the same kind of an earlier one under the same name goes."""
     kept = []
     for entry in structure_of(config):

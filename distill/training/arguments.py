@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel, TrainingArguments
 from distill.common.console import log
 from distill.data.batches import row_lengths
 from distill.errors import InputError
-from distill.models.replacements import structure_of
+from distill.models.replacements import Factorized, structure_of
 from distill.models.structure import LayerPairs, depth_of, width_of
 from distill.tasks.base import is_better_lower
 from distill.tasks.kinds import targets_of
@@ -252,7 +252,13 @@ def comparable(config: DistillationConfig, models: Sequence[PretrainedConfig], *
             f"{patches[0]} pixels and the teacher of {patches[1]}; set it to 0"
         )
     of_heads = [name for name in inside if name in ("attention_weight", "relation_weight")]
-    if of_heads and any("att" in name for model in models for entry in structure_of(model) for name in entry.names):
+    if of_heads and any(
+        "att" in name
+        for model in models
+        for entry in structure_of(model)
+        for name in entry.names
+        if entry.kind != Factorized.kind
+    ):
         problems.append(
             f"{', '.join(of_heads)}: compares heads, and a model lacks some of those that its config says; set it to 0 "
             "(hidden_weight compares whole blocks)"

@@ -13,6 +13,7 @@ from distill.common.private_names import model_from_config
 from distill.compression.pruning.layouts import LAYOUTS, Layout
 from distill.errors import InputError
 from distill.models.description import describe, grouped
+from distill.models.factorized import FactorizedLinear
 from distill.models.replacements import (
     Removed,
     RemovedModule,
@@ -89,6 +90,11 @@ def prunable_sublayers(model: PreTrainedModel, kinds: Sequence[Kind] = ("heads",
     for name, block in model.named_modules():
         names = {inside for inside, _ in block.named_modules()}
         if {layout.attention_output, layout.feed_forward_output} <= names:
+            if any(isinstance(module, FactorizedLinear) for module in block.modules()):
+                raise InputError(
+                    "model: its layers are factorized, and heads and neurons can't be cut from them; prune before "
+                    "factorizing"
+                )
             found += [_attention(name, block, layout, config), _feed_forward(name, block, layout)]
     return found
 

@@ -15,6 +15,7 @@ from distill.compression.quantization.layers import scales_size
 from distill.compression.quantization.modules import DTYPES
 from distill.compression.replacements import Format
 from distill.errors import InputError, near_name
+from distill.models.factorized import FactorizedEmbedding
 from distill.models.structure import depth_of, find_blocks
 
 FormatOrBf16 = Literal["int8", "nf4", "fp4", "bf16"]
@@ -116,7 +117,7 @@ def fixed_formats(model: PreTrainedModel, settings: QuantizationSettings) -> dic
     fixed: dict[str, str] = {}
     problems = []
     for key, pattern, format in patterns:
-        matched = _matching(pattern, modules, model.base_model_prefix)
+        matched = matching(pattern, modules, model.base_model_prefix)
         if not matched:
             problems.append(f"{key}: {pattern!r} matches no quantizable module; {_nearest(pattern, modules)}")
         for name in matched:
@@ -131,17 +132,23 @@ def fixed_formats(model: PreTrainedModel, settings: QuantizationSettings) -> dic
 def quantizable_modules(model: PreTrainedModel) -> dict[str, Any]:
     """Large embeddings, and the linear layers inside the blocks (GPT-2's `Conv1D` too), by name.
 
+    Of factorized ones it is the factors; the projection of factorized word embeddings counts as a layer.
+
     Raises:
         InputError: no linear layers there, or blocks that can't be found.
     """
     if depth_of(model.config) == 0:
         raise InputError(f"{type(model).__name__}: has no transformer blocks, whose layers could be quantized")
     blocks, _ = find_blocks(model)
-    word_embedding = model.get_input_embeddings()
+    word_embedding: Any = model.get_input_embeddings()
+    projection = None
+    if isinstance(word_embedding, FactorizedEmbedding):
+        word_embedding, projection = word_embedding.table, word_embedding.projection
     modules: dict[str, Any] = {}
     for name, module in model.named_modules():
         large = isinstance(module, nn.Embedding) and module.weight.numel() >= _LEAST_WEIGHTS_OF_AN_EMBEDDING
-        linear = name.startswith(f"{blocks}.") and (type(module) is nn.Linear or isinstance(module, Conv1D))
+        inside = name.startswith(f"{blocks}.") or module is projection
+        linear = inside and (type(module) is nn.Linear or isinstance(module, Conv1D))
         words = module is word_embedding and isinstance(module, nn.Embedding)  # an image model's are convolutions
         if words or large or linear:
             modules[name] = module
@@ -193,7 +200,14 @@ def model_size(model: PreTrainedModel, formats: Mapping[str, str], settings: Qua
 # --- patterns -------------------------------------------------------------------------------------------------------
 
 
-def _matching(pattern: str, names: Iterable[str], prefix: str) -> list[str]:
+def matching(pattern: str, names: Iterable[str], prefix: str) -> list[str]:
+    """Those of some names of modules that a pattern of fnmatch's matches, with or without the base model's prefix.
+
+    Args:
+        pattern: such as `encoder.layer.0.*`.
+        names: full names.
+        prefix: of the base model, such as `bert`.
+    """
     return [
         name
         for name in names

@@ -1,6 +1,5 @@
 """Rounding 4-bit weights so that their errors cancel out on real inputs: GPTQ (Frantar et al. 2023)."""
 
-import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -12,12 +11,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from distill.common.console import progress
+from distill.compression.moments import gradient_moments, input_moments
 from distill.compression.quantization.formats import QuantizationSettings
 from distill.compression.quantization.simulated import twice_quantized
-from distill.models.structure import accepted_inputs
-from distill.tasks.kinds import targets_of
-from distill.tasks.outputs import logits_of
-from distill.tasks.targets import logits_under_mask
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +23,6 @@ _COLUMNS = 128
 """Inputs whose errors are handed on to later ones together (the paper's lazy batches)."""
 _SCALES = (1.05, 1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 """Scales of a block to choose from, as shares of its largest weight."""
-_PREDICTIONS = 256
-"""Of a batch, for gradients: a language model's logits of all tokens would not fit into memory."""
 
 
 def compensate(
@@ -56,7 +50,7 @@ def compensate(
         for name, module in chosen.items()
         if isinstance(module, nn.Embedding) and (tied is None or tied.weight is not module.weight)
     }
-    moments = _input_moments(model, linears, batches) | _gradient_moments(model, embeddings, batches)
+    moments = input_moments(model, linears, batches) | gradient_moments(model, embeddings, batches)
     unread = [name for name in (linears | embeddings) if name not in moments]
     if unread:
         logger.warning("gptq: calibration rows never reach %s; rounded plainly", ", ".join(unread))
@@ -153,64 +147,3 @@ def _damped_inverse(moments: Tensor) -> Tensor:
     damping = _DAMPING * moments.diagonal().mean().clamp(min=1e-12)
     damped = moments + damping * torch.eye(len(moments), dtype=moments.dtype)
     return torch.cholesky_inverse(torch.linalg.cholesky(damped))
-
-
-def _input_moments(
-    model: PreTrainedModel, linears: Mapping[str, nn.Module], batches: Sequence[Mapping[str, Tensor]]
-) -> dict[str, Tensor]:
-    """For each layer the sums over tokens, padding aside, of products of its inputs: in×in."""
-    moments: dict[str, Tensor] = {}
-    counted: Tensor | None = None
-
-    def add(name: str, inputs: Tensor) -> None:
-        fits = counted is not None and inputs.shape[:-1] == counted.shape
-        inputs = (inputs[counted.bool()] if fits and counted is not None else inputs.flatten(0, -2)).float()
-        moments[name] = moments.get(name, 0) + inputs.T @ inputs
-
-    with contextlib.ExitStack() as stack:
-        for name, linear in linears.items():
-            hook = linear.register_forward_pre_hook(lambda _, inputs, name=name: add(name, inputs[0]))
-            stack.callback(hook.remove)
-        with torch.inference_mode():
-            for batch in progress(batches if linears else [], "Reading the inputs of layers"):
-                counted = batch.get("attention_mask")
-                model(**_inputs(model, batch))
-    return moments
-
-
-def _gradient_moments(
-    model: PreTrainedModel, embeddings: Mapping[str, nn.Module], batches: Sequence[Mapping[str, Tensor]]
-) -> dict[str, Tensor]:
-    """For each embedding the sums over tokens of products of gradients at its output: D×D.
-
-    The gradients are of the log-likelihood of predictions drawn from the model's own, whose products are the Fisher
-    information: to second order the divergence that an error leaves.
-    """
-    moments: dict[str, Tensor] = {}
-    looked_up: dict[str, Tensor] = {}
-    targets, generator = targets_of(model), torch.Generator(model.device).manual_seed(0)
-    wanted = [parameter.requires_grad for parameter in model.parameters()]
-    with contextlib.ExitStack() as stack:
-        for parameter, before in zip(model.parameters(), wanted, strict=True):
-            stack.callback(parameter.requires_grad_, before)
-            parameter.requires_grad_(False)
-        for name, embedding in embeddings.items():
-
-            def keep(module: nn.Module, inputs: Any, output: Tensor, name: str = name) -> Tensor:
-                looked_up[name] = output.requires_grad_()
-                return output.clone()  # which models may add to in place
-
-            stack.callback(embedding.register_forward_hook(keep).remove)
-        for batch in progress(batches if embeddings else [], "Reading the gradients of embeddings"):
-            inputs = _inputs(model, batch)
-            predictions = logits_under_mask(targets, inputs, logits_of(model(**inputs)))
-            drawn = targets.drawn_likelihood(predictions[:: 1 + len(predictions) // _PREDICTIONS], generator)
-            for name, gradient in zip(looked_up, torch.autograd.grad(drawn, list(looked_up.values())), strict=True):
-                gradient = gradient.flatten(0, -2)
-                moments[name] = moments.get(name, 0) + gradient.T @ gradient
-            looked_up.clear()
-    return moments
-
-
-def _inputs(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, Any]:
-    return accepted_inputs(model, {name: values.to(model.device) for name, values in batch.items()})

@@ -213,12 +213,17 @@ def budget_in_bytes(budget: float | str, model: PreTrainedModel, settings: Quant
         budget: bits per quantizable weight on average (their scales counted), or bytes like 15.3MB.
     """
     if isinstance(budget, str):
-        return int(float(budget[:-2]) * _UNITS[budget[-2:]])
+        return size_in_bytes(budget)
     modules = quantizable_modules(model)
     weights = sum(module.weight.numel() for module in modules.values())
     unquantized = sum(module_size(module, "none", settings) for module in modules.values())
     rest = model_size(model, dict.fromkeys(modules, "none"), settings) - unquantized
     return rest + int(budget * weights / 8)
+
+
+def size_in_bytes(size: str) -> int:
+    """Bytes, from a number with its unit like 15.3MB."""
+    return int(float(size[:-2]) * _UNITS[size[-2:]])
 
 
 def check_budget(model: PreTrainedModel, settings: QuantizationSettings, budget: int) -> int:

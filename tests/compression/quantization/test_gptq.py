@@ -6,9 +6,10 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from distill.compression.moments import gradient_moments
 from distill.compression.quantization.embeddings import Nf4Embedding
 from distill.compression.quantization.formats import QuantizationSettings, choose_formats
-from distill.compression.quantization.gptq import _gradient_moments, compensate, round_together
+from distill.compression.quantization.gptq import compensate, round_together
 from distill.compression.quantization.layers import dequantized
 from distill.compression.quantization.quantize import apply_formats, quantize_model
 from distill.compression.quantization.simulated import (
@@ -171,7 +172,7 @@ def test_gradients_at_embeddings_are_those_of_the_looked_up_rows():
     rows = words(batch["input_ids"]).detach().requires_grad_()
     model(inputs_embeds=rows, attention_mask=batch["attention_mask"]).logits.sum().backward()
     gradient = rows.grad[0]
-    found = _gradient_moments(model, {"words": words}, [batch, batch])["words"]
+    found = gradient_moments(model, {"words": words}, [batch, batch])["words"]
     torch.testing.assert_close(found, 2 * gradient.T @ gradient)
 
 
