@@ -18,6 +18,7 @@ _WITH_OPTIONS = (
     "distill",
     "trim_vocabulary",
     "prune",
+    "factorize",
     "quantize",
     "export",
     "data",

@@ -188,7 +188,7 @@ def with_int8_embeddings(graph: onnx.ModelProto, embeddings: Iterable[str]) -> o
             new = [numpy_helper.from_array(rows, f"{table}_int8"), numpy_helper.from_array(scales, f"{table}_scales")]
             copied.graph.initializer.extend(new)
             weights |= {each.name: each for each in new}
-        found, scale, cast = (f"{node.output[0]}_{part}" for part in ("int8", "scale", "float"))
+        found, scale, cast = (f"{node.output[0]}_{part}" for part in ("int8", "row_scale", "float"))
         nodes += [
             helper.make_node("Gather", [f"{table}_int8", ids], [found], name=node.name),
             helper.make_node("Gather", [f"{table}_scales", ids], [scale], name=f"{node.name}_scales"),

@@ -5,11 +5,12 @@ from typing import Any
 from distill.verbs.base import Verb
 from distill.verbs.distill import DISTILL
 from distill.verbs.export import EXPORT
+from distill.verbs.factorize import FACTORIZE
 from distill.verbs.finetune import FINETUNE
 from distill.verbs.prune import PRUNE
 from distill.verbs.quantize import QUANTIZE
 from distill.verbs.trim_vocabulary import TRIM_VOCABULARY
 
 VERBS: dict[str, Verb[Any, Any]] = {
-    verb.name: verb for verb in (FINETUNE, DISTILL, TRIM_VOCABULARY, PRUNE, QUANTIZE, EXPORT)
+    verb.name: verb for verb in (FINETUNE, DISTILL, TRIM_VOCABULARY, PRUNE, FACTORIZE, QUANTIZE, EXPORT)
 }

@@ -9,7 +9,15 @@ import pytest
 import torch
 from transformers import BertTokenizer, GPT2Config, GPT2LMHeadModel
 
-from distill import InputError, export_model, load_exported, prune_model, quantize_model, trim_vocabulary
+from distill import (
+    InputError,
+    export_model,
+    factorize_model,
+    load_exported,
+    prune_model,
+    quantize_model,
+    trim_vocabulary,
+)
 from distill.export.graph import float_graph
 from distill.export.problems import export_problems
 from distill.export.record import read_export
@@ -67,6 +75,25 @@ def test_pruned_and_trimmed_models_are_exported_as_they_are(tmp_path):
     torch.testing.assert_close(load_exported(tmp_path)(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
     assert model.config.quantization_config is not None  # of the model itself, which stays as it is
+
+
+@pytest.mark.parametrize("format", ["fp32", "int8"])
+def test_factorized_models_are_exported_with_both_factors(tmp_path, format):
+    tokenizer, model = make_tokenizer(), tiny_bert(num_hidden_layers=2, initializer_range=0.1)
+    inputs = text_inputs(tokenizer, "the film was great", "the plot was dull")
+    factorize_model(model, [inputs], modules="all", rank=12)
+    given = {"batches": [inputs], "agreement": 0, "divergence": 1} if format == "int8" else {}
+    record = export_model(model, tokenizer, tmp_path, format=format, **given)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+    tolerance = 1e-5 if format == "fp32" else 0.05
+    torch.testing.assert_close(load_exported(tmp_path)(**inputs).logits, expected, rtol=1e-4, atol=tolerance)
+    if format == "int8":
+        words, query = "bert.embeddings.word_embeddings", "bert.encoder.layer.0.attention.self.query"
+        assert {f"{words}.projection", f"{query}.down", f"{query}.up"} <= set(record.quantized_layers)
+        stored = {each.name: each.data_type for each in onnx.load(tmp_path / record.file).graph.initializer}
+        whole = [name for name, kind in stored.items() if kind == onnx.TensorProto.FLOAT and "layer" in name]
+        assert not [name for name in whole if name.endswith(("down.weight", "up.weight"))]
 
 
 @pytest.fixture(scope="module")

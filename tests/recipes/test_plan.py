@@ -78,5 +78,5 @@ def test_only_what_is_trained_gets_a_head_drawn_anew():
     of_the_task = {
         (name, option) for name in VERBS for option in ("teacher", "teacher 2", "model") if needs_head(option, name)
     }
-    made_otherwise = {("quantize", "model"), ("prune", "model"), ("trim_vocabulary", "model")}
+    made_otherwise = {(name, "model") for name in ("quantize", "prune", "factorize", "trim_vocabulary")}
     assert of_the_task == {("distill", "teacher"), ("distill", "teacher 2")} | made_otherwise

@@ -29,6 +29,8 @@ STEPS = {
     "trimmed": "{run: trim_vocabulary, model: FROM, vocab_size: VOCABULARY}",
     "narrow": "{run: prune, model: FROM, neurons: 0.5, calibration_rows: 20}",
     "pruned": "{run: prune, model: FROM, heads: [HEADS], neurons: [NEURONS], calibration_rows: 20}",
+    "narrow-words": "{run: factorize, model: FROM, rank: 16, calibration_rows: 20}",
+    "factorized": "{run: factorize, model: FROM, modules: all, energy: 0.7, method: fisher, calibration_rows: 20}",
     "int8": "{run: quantize, model: FROM, format: int8}",
     "nf4": "{run: quantize, model: FROM, format: nf4, embeddings: nf4, gptq: true, calibration_rows: 20}",
     "mixed": "{run: quantize, model: FROM, bits_budget: 7, calibration_rows: 20}",
@@ -43,7 +45,12 @@ REASONS = {
     **{(first, "adapted"): "adapters merged into quantized weights would be rounded away"
        for first in ("int8", "nf4", "mixed")},
     **{("served", second): "is an export, the end of a chain" for second in STEPS},
-    ("pruned", "cut"): "its layers have other sizes than its config says",
+    **{(first, "cut"): "its layers have other sizes than its config says"
+       for first in ("pruned", "narrow-words", "factorized")},
+    **{("factorized", second): "its layers are factorized" for second in ("narrow", "pruned")},
+    ("narrow-words", "narrow-words"): "has no embeddings left to factorize",
+    ("factorized", "narrow-words"): "has no embeddings left to factorize",
+    ("factorized", "factorized"): "left to factorize",
 }  # fmt: skip
 """Of the pairs that are refused."""
 

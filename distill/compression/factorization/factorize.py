@@ -58,11 +58,11 @@ def factorize_model(
     settings = FactorizationSettings(modules=modules, rank=rank, energy=energy, size=size, method=method)
     if has_adapters(model):
         model = merged_copy(model)
-    factorized, _ = factorize(model, batches, settings)
+    factorized, _ = factorize_with(model, batches, settings)
     return factorized
 
 
-def factorize(
+def factorize_with(
     model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], settings: FactorizationSettings
 ) -> tuple[PreTrainedModel, Ranks]:
     """Factorize a model in place, and tell the rank of each module that is.
@@ -110,7 +110,7 @@ def factorize(
 
 
 def put_ranks(model: PreTrainedModel, ranks: Ranks) -> None:
-    """Put empty factors into a model on meta and note them in its config: the shape of what `factorize` makes.
+    """Put empty factors into a model on meta and note them in its config: the shape of what `factorize_with` makes.
 
     Args:
         model: is changed.

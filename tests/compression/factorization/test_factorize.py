@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModel, BertForMaskedLM
 
 from distill import InputError, build_student, factorize_model, prune_model, quantize_model
-from distill.compression.factorization.factorize import factorize
+from distill.compression.factorization.factorize import factorize_with
 from distill.compression.factorization.settings import FactorizationSettings
 from distill.compression.quantization.layers import FourBitLinear
 from distill.models.description import entries_of
@@ -39,7 +39,7 @@ FAMILIES = [family for family in LAYOUTS if family != "albert"]  # whose one blo
 def test_factors_compute_their_product_and_reload_bit_for_bit(tmp_path, family):
     model = family_model(family)
     known, before = copy.deepcopy(model), model.num_parameters()
-    model, ranks = factorize(model, batches_of(family), FactorizationSettings(modules="all", rank=12))
+    model, ranks = factorize_with(model, batches_of(family), FactorizationSettings(modules="all", rank=12))
     assert len(ranks) >= 5
     for name in ranks:
         module, whole = model.get_submodule(name), known.get_submodule(name)
@@ -79,7 +79,7 @@ def test_factors_that_know_the_inputs_change_predictions_less():
 
 @pytest.mark.parametrize(("size", "modules"), [("400kB", "all"), ("0.45MB", "linear"), ("450kB", "all")])
 def test_a_size_is_kept_to_the_byte(tmp_path, size, modules):
-    model, ranks = factorize(
+    model, ranks = factorize_with(
         family_model("bert"), BATCHES, FactorizationSettings(modules=modules, size=size, method="activation")
     )
     model.save_pretrained(tmp_path)
@@ -94,7 +94,7 @@ def test_energy_gives_more_with_more_and_said_ranks_the_same_model():
     sizes = []
     for energy in (0.5, 0.9):
         settings = FactorizationSettings(modules="all", energy=energy, method="fisher")
-        model, ranks = factorize(family_model("bert"), BATCHES, settings)
+        model, ranks = factorize_with(family_model("bert"), BATCHES, settings)
         sizes.append(model.num_parameters())
         said = factorize_model(family_model("bert"), BATCHES, rank=ranks, method="fisher")
         state = said.state_dict()
@@ -104,7 +104,9 @@ def test_energy_gives_more_with_more_and_said_ranks_the_same_model():
 
 
 def test_what_would_be_no_smaller_stays_whole_and_is_said(caplog):
-    model, ranks = factorize(family_model("bert"), (), FactorizationSettings(modules="linear", rank=50, method="svd"))
+    model, ranks = factorize_with(
+        family_model("bert"), (), FactorizationSettings(modules="linear", rank=50, method="svd")
+    )
     assert sorted({name.rpartition("layer.")[2][2:] for name in ranks}) == ["intermediate.dense", "output.dense"]
     assert type(model.get_submodule(QUERY)) is nn.Linear
     assert "8 modules stay whole, since their factors would be no smaller" in caplog.text
@@ -112,10 +114,12 @@ def test_what_would_be_no_smaller_stays_whole_and_is_said(caplog):
 
 def test_patterns_choose_and_a_later_one_wins():
     rank = {"encoder.layer.*": 20, "*.attention.*": 8, WORDS: 16}
-    _, ranks = factorize(family_model("bert"), (), FactorizationSettings(rank=rank, method="svd"))
+    _, ranks = factorize_with(family_model("bert"), (), FactorizationSettings(rank=rank, method="svd"))
     assert (ranks[QUERY], ranks["bert.encoder.layer.1.output.dense"], ranks[WORDS]) == (8, 20, 16)
     assert len(ranks) == 13
-    _, ranks = factorize(family_model("bert"), (), FactorizationSettings(modules=["*.query"], rank=3, method="svd"))
+    _, ranks = factorize_with(
+        family_model("bert"), (), FactorizationSettings(modules=["*.query"], rank=3, method="svd")
+    )
     assert list(ranks) == [QUERY, QUERY.replace("0", "1")]
 
 
