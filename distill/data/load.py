@@ -1,17 +1,15 @@
 """Load → check → split → tokenize: rows of text and label ids, from a Hub data set, files, or folders of texts."""
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, TypeAlias
 
 import datasets
 from pydantic import Field
-from transformers import BaseImageProcessor
 
 from distill.data.columns import MERGED_LABELS, all_hidden, checked_rows, merge_labels, named_apart, with_columns
 from distill.data.files.readers import hub_revision, read_splits
+from distill.data.fingerprints import fingerprint_of, tokenizer_fingerprint
 from distill.data.labels import read_labels
 from distill.data.split import classes_without_rows, cut_validation, random_part
 from distill.data.tokenized import Processor, cut_rows, tokenize
@@ -277,8 +275,8 @@ def load_data(
     return Data(
         task=task,
         splits=splits,
-        fingerprint=_fingerprint([*learned, asdict(task), _changed(options)]),
-        train_fingerprint=_fingerprint([*learned, _changed(replace(options, max_eval_rows=None))]),
+        fingerprint=fingerprint_of([*learned, asdict(task), _changed(options)]),
+        train_fingerprint=fingerprint_of([*learned, _changed(replace(options, max_eval_rows=None))]),
         notes=(*notes, *read.notes),
         max_length=options.max_length,
         stride=options.stride,
@@ -294,40 +292,10 @@ def describe_cut(truncated: Truncated | None) -> str | None:
     return f"cut at max_length: {', '.join(cut)}" if cut else None
 
 
-def tokenizer_fingerprint(tokenizer: Processor) -> str:
-    """Hash what a tokenizer or image processor does to an input, truncation and padding (which its use sets) aside."""
-    inputs = getattr(tokenizer, "model_input_names", None)
-    return _fingerprint([token_fingerprint(tokenizer), inputs])
-
-
-def token_fingerprint(tokenizer: Processor) -> str:
-    """Hash what decides the token ids alone, and not what else a tokenizer gives a model (`token_type_ids`).
-
-    Two tokenizers of the same hash cut every text into the same ids.
-    """
-    if isinstance(tokenizer, BaseImageProcessor):
-        return _fingerprint(tokenizer.to_dict())
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        description: Any = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), str(tokenizer.init_kwargs)]
-    else:
-        description = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
-    special = {name: tokenizer.convert_tokens_to_ids(token) for name, token in tokenizer.special_tokens_map.items()}
-    sides = [tokenizer.padding_side, tokenizer.truncation_side, tokenizer.pad_token_type_id]
-    return _fingerprint([description, special, sides])
-
-
 def _changed(options: DataOptions) -> dict[str, Any]:
     """The options that are not their defaults: an option that is new in a version changes no fingerprint."""
     defaults = asdict(DataOptions())
     return {name: value for name, value in asdict(options).items() if value != defaults[name]}
-
-
-def _fingerprint(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
-
-
-# --- the task -------------------------------------------------------------------------------------------------------
 
 
 def task_of(task_name: str | None, options: DataOptions) -> Task:

@@ -7,7 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from distill.data.load import Data, tokenizer_fingerprint
+from distill.data.fingerprints import tokenizer_fingerprint
+from distill.data.load import Data
 from distill.errors import InputError, near_name
 from distill.models.load import ModelSource, find_model, fit_to_tokenizer, label_order, load_processor, size_on_disk
 from distill.models.replacements import is_quantized

@@ -10,7 +10,8 @@ from transformers import PretrainedConfig
 
 from distill.common.records import StepRecord, read_step
 from distill.data.columns import STORED_COLUMNS
-from distill.data.load import Data, DataOptions, load_data, task_of, tokenizer_fingerprint
+from distill.data.fingerprints import tokenizer_fingerprint
+from distill.data.load import Data, DataOptions, load_data, task_of
 from distill.data.new_rows import NewRows, read_new_rows
 from distill.data.tokenized import Processor, tokenize
 from distill.errors import InputError

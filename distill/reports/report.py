@@ -10,7 +10,8 @@ from distill.common.console import log, remark
 from distill.common.folders import write_atomically
 from distill.common.records import Comparison, Measurement, ModelEntry, Recovery, Report, StepRecord, read_step
 from distill.common.serialized import as_json, finite, from_json
-from distill.data.load import Truncated, token_fingerprint, tokenizer_fingerprint
+from distill.data.fingerprints import token_fingerprint, tokenizer_fingerprint
+from distill.data.load import Truncated
 from distill.errors import InputError
 from distill.evaluation.benchmark import benchmark_models, environment
 from distill.evaluation.contamination import MOST_ROWS, Matches, find_matches, has_minhash

@@ -1,7 +1,7 @@
 """The verb `export`: write a model for an inference engine, ONNX Runtime or OpenVINO."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,6 +27,7 @@ from distill.models.replacements import is_quantized
 from distill.models.weights import on_meta
 from distill.verbs.base import Estimate, Memory, ModelInput, StepPlan, StepResult, Verb
 from distill.verbs.calibration import calibration_batches
+from distill.verbs.temperature import CALIBRATED, calibrate, calibration_problems, scored_of
 
 _ROWS = 256
 _OF_INT8 = ("embeddings", "calibration_rows", "float_layers", "agreement", "divergence")
@@ -70,6 +71,13 @@ class ExportOptions:
         default=None,
         metadata={"help": "Of int8: most of the mean KL from the model's predictions, in nats; by default 0.0015."},
     )
+    calibrate: bool = field(
+        default=False,
+        metadata={
+            "help": "Divide the logits by a temperature that is fitted on half of the validation rows, in the head's "
+            "weights: usable probabilities, the same labels. Not for fp16."
+        },
+    )
     web: bool = field(
         default=False, metadata={"help": "transformers.js has to read it too, in browsers; for onnxruntime."}
     )
@@ -85,6 +93,8 @@ class ExportOptions:
         elif self.float_layers is not None:
             none = "has no effect beside float_layers, which says what stays in float; leave it out"
             problems += [f"{name}: {none}" for name in given if name in _LIMITS]
+        if self.calibrate and self.format == "fp16":
+            problems.append("calibrate: a head rounded to 16 bit can't be scaled without changing labels; say fp32")
         if problems:
             raise InputError(*problems)
 
@@ -154,6 +164,8 @@ def export(options: ExportOptions, plan: ExportPlan, data: Data, folder: Path, *
         location = plan.source.location
         model = load_classifier(location, data.task, label_map=options.label_map, dtype=torch.float32)
         processor = load_processor(location, data.task.kind, data.max_length)
+        if options.calibrate:
+            decided.update(calibrate(model, processor, data))
         batches = []
         if options.format == "int8":
             batches = calibration_batches(data, processor, rows=options.calibration_rows or _ROWS)
@@ -187,7 +199,7 @@ def export(options: ExportOptions, plan: ExportPlan, data: Data, folder: Path, *
 
 
 def _problems(options: ExportOptions, plan: ExportPlan, data: Data | None) -> list[str]:
-    return missing_packages(options.engine)
+    return missing_packages(options.engine) + (calibration_problems(data) if options.calibrate else [])
 
 
 def _estimate(options: ExportOptions, plan: ExportPlan, data: Data) -> Estimate:
@@ -196,19 +208,27 @@ def _estimate(options: ExportOptions, plan: ExportPlan, data: Data) -> Estimate:
 
 
 def _lines(options: ExportOptions, plan: ExportPlan) -> list[str]:
+    return [_layers(options, plan), *[CALIBRATED] * options.calibrate]
+
+
+def _layers(options: ExportOptions, plan: ExportPlan) -> str:
     count, told = len(plan.layer_names), f"{options.format} for {options.engine}"
     if not count:
-        return [told]
+        return told
     if options.float_layers is not None:
-        return [f"{told}, {count - len(set(options.float_layers))} of {count} layers in int8"]
-    return [
+        return f"{told}, {count - len(set(options.float_layers))} of {count} layers in int8"
+    return (
         f"{told}, as many of {count} layers in int8 as keep its predictions: {plan.least_bytes / 1e6:.1f} MB with all"
-    ]
+    )
 
 
 def _rows(options: ExportOptions, data: Data) -> list[Any]:
-    calibrated = options.format == "int8"
-    return [data.task.label_names, data.max_length, *([data.train_fingerprint] if calibrated else [])]
+    rows = [data.train_fingerprint] * (options.format == "int8") + [data.fingerprint] * options.calibrate
+    return [data.task.label_names, data.max_length, *rows]
+
+
+def _splits(options: ExportOptions, names: Iterable[str]) -> set[str]:
+    return ({"train"} if options.format == "int8" else set()) | (scored_of(names) if options.calibrate else set())
 
 
 def _summary(options: Mapping[str, Any], parents: Sequence[str]) -> str:
@@ -247,7 +267,7 @@ EXPORT = Verb(
     estimate=_estimate,
     lines=_lines,
     rows=_rows,
-    splits=lambda options, _: {"train"} if options.format == "int8" else set(),
+    splits=_splits,
     resolved=asdict,
     is_smaller=lambda _, of_parent: True,
     is_compared=False,

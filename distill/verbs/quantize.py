@@ -37,7 +37,7 @@ from distill.models.replacements import structure_of
 from distill.tasks.kinds import targets_of
 from distill.verbs.base import Estimate, Memory, ModelInput, StepPlan, StepResult, Verb
 from distill.verbs.calibration import calibration_batches
-from distill.verbs.temperature import calibrate, calibration_problems
+from distill.verbs.temperature import CALIBRATED, calibrate, calibration_problems, scored_of
 
 _SETTINGS = {field.name for field in fields(QuantizationSettings)}
 
@@ -224,7 +224,7 @@ def _lines(options: QuantizeOptions, plan: QuantizePlan) -> list[str]:
     counts = Counter(plan.formats.values())
     told = [f"{count} module{'s' * (count > 1)} in {each}" for each, count in counts.items()]
     lines = [", ".join(told) or "all weights in bf16"]
-    return lines + ["a temperature, fitted on half of the validation rows, in its head"] * options.calibrate
+    return lines + [CALIBRATED] * options.calibrate
 
 
 def _rows(options: QuantizeOptions, data: Data) -> list[Any]:
@@ -234,7 +234,7 @@ def _rows(options: QuantizeOptions, data: Data) -> list[Any]:
 
 def _splits(options: QuantizeOptions, names: Iterable[str]) -> set[str]:
     trained = {"train", "unlabelled"} if options.reads_rows else set()
-    return trained | ({"validation", *(set(names) - {"train", "unlabelled", "test"})} if options.calibrate else set())
+    return trained | (scored_of(names) if options.calibrate else set())
 
 
 def _is_plain(options: QuantizeOptions) -> bool:

@@ -1,5 +1,6 @@
 """A temperature fitted on rows that are held out, for the verbs that can fold it into a head."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,18 @@ from distill.tasks.kinds import KINDS
 
 FEWEST = 100
 """Rows that a temperature is fitted on: its standard error is then about a tenth."""
+
+CALIBRATED = "a temperature, fitted on half of the validation rows, in its head"
+"""What `check` says of a step that calibrates."""
+
+
+def scored_of(splits: Iterable[str]) -> set[str]:
+    """Choose the splits that a temperature depends on.
+
+    Args:
+        splits: names of all that there are.
+    """
+    return {"validation", *(set(splits) - {"train", "unlabelled", "test"})}
 
 
 def calibration_problems(data: Data | None) -> list[str]:

@@ -46,7 +46,7 @@ from distill.compression.tokenizer_file import (
 )
 from distill.compression.trimmed_model import trim_model
 from distill.compression.vocabulary import TrimCoverage, choose_tokens, count_tokens, trim_coverage
-from distill.data.load import token_fingerprint
+from distill.data.fingerprints import token_fingerprint
 from distill.verbs.training.train import read_rows
 from tests.conftest import make_tokenizer, tiny_bert, write_rows
 

@@ -5,12 +5,8 @@ import datasets
 import numpy as np
 import pytest
 
-from distill.data.load import (
-    DataOptions,
-    load_data,
-    token_fingerprint,
-    tokenizer_fingerprint,
-)
+from distill.data.fingerprints import token_fingerprint, tokenizer_fingerprint
+from distill.data.load import DataOptions, load_data
 from distill.data.split import _counts_to_cut
 from distill.errors import InputError
 from tests.conftest import make_tokenizer, sentences, write_rows

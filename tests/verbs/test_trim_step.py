@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 from distill import cli, prune_model
 from distill.common.records import read_record
 from distill.compression.vocabulary import trim_vocabulary
-from distill.data.load import token_fingerprint
+from distill.data.fingerprints import token_fingerprint
 from distill.errors import InputError
 from distill.models.load import load_tokenizer, size_on_disk
 from distill.recipes.check import estimate_step

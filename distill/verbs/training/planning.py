@@ -8,7 +8,8 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from distill.compression.student import build_student, choose_layers, is_fresh, student_config
-from distill.data.load import Data, token_fingerprint
+from distill.data.fingerprints import token_fingerprint
+from distill.data.load import Data
 from distill.data.tokenized import Processor, same_specials
 from distill.errors import InputError
 from distill.models.labels import set_labels

@@ -13,13 +13,8 @@ from transformers import PreTrainedModel, PrinterCallback
 from distill.common.console import log
 from distill.common.distributed import on_main_process, wait_for_everyone
 from distill.compression.student import build_student
-from distill.data.load import (
-    Data,
-    Truncated,
-    describe_cut,
-    token_fingerprint,
-    tokenizer_fingerprint,
-)
+from distill.data.fingerprints import token_fingerprint, tokenizer_fingerprint
+from distill.data.load import Data, Truncated, describe_cut
 from distill.data.tokenized import Processor, beside, same_tokens
 from distill.errors import InputError
 from distill.evaluation.evaluate import metrics_while_training
