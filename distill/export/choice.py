@@ -1,4 +1,4 @@
-"""Which layers compute in 8 bit: all of them, or all but those that hurt most, until the float model is kept."""
+"""Which layers are quantized: all of them, or all but those that hurt most, until the float model is kept."""
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -54,13 +54,13 @@ def closeness(targets: Targets, reference: NDArray, logits: NDArray) -> Closenes
 def choose_layers(
     layers: Collection[str], measure: Callable[[Collection[str]], Closeness], limits: Limits
 ) -> tuple[list[str], Closeness]:
-    """The layers that compute in 8 bit, as many as the limits allow, and how close the model then is.
+    """The layers that are quantized, as many as the limits allow, and how close the model then is.
 
     Where all of them are too many, each is measured alone, and those with the largest divergence stay in float: the
     least number with which the limits hold.
 
     Args:
-        measure: (layers in 8 bit) → how close the model then is to itself in float.
+        measure: (layers that are quantized) → how close the model then is to itself in float.
 
     Raises:
         InputError: the limits don't hold with any.
@@ -81,7 +81,7 @@ def choose_layers(
     if not limits.hold(best):
         raise InputError(
             f"agreement: {limits.agreement:g} with a divergence of {limits.divergence:g} is not reached with any layer "
-            f"in int8 ({best.agreement:.4f}, {best.divergence:.2g} with all in float); say embeddings='same', or less"
+            f"quantized ({best.agreement:.4f}, {best.divergence:.2g} with all in float); say embeddings='same', or less"
         )
     while high - low > 1:
         middle = (low + high) // 2

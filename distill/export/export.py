@@ -21,6 +21,7 @@ from distill.errors import InputError
 from distill.export.choice import Closeness, Limits, choose_layers, closeness
 from distill.export.files import write_graph
 from distill.export.graph import float_copy, float_graph
+from distill.export.int4 import int4_weights, with_int4_embeddings, with_int4_layers
 from distill.export.int8 import (
     activation_grids,
     grids_of_layers,
@@ -59,7 +60,7 @@ def export_model(
     engine: Engine = "onnxruntime",
     format: Format = "fp32",
     batches: Sequence[Mapping[str, Tensor]] = (),
-    embeddings: Literal["int8", "same"] = "int8",
+    embeddings: Literal["int8", "int4", "same"] = "int8",
     float_layers: Collection[str] | None = None,
     agreement: float = 0.99,
     divergence: float = 1.5e-3,
@@ -73,7 +74,8 @@ def export_model(
 
     In int8 the linear layers of the blocks compute in 8 bit with scales that are fixed on calibration rows; heads, the
     pooler, norms and softmaxes stay in float. Where the float model's predictions on these rows are not kept, those
-    layers that hurt most stay in float too, as few as possible.
+    layers that hurt most stay in float too, as few as possible. In int4 the same layers have 4-bit weights and compute
+    in float.
 
     Args:
         model: a float model that classifies rows, tokens or images, finds spans or fills masks; of one with adapters a
@@ -81,11 +83,12 @@ def export_model(
         tokenizer: or the image processor.
         engine: what will compute it.
         format: of its weights.
-        batches: calibration rows: the model's inputs, without labels; only int8 needs them.
-        embeddings: of int8: whether they are stored in 8 bit too, with a scale for each row.
-        float_layers: of int8: names of the layers that stay in float; chosen by what they cost where it is None.
-        agreement: of int8: the least share of the calibration rows' predictions that are the float model's.
-        divergence: of int8: the most of the mean KL from the float model's predictions, in nats.
+        batches: calibration rows: the model's inputs, without labels; int8 and int4 need them.
+        embeddings: of int8 and int4: whether they are stored in 8 bit, with a scale for each row, or in 4 bit, with one
+            for each 32 numbers of a row.
+        float_layers: of int8 and int4: names of the layers that stay in float; None to choose them by what they cost.
+        agreement: of int8 and int4: the least share of the calibration rows' predictions that are the float model's.
+        divergence: of int8 and int4: the most of the mean KL from the float model's predictions, in nats.
         grids: of int8: those that the model was trained with (`simulated_grids` of its folder), for either engine.
             These layers and embeddings and no others compute in 8 bit, on these grids, and nothing is chosen; batches
             are only measured on, and may be left out.
@@ -99,8 +102,8 @@ def export_model(
             compute what the model does.
     """
     problems = export_problems(model, engine, format, float_layers=float_layers or ())
-    if format == "int8" and not batches and grids is None:
-        problems.append("batches: int8 needs calibration rows, batches of the model's inputs")
+    if format in ("int8", "int4") and not batches and grids is None:
+        problems.append(f"batches: {format} needs calibration rows, batches of the model's inputs")
     if grids is not None and (format != "int8" or float_layers is not None):
         given = f"format: {format}" if format != "int8" else "float_layers"
         problems.append(f"grids: say which layers compute in int8, and on what scales; leave them or {given} out")
@@ -121,10 +124,12 @@ def export_model(
             record = _write_float(graph, model, samples, partial, engine)
             if format == "fp16":
                 record = _write_half(graph, model, samples, partial, record)
-            elif format == "int8":
+            elif format in ("int8", "int4"):
                 limits = Limits(agreement, divergence, values=targets_of(model).distributions is None)
                 if grids is None:
-                    record = _write_int8(graph, model, inputs, partial, record, embeddings, float_layers, limits)
+                    record = _write_quantized(
+                        graph, model, inputs, partial, record, format, embeddings, float_layers, limits
+                    )
                 else:
                     record = _write_trained(graph, model, inputs, partial, record, grids)
             if web:
@@ -179,32 +184,43 @@ def _write_half(
     return _checked(record, model, samples, folder, _TOLERANCE_OF_HALF)
 
 
-def _write_int8(
+def _write_quantized(
     graph: onnx.ModelProto,
     model: PreTrainedModel,
     batches: Sequence[Mapping[str, Tensor]],
     folder: Path,
     record: ExportRecord,
+    format: Literal["int8", "int4"],
     embeddings: str,
     float_layers: Collection[str] | None,
     limits: Limits,
 ) -> ExportRecord:
-    """Write the graph in 8 bit instead, with as many layers in it as the limits on calibration rows allow."""
+    """Write the graph in 8 or 4 bit instead, with as many layers in it as the limits on calibration rows allow."""
     layers, targets = quantizable_layers(model), targets_of(model)
-    record = _instead(record, "int8", folder)
+    record = _instead(record, format, folder)
     write_export(folder, record)
     reference = calibration_logits(model, batches)
-    grids = activation_grids(graph, weights_of_activations(graph, layers), batches)
-    small = with_int8_embeddings(graph, quantizable_embeddings(model)) if embeddings == "int8" else graph
+    small = graph
+    if embeddings != "same":
+        in_bits = with_int8_embeddings if embeddings == "int8" else with_int4_embeddings
+        small = in_bits(graph, quantizable_embeddings(model))
+    if format == "int8":
+        grids = activation_grids(graph, weights_of_activations(graph, layers), batches)
+    else:
+        weights = int4_weights(model, layers, batches)
 
     def measure(chosen: Collection[str]) -> Closeness:
-        write_graph(with_int8_layers(small, chosen, grids), folder / record.file, record.engine)
+        by_format = (
+            with_int8_layers(small, chosen, grids) if format == "int8" else with_int4_layers(small, chosen, weights)
+        )
+        write_graph(by_format, folder / record.file, record.engine)
         return closeness(targets, reference, calibration_logits(load_exported(folder), batches))
 
+    possible = [name for name in layers if format == "int8" or name in weights]
     if float_layers is None:
-        chosen, _ = choose_layers(layers, measure, limits)
+        chosen, _ = choose_layers(possible, measure, limits)
     else:
-        chosen = [name for name in layers if name not in float_layers]
+        chosen = [name for name in possible if name not in float_layers]
     found = measure(chosen)
     return replace(
         record,

@@ -52,9 +52,9 @@ def weights_of_activations(graph: onnx.ModelProto, layers: Iterable[str]) -> dic
 
     tensors = {each.name: each for each in graph.graph.initializer}
     found: dict[str, dict[str, NDArray]] = {}
-    for node in _products(graph, layers):
+    for node in products_of(graph, layers):
         weight = numpy_helper.to_array(tensors[node.input[1]])
-        found.setdefault(node.input[0], {})[node.input[1]] = weight.T if _is_turned(node) else weight
+        found.setdefault(node.input[0], {})[node.input[1]] = weight.T if is_turned(node) else weight
     return {name: np.concatenate(list(weights.values()), axis=1) for name, weights in found.items()}
 
 
@@ -101,9 +101,9 @@ def grids_of_layers(graph: onnx.ModelProto, grids: Mapping[str, Grid]) -> dict[s
     found: dict[str, Grid] = {}
     sizes = {each.name: each.dims for each in graph.graph.initializer}
     layers = set()
-    for node in _products(graph, grids):
-        layer = _module(node.name)
-        width = sizes[node.input[1]][1 if _is_turned(node) else 0]
+    for node in products_of(graph, grids):
+        layer = module_of(node.name)
+        width = sizes[node.input[1]][1 if is_turned(node) else 0]
         if grids[layer].factors.size not in (1, width):
             raise InputError(f"grids: {layer} reads {width} channels and they have {grids[layer].factors.size} factors")
         if found.setdefault(node.input[0], grids[layer]) is not grids[layer]:
@@ -134,7 +134,7 @@ def with_int8_layers(graph: onnx.ModelProto, layers: Iterable[str], grids: Mappi
     copied = type(graph)()
     copied.CopyFrom(graph)
     _divide_channels(copied, layers, grids)
-    products = list(_products(copied, layers))
+    products = list(products_of(copied, layers))
     if not products:
         return copied
     read = {node.input[0]: grids[node.input[0].removesuffix(_DIVIDED)] for node in products}
@@ -179,7 +179,7 @@ def with_int8_embeddings(graph: onnx.ModelProto, embeddings: Iterable[str]) -> o
     chosen, weights = set(embeddings), {each.name: each for each in copied.graph.initializer}
     nodes = []
     for node in copied.graph.node:
-        if node.op_type != "Gather" or _module(node.name) not in chosen or node.input[0] not in weights:
+        if node.op_type != "Gather" or module_of(node.name) not in chosen or node.input[0] not in weights:
             nodes.append(node)
             continue
         table, ids = node.input
@@ -222,7 +222,7 @@ def _divide_channels(graph: onnx.ModelProto, layers: Iterable[str], grids: Mappi
 
     tensors = {each.name: each for each in graph.graph.initializer}
     readers: dict[str, list[onnx.NodeProto]] = {}
-    for node in _products(graph, layers):
+    for node in products_of(graph, layers):
         if not grids[node.input[0]].plain:
             readers.setdefault(node.input[0], []).append(node)
     added: dict[str, onnx.NodeProto] = {}
@@ -237,7 +237,7 @@ def _divide_channels(graph: onnx.ModelProto, layers: Iterable[str], grids: Mappi
             scaled = f"{node.input[1]}_of_{name}"
             if scaled not in tensors:
                 weight = numpy_helper.to_array(tensors[node.input[1]])
-                weight = weight * (factors[None, :] if _is_turned(node) else factors[:, None])
+                weight = weight * (factors[None, :] if is_turned(node) else factors[:, None])
                 tensors[scaled] = numpy_helper.from_array(weight, scaled)
                 graph.graph.initializer.append(tensors[scaled])
             node.input[0], node.input[1] = name + _DIVIDED, scaled
@@ -247,21 +247,21 @@ def _divide_channels(graph: onnx.ModelProto, layers: Iterable[str], grids: Mappi
     drop_unread(graph)
 
 
-def _is_turned(product: onnx.NodeProto) -> bool:
+def is_turned(product: onnx.NodeProto) -> bool:
     """Whether a product reads its weights as O×C."""
     return any(each.name == "transB" and each.i for each in product.attribute)
 
 
-def _products(graph: onnx.ModelProto, layers: Iterable[str]) -> Iterator[onnx.NodeProto]:
+def products_of(graph: onnx.ModelProto, layers: Iterable[str]) -> Iterator[onnx.NodeProto]:
     """The products with weights of some layers; one that several blocks share has several."""
     chosen, weights = set(layers), {each.name for each in graph.graph.initializer}
     for node in graph.graph.node:
         reads = node.op_type in _PRODUCTS and node.input[1] in weights and node.input[0] not in weights
-        if reads and _module(node.name) in chosen:
+        if reads and module_of(node.name) in chosen:
             yield node
 
 
-def _module(node: str) -> str:
+def module_of(node: str) -> str:
     return node.rpartition("/")[0]
 
 

@@ -52,13 +52,15 @@ def export_problems(
         return [*problems, *(f"model: {problem}" for problem in error.problems)]
     if targets.inputs_are_labels:
         problems.append(f"model: {type(model).__name__} generates text, and only models that read are exported")
-    if format == "int8":
+    if format in ("int8", "int4"):
         try:
             layers = quantizable_layers(model)
             unknown = [name for name in float_layers if name not in layers]
             problems += [f"float_layers: {name!r} is none; {nearest_name(name, layers)}" for name in unknown]
         except InputError as error:
-            problems += [f"format: int8 is for layers in transformer blocks; {problem}" for problem in error.problems]
+            problems += [
+                f"format: {format} is for layers in transformer blocks; {problem}" for problem in error.problems
+            ]
     size = 4 * sum(parameter.numel() for parameter in model.parameters())
     if size > _LARGEST_FILE:
         problems.append(f"model: its weights take {size / 1e9:.1f} GB in float32, and one ONNX file holds 2.1 GB")

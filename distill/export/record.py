@@ -11,7 +11,7 @@ from distill.errors import InputError
 from distill.models.folders import EXPORT_RECORD, is_export
 
 Engine = Literal["onnxruntime", "openvino"]
-Format = Literal["fp32", "fp16", "int8"]
+Format = Literal["fp32", "fp16", "int8", "int4"]
 
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -26,6 +26,7 @@ _ONNX_FILES: dict[Format, str] = {
     "fp32": "onnx/model.onnx",
     "fp16": "onnx/model_fp16.onnx",
     "int8": "onnx/model_quantized.onnx",
+    "int4": "onnx/model_q4.onnx",
 }
 _OPENVINO_FILE = "openvino/openvino_model.xml"
 
@@ -46,11 +47,11 @@ class ExportRecord:
     largest_difference: float
     """Of an output on random rows, as a share of the largest output: of the float graph, before any quantization."""
     embeddings: str | None = None
-    """What embeddings are stored as, of int8: `int8`, or `same` for float."""
+    """What embeddings are stored as, of int8 and int4: `int8`, `int4`, or `same` for float."""
     quantized_layers: list[str] = field(default_factory=list)
-    """Of int8: what computes in 8 bit, by the names of the model's modules."""
+    """Of int8: what computes in 8 bit, of int4: what has 4-bit weights, by the names of the model's modules."""
     float_layers: list[str] = field(default_factory=list)
-    """Of int8: what could be quantized and stayed in float."""
+    """Of int8 and int4: what could be quantized and stayed in float."""
     trained_for: str | None = None
     """Of int8: the engine that the model's training simulated (`qat`), whose layers and scales these are; None where
     they were chosen on calibration rows."""

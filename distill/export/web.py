@@ -12,7 +12,7 @@ from distill.export.record import Format
 from distill.models.structure import input_names
 from distill.tasks.outputs import plain_model
 
-DTYPES: dict[Format, str] = {"fp32": "fp32", "fp16": "fp16", "int8": "q8"}
+DTYPES: dict[Format, str] = {"fp32": "fp32", "fp16": "fp16", "int8": "q8", "int4": "q4"}
 """What transformers.js calls the formats; it finds each by the name of its file."""
 
 HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM")

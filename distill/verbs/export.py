@@ -30,7 +30,13 @@ from distill.verbs.calibration import calibration_batches
 from distill.verbs.temperature import CALIBRATED, calibrate, calibration_problems, scored_of
 
 _ROWS = 256
-_OF_INT8 = ("embeddings", "calibration_rows", "float_layers", "agreement", "divergence")
+_BITS = ("int8", "int4")
+_OF_BITS = ("embeddings", "calibration_rows", "float_layers", "agreement", "divergence")
+_STORED = {
+    "int8": "in int8, a scale for each row",
+    "int4": "in 4 bit, a scale for each 32 numbers",
+    "same": "as they were",
+}
 _LIMITS = ("agreement", "divergence")
 _COPIES = 4
 """Of the weights in float32 at once: the model, the copy that is traced, its graph, and what the engine loads."""
@@ -45,31 +51,35 @@ class ExportOptions:
     format: Format = field(
         default="fp32",
         metadata={
-            "help": "fp32, fp16, or int8: the linear layers of the blocks, with scales of activations that are fixed "
-            "on calibration rows."
+            "help": "fp32, fp16; int8: the linear layers of the blocks, with scales of activations that are fixed on "
+            "calibration rows; int4: their weights alone, rounded on such rows."
         },
     )
-    embeddings: Literal["int8", "same"] | None = field(
+    embeddings: Literal["int8", "int4", "same"] | None = field(
         default=None,
-        metadata={"help": "Of int8: store embeddings in 8 bit too (the default), or the same as they are."},
+        metadata={"help": "Of int8 and int4: embeddings in 8 bit (the default), in 4, or the same as they are."},
     )
     calibration_rows: Annotated[int, Field(ge=1)] | None = field(
-        default=None, metadata={"help": f"Of int8: training rows that scales are fixed on; by default {_ROWS}."}
+        default=None, metadata={"help": f"Of int8 and int4: training rows that are measured on; by default {_ROWS}."}
     )
     float_layers: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Of int8: names of the layers that stay in float; by default as few as agreement and divergence "
+            "help": "Of int8 and int4: names of the layers that stay in float; by default as few as agreement and divergence "
             "allow, those that hurt most."
         },
     )
     agreement: Annotated[float, Field(gt=0, le=1)] | None = field(
         default=None,
-        metadata={"help": "Of int8: least share of the calibration rows' predictions that stay; by default 0.99."},
+        metadata={
+            "help": "Of int8, int4: least share of the calibration rows' predictions that stay; by default 0.99."
+        },
     )
     divergence: Annotated[float, Field(gt=0)] | None = field(
         default=None,
-        metadata={"help": "Of int8: most of the mean KL from the model's predictions, in nats; by default 0.0015."},
+        metadata={
+            "help": "Of int8, int4: most of the mean KL from the model's predictions, in nats; by default 0.0015."
+        },
     )
     calibrate: bool = field(
         default=False,
@@ -86,10 +96,10 @@ class ExportOptions:
     )
 
     def __post_init__(self) -> None:
-        given = [name for name in _OF_INT8 if getattr(self, name) is not None]
+        given = [name for name in _OF_BITS if getattr(self, name) is not None]
         problems = []
-        if self.format != "int8":
-            problems += [f"{name}: has no effect without format: int8; leave it out" for name in given]
+        if self.format not in _BITS:
+            problems += [f"{name}: has no effect without format: int8 or int4; leave it out" for name in given]
         elif self.float_layers is not None:
             none = "has no effect beside float_layers, which says what stays in float; leave it out"
             problems += [f"{name}: {none}" for name in given if name in _LIMITS]
@@ -104,9 +114,9 @@ class ExportPlan(StepPlan):
     """The plan of an export."""
 
     layer_names: tuple[str, ...]
-    """Of the layers that can compute in int8; none in another format."""
+    """Of the layers that int8 or int4 are for; none in another format."""
     least_bytes: int
-    """Of its weights, with all these layers in int8."""
+    """Of its weights, with all these layers in that format."""
     num_parameters: int
 
 
@@ -132,12 +142,14 @@ def _plan(options: ExportOptions, inputs: dict[str, ModelInput], data: Data | No
             raise InputError(*problems)
         num_parameters = sum(parameter.numel() for parameter in skeleton.parameters())
         tables: list[str] = []
-        if options.format == "int8":
+        stored: Literal["int8", "int4"] = "int8"
+        if options.format in _BITS:
             names = quantizable_layers(skeleton)
+            stored = "int4" if options.embeddings == "int4" else "int8"
             tables = [] if options.embeddings == "same" else quantizable_embeddings(skeleton)
         chosen = [name for name in names if name not in (kept or ())]
-        least = export_size(skeleton, options.format, layers=chosen, embeddings=tables)
-        most = least if kept is not None else export_size(skeleton, options.format, embeddings=tables)
+        least = export_size(skeleton, options.format, layers=chosen, embeddings=tables, stored=stored)
+        most = least if kept is not None else export_size(skeleton, options.format, embeddings=tables, stored=stored)
     return ExportPlan(
         inputs=inputs,
         config=config,
@@ -167,7 +179,7 @@ def export(options: ExportOptions, plan: ExportPlan, data: Data, folder: Path, *
         if options.calibrate:
             decided.update(calibrate(model, processor, data))
         batches = []
-        if options.format == "int8":
+        if options.format in _BITS:
             batches = calibration_batches(data, processor, rows=options.calibration_rows or _ROWS)
         given = {name: getattr(options, name) for name in (*_LIMITS, "embeddings", "float_layers")}
         given = {name: value for name, value in given.items() if value is not None}
@@ -187,12 +199,11 @@ def export(options: ExportOptions, plan: ExportPlan, data: Data, folder: Path, *
             **given,
         )
         decided.update(weight_bytes=size_on_disk(folder), largest_difference=record.largest_difference)
-        if options.format == "int8":
+        if options.format in _BITS:
             told = ("float_layers", "calibration_rows", "agreement", "divergence")
             decided.update({name: getattr(record, name) for name in told})
-            log.print(
-                f"      {len(record.quantized_layers)} of {len(plan.layer_names)} layers in int8: {_kept(decided)}"
-            )
+            count = f"{len(record.quantized_layers)} of {len(plan.layer_names)} layers in {options.format}"
+            log.print(f"      {count}: {_kept(decided)}")
 
     on_main_process(work)
     return StepResult(decided=decided or None)
@@ -216,19 +227,17 @@ def _layers(options: ExportOptions, plan: ExportPlan) -> str:
     if not count:
         return told
     if options.float_layers is not None:
-        return f"{told}, {count - len(set(options.float_layers))} of {count} layers in int8"
-    return (
-        f"{told}, as many of {count} layers in int8 as keep its predictions: {plan.least_bytes / 1e6:.1f} MB with all"
-    )
+        return f"{told}, {count - len(set(options.float_layers))} of {count} layers in {options.format}"
+    return f"{told}, as many of {count} layers as keep its predictions: {plan.least_bytes / 1e6:.1f} MB with all"
 
 
 def _rows(options: ExportOptions, data: Data) -> list[Any]:
-    rows = [data.train_fingerprint] * (options.format == "int8") + [data.fingerprint] * options.calibrate
+    rows = [data.train_fingerprint] * (options.format in _BITS) + [data.fingerprint] * options.calibrate
     return [data.task.label_names, data.max_length, *rows]
 
 
 def _splits(options: ExportOptions, names: Iterable[str]) -> set[str]:
-    return ({"train"} if options.format == "int8" else set()) | (scored_of(names) if options.calibrate else set())
+    return ({"train"} if options.format in _BITS else set()) | (scored_of(names) if options.calibrate else set())
 
 
 def _summary(options: Mapping[str, Any], parents: Sequence[str]) -> str:
@@ -238,12 +247,11 @@ def _summary(options: Mapping[str, Any], parents: Sequence[str]) -> str:
 def _details(record: StepRecord, named: Callable[[str], str]) -> list[str]:
     options, decided = record.options, record.decided or {}
     lines = [f"Exported from {named(record.parents[0])} for {options['engine']} in {options['format']}"]
-    if options["format"] == "int8":
-        stored = "as they were" if options["embeddings"] == "same" else "in int8, a scale for each row"
+    if options["format"] in _BITS:
+        fixed = "Static scales of activations from" if options["format"] == "int8" else "Weights in 4 bit, rounded on"
         lines += [
-            f"Static scales of activations from {decided['calibration_rows']} training rows, on which it keeps "
-            f"{_kept(decided)}",
-            f"Embeddings {stored}; heads in float",
+            f"{fixed} {decided['calibration_rows']} training rows, on which it keeps {_kept(decided)}",
+            f"Embeddings {_STORED[options['embeddings'] or 'int8']}; heads in float",
         ]
         if decided["float_layers"]:
             lines.append(f"Layers of its blocks that stay in float: {', '.join(decided['float_layers'])}")

@@ -27,7 +27,7 @@ _MAPPINGS = {
     "ForQuestionAnswering": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
     "ForMaskedLM": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 }
-FORMATS = {"fp32": ("fp32", 1e-4), "fp16": ("fp16", 1e-2), "int8": ("q8", 1e-2)}
+FORMATS = {"fp32": ("fp32", 1e-4), "fp16": ("fp16", 1e-2), "int8": ("q8", 1e-2), "int4": ("q4", 1e-2)}
 
 
 def test_what_transformers_js_cannot_read_is_told():

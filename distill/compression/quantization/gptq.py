@@ -92,7 +92,7 @@ def round_together(
         return of_blocks.expand(-1, settings.block_size).flatten()[:count].view(shape)
 
     moments = moments.cpu()
-    inverse = _damped_inverse(moments)
+    inverse = damped_inverse(moments)
     costs = (1 / inverse.diagonal()).float().expand(shape).flatten()
     scales, largest = _scales(in_blocks(flat), in_blocks(costs), values, bounds)
     kept = twice_quantized(scales) if settings.double_quant else scales
@@ -141,7 +141,7 @@ def _scales(blocks: Tensor, costs: Tensor, values: Tensor, bounds: Tensor) -> tu
     return chosen, largest
 
 
-def _damped_inverse(moments: Tensor) -> Tensor:
+def damped_inverse(moments: Tensor) -> Tensor:
     """The inverse of second moments, their diagonal damped (Frantar et al. 2023, section 3.3), in double precision."""
     moments = moments.double()
     damping = _DAMPING * moments.diagonal().mean().clamp(min=1e-12)
