@@ -262,6 +262,7 @@ def products_of(graph: onnx.ModelProto, layers: Iterable[str]) -> Iterator[onnx.
 
 
 def module_of(node: str) -> str:
+    """The name of the model's module that a node of its graph comes from."""
     return node.rpartition("/")[0]
 
 

@@ -7,6 +7,8 @@ from distill.common.records import ModelEntry, Report
 from distill.evaluation.front import dominating
 from distill.tasks.base import is_better_lower
 
+_NAMED = 30  # models in one sentence
+
 
 def never_picked(report: Report) -> dict[str, str | None]:
     """Find the models that no limit of bytes on disk and of latency would ever choose.
@@ -30,17 +32,21 @@ def never_picked(report: Report) -> dict[str, str | None]:
 
 
 def envelope_lines(report: Report) -> list[str]:
-    """One sentence for each model that no limit would choose; or one that there is none."""
-    lines = []
+    """Say which models no limit would choose: one sentence for each model that is chosen in place of others.
+
+    Args:
+        report: with scored and timed models.
+    """
+    of_others: dict[str | None, list[str]] = {}
     for name, other in never_picked(report).items():
-        if other is None:
-            lines.append(f"{name}: no limit of size or latency would choose it, as its metric is no number")
-        else:
-            lines.append(
-                f"{name}: no limit of size or latency would choose it, as {other} is as good, as small and as quick, "
-                "or better"
-            )
-    return lines
+        of_others.setdefault(other, []).append(name)
+    lines = []
+    for other, names in of_others.items():
+        *first, last = [*names[:_NAMED], *([f"{len(names) - _NAMED} more"] if len(names) > _NAMED else [])]
+        listed = f"{', '.join(first)} or {last}" if first else last
+        reason = "the metric is no number" if other is None else f"{other} is as good, small and quick, or better"
+        lines.append(f"No limit of size or latency would ever choose {listed}: {reason}.")
+    return lines or ["Every model is the best one under some limits of size and latency."]
 
 
 def on_front(values: Sequence[float], models: Sequence[ModelEntry], metric: str) -> list[int]:

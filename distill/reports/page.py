@@ -13,7 +13,7 @@ from markupsafe import Markup
 from distill.common.console import visible
 from distill.common.records import ModelEntry, Report, Slice
 from distill.common.serialized import json_text
-from distill.reports.envelope import never_picked
+from distill.reports.envelope import envelope_lines, never_picked
 from distill.reports.presentation import comparison_lines, metric_name, remarks, table_rows, units
 from distill.reports.sections import (
     LEVEL,
@@ -76,7 +76,7 @@ def as_html(report: Report, *, title: str, rows: int, recipe: str = "", notes: S
         cost=cost_sentence(report),
         remarks=_some([*comparison_lines(report), *remarks(report)]),
         metric=metric_name(report),
-        envelope=_envelope(pale),
+        envelope=[_cut(each, 2 * _TEXT) for each in envelope_lines(report)][:_LINES],
         baseline=_cut(report.baseline),
         flips=_flips(models),
         calibration=_diagrams(models),
@@ -101,20 +101,6 @@ def _lead(report: Report, rows: int) -> str:
     bounds = "–".join(f"{bound:.3f}" for bound in baseline.interval if bound is not None)
     interval = f" (95 % interval {bounds})" if bounds else ""
     return f"{said} The baseline, {_cut(report.baseline)}, has {score}{interval}."
-
-
-def _envelope(pale: dict[str, str | None]) -> list[str]:
-    """One sentence for each model that is chosen in place of others."""
-    of_others: dict[str | None, list[str]] = {}
-    for name, other in pale.items():
-        of_others.setdefault(other, []).append(_cut(name))
-    lines = []
-    for other, names in of_others.items():
-        *first, last = [*names[:_LINES], *([f"{len(names) - _LINES} more"] if len(names) > _LINES else [])]
-        listed = f"{', '.join(first)} or {last}" if first else last
-        reason = "the metric is no number" if other is None else f"{_cut(other)} is as good, small and quick, or better"
-        lines.append(f"No limit of size or latency would ever choose {listed}: {reason}.")
-    return lines
 
 
 # --- models -----------------------------------------------------------------------------------------------------------

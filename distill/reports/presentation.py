@@ -84,9 +84,7 @@ def as_markdown(plan: Plan, report: Report) -> str:
             if comparison_lines(report)
             else []
         ),
-        f"What limits would choose:\n\n{bullets(envelope_lines(report))}"
-        if envelope_lines(report)
-        else "Every model is the best one under some limits of size and latency.",
+        escaped(" ".join(envelope_lines(report))),
         *cost_sections(report),
         *fidelity_sections(report),
         bullets(remarks(report))

@@ -65,8 +65,8 @@ class ExportOptions:
     float_layers: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Of int8 and int4: names of the layers that stay in float; by default as few as agreement and divergence "
-            "allow, those that hurt most."
+            "help": "Of int8 and int4: names of the layers that stay in float; by default as few as agreement and "
+            "divergence allow, those that hurt most."
         },
     )
     agreement: Annotated[float, Field(gt=0, le=1)] | None = field(

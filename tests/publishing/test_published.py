@@ -58,6 +58,7 @@ def run(tmp_path, of_erika):
         "contamination": {"rows": 1, "examples": ["a private text"]},
     }
     (run / "report.json").write_text(json.dumps(report))
+    (run / "report.html").write_text("a private text")
     return run
 
 

@@ -35,13 +35,20 @@ def report(metric="accuracy", models=MODELS, **changes):
 def test_models_that_no_limit_would_choose_are_named_with_what_it_would_choose():
     assert never_picked(report()) == {"large": "student", "flat": None}
     assert envelope_lines(report()) == [
-        "large: no limit of size or latency would choose it, as student is as good, as small and as quick, or better",
-        "flat: no limit of size or latency would choose it, as its metric is no number",
+        "No limit of size or latency would ever choose large: student is as good, small and quick, or better.",
+        "No limit of size or latency would ever choose flat: the metric is no number.",
+    ]
+    assert envelope_lines(report(models=MODELS[:3])) == [
+        "Every model is the best one under some limits of size and latency."
     ]
     lower = [{**each, "metrics": {"perplexity": each["metrics"]["accuracy"]}} for each in MODELS]
     assert never_picked(report("perplexity", lower)) == {
         **dict.fromkeys(("teacher", "hub"), "student"), "large": "student", "flat": None
     }  # fmt: skip
+    assert envelope_lines(report("perplexity", lower))[0] == (
+        "No limit of size or latency would ever choose teacher, large or hub: student is as good, small and quick, or "
+        "better."
+    )
 
 
 def test_the_front_of_one_panel():

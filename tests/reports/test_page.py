@@ -4,9 +4,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from distill.common.records import Report, finite, from_json
 from distill.reports.page import as_html
-from tests.reports.made import MODELS, ODD, a_report
+from tests.reports.made import ODD, a_report
 
 
 class Elements(HTMLParser):
@@ -71,7 +70,7 @@ def test_nothing_is_loaded_from_elsewhere():
     assert "link" in found.names
     loads = [value for name, value in found.attributes if name in ("src", "href", "action", "data", "srcset")]
     assert all(value == "data:," or value.startswith("#") for value in loads)
-    assert "default-src 'none'" in dict(found.attributes)["content"] or "default-src 'none'" in str(found.attributes)
+    assert any(name == "content" and "default-src 'none'" in value for name, value in found.attributes)
 
 
 @pytest.mark.parametrize("odd", [ODD, "<!--<script>", "{{ 7 * 7 }}{% raw %}", "\ud83d\x00\x1b[1m\u2028", "'\"`${x}"])
@@ -122,8 +121,3 @@ def test_an_older_report_without_numbers_makes_a_page():
     assert "No limit of size or latency would ever choose flat: the metric is no number." in found.text
     for gone in ("Flips against", "Worst rows", "Contamination"):
         assert gone not in found.text
-    assert from_json(Report, finite(json.loads(json.dumps({**vars(bare), "models": []})))).models == []
-
-
-def test_a_model_for_each_of_them():
-    assert len(Elements(page_of(a_report())).data["models"]) == len(MODELS)

@@ -115,7 +115,7 @@ def test_check_says_what_an_export_will_be(finished, monkeypatch):
     assert "served: export of student" in said
     (line,) = (line for line in said if line.startswith("int8 for openvino"))
     assert re.fullmatch(
-        r"int8 for openvino, as many of 6 layers in int8 as keep its predictions: 0\.\d MB with all", line
+        r"int8 for openvino, as many of 6 layers as keep its predictions: 0\.\d MB with all", line
     )
     assert "int8 for onnxruntime, 5 of 6 layers in int8" in said
 
@@ -326,8 +326,11 @@ def test_wrong_options_are_told(tmp_path, model, sst2_folder, capsys):
     path = write_recipe(tmp_path, model, sst2_folder, "\n  it: {run: export, model: MODEL}\n")
     for flags, problem in [
         (["--it.engine", "onnx"], "--it.engine: should be 'onnxruntime' or 'openvino'"),
-        (["--it.format", "int4"], "--it.format: should be 'fp32', 'fp16' or 'int8'"),
-        (["--it.embeddings", "same"], "embeddings: has no effect without format: int8; leave it out"),
+        (["--it.format", "int2"], "--it.format: should be 'fp32', 'fp16', 'int8' or 'int4'"),
+        (["--it.calibrate", "true", "--it.format", "fp16"], "calibrate: a head rounded to 16 bit can't be scaled"),
+        (["--it.calibrate", "true"], "calibrate: half of the validation rows (20) are too few to fit a temperature on"),
+        (["--it.web", "true", "--it.engine", "openvino"], "web: browsers run exports for onnxruntime, not for openvino"),
+        (["--it.embeddings", "same"], "embeddings: has no effect without format: int8 or int4; leave it out"),
         (["--it.calibration_rows", "8"], "calibration_rows: has no effect without format: int8"),
         (["--it.float_layers", "[]"], "float_layers: has no effect without format: int8"),
         (["--it.agreement", "0.9"], "agreement: has no effect without format: int8"),

@@ -118,11 +118,12 @@ function draw(svg, key, limits, picked) {
       if (start < left || start + length > width + 4 || at < top + 6 || at > height - bottom - 2) return false;
       return taken.every(([from, to, middle]) => Math.abs(at - 4 - middle) > 11 || start > to || start + length < from);
     });
-    if (!place && model !== picked) continue; // its title and its row of the table still tell its name
-    const [side, at] = place ?? [px > width / 2 ? -1 : 1, py + 4];
+    const quiet = model !== picked && (!place || (model.pale && drawn.length > 9)); // shown under the pointer alone
+    const [side, at] = (!quiet && place) || [px > width / 2 ? -1 : 1, py + 4];
     const start = side > 0 ? px + 9 : px - 9 - length;
-    taken.push([start, start + length, at - 4]);
-    element("text", { class: "name", x: px + side * 9, y: at, "text-anchor": side > 0 ? "start" : "end" }, group, name);
+    if (!quiet) taken.push([start, start + length, at - 4]);
+    const anchor = side > 0 ? "start" : "end";
+    element("text", { class: quiet ? "name quiet" : "name", x: px + side * 9, y: at, "text-anchor": anchor }, group, name);
   }
 }
 
