@@ -334,8 +334,11 @@ def _cut(text: str, most: int = _NAME) -> str:
 
 def _within(text: str, most: int) -> str:
     """The beginning of a text whose HTML has at most so many bytes."""
-    escaped = str(Markup.escape(visible(text))).encode()
-    return text if len(escaped) <= most else f"{text[: most * len(text) // len(escaped)]}\n…"
+    start = text[:most]
+    bytes_of_start = len(str(Markup.escape(visible(start))).encode())
+    if len(text) <= most and bytes_of_start <= most:
+        return text
+    return f"{start[: most * len(start) // max(bytes_of_start, most)]}\n…"
 
 
 def _shown(value: Any) -> str:
