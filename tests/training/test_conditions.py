@@ -103,9 +103,10 @@ def adapted(model):
     [
         EVERY_PART,
         {"qat": "int8", "freeze_embeddings": True, "gradient_checkpointing": True, "relation_weight": 1.0},
+        {"qat": "openvino", "gradient_checkpointing": True, "packing": True},
         {"packing": True, "full_determinism": True, "bf16": True, "log_level": "error", "neftune_noise_alpha": 5.0},
     ],
-    ids=["every part", "qat", "packing"],
+    ids=["every part", "qat", "engine", "packing"],
 )
 def test_a_run_changes_nothing_but_the_students_weights(tmp_path, run, options):
     teacher = tiny_bert(hidden_dropout_prob=0.1).train()  # in part: what a user has left behind

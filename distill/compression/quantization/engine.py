@@ -17,7 +17,7 @@ from distill.compression.quantization.qat import forwards_replaced, straight_thr
 
 _RATE = 1e-3
 """Of Adam on the logarithms of a range's ends, at the beginning; it falls to 0 over the training."""
-_BETAS = (0.9, 0.99)
+_BETAS, _EPSILON = (0.9, 0.99), 1e-10
 
 
 @contextmanager
@@ -127,6 +127,7 @@ class EngineSimulation:
         if self.ends.grad is None:
             return
         gradient = gather(self.ends.grad.unsqueeze(0)).mean(0) * self.ends.detach()  # by their logarithms
+        gradient = gradient.nan_to_num(nan=0, posinf=0, neginf=0)  # a step in float16 whose scaled loss overflows
         self.ends.grad = None
         self._steps += 1
         corrected = []
@@ -135,7 +136,7 @@ class EngineSimulation:
             corrected.append(moment / (1 - beta**self._steps))
         mean, square = corrected
         with torch.no_grad():
-            self.ends.mul_((-_RATE * (1 - progress) * mean / square.sqrt().clamp(min=1e-30)).exp())
+            self.ends.mul_((-_RATE * (1 - progress) * mean / (square.sqrt() + _EPSILON)).exp())
 
     def _computes(self, module: nn.Module) -> bool:
         return bool(self._number) and (self.on or not module.training)
