@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,8 @@ from distill.verbs.all import VERBS
 
 FILES = ("report.json", "report.md", "report.png", "report.html")
 
-_SAME_BYTES = 0.1
-"""Models within this share of another's bytes take as many; adapters of rank 8 add less than that."""
+_SAME_SIZE = 0.1
+"""Models within this share of another's bytes and parameters are as large; adapters of rank 8 add less than that."""
 
 
 def write_report(plan: Plan) -> Report:
@@ -274,8 +275,8 @@ def _matches(plan: Plan, cache: Path) -> Matches | None:
 def _recoveries(plan: Plan, evaluations: dict[str, Evaluation], benchmarks: dict[str, Measurement]) -> list[Recovery]:
     """Measure what GPTQ, training or mixing formats won back of a plain quantization's divergence from the baseline.
 
-    Each such model made from the baseline is held against the plainly quantized baseline that takes the same bytes,
-    adapters aside.
+    Each such model made from the baseline is held against the plainly quantized baseline that has the same parameters in
+    the same bytes, adapters aside.
     """
     if plan.baseline not in evaluations:
         return []
@@ -283,10 +284,16 @@ def _recoveries(plan: Plan, evaluations: dict[str, Evaluation], benchmarks: dict
         name for name, planned in plan.steps.items() if name in evaluations and is_quantized(planned.plan.config)
     ]
     sizes = {name: benchmarks[name].size_on_disk_bytes or 0 for name in quantized}
+    counts = {name: benchmarks[name].num_parameters for name in quantized}
     plain = [name for name in quantized if _is_plain(plan.steps[name], plan.baseline)]
     found = []
     for name in quantized:
-        alike = [other for other in plain if abs(sizes[other] - sizes[name]) <= _SAME_BYTES * sizes[other]]
+        alike = [
+            other
+            for other in plain
+            if math.isclose(sizes[other], sizes[name], rel_tol=_SAME_SIZE)
+            and math.isclose(counts[other], counts[name], rel_tol=_SAME_SIZE)
+        ]
         if name in plain or not alike or plan.baseline not in lineage(plan, plan.steps[name]):
             continue
         over = min(alike, key=lambda other: abs(sizes[other] - sizes[name]))

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipe
 from distill import InputError, load_exported, quantize_model
 from distill.cli import main
 from distill.common.records import read_step
+from distill.compression.quantization.grids import simulated_grids
 from distill.evaluation.evaluate import evaluate_model
 from distill.evaluation.loading import load_scored
 from distill.export.graph import float_graph
@@ -26,7 +28,7 @@ from distill.recipes.plan import make_plan
 from distill.recipes.recipe import load_recipe
 from distill.reports.report import write_report
 from distill.runs.run import run_plan
-from distill.verbs.export import EXPORT
+from distill.verbs.export import EXPORT, ExportOptions
 from tests.conftest import GOOD, sentences, tiny_bert
 from tests.verbs.test_trim_step import word_pieces
 
@@ -39,6 +41,9 @@ STEPS = """
   served: {run: export, model: student, format: int8, agreement: 0.9, divergence: 0.05}
   vino: {run: export, model: student, engine: openvino, format: int8, agreement: 0.9, divergence: 0.05}
   said: {run: export, model: student, format: int8, float_layers: [LAYER]}
+  four: {run: export, model: student, format: int4, embeddings: int4, agreement: 0.5, divergence: 1, web: true}
+  aware: {run: distill, model: student, teacher: student, qat: onnxruntime, max_steps: 2}
+  aware-served: {run: export, model: aware, format: int8}
 """
 LAYER = "bert.encoder.layer.0.output.dense"
 
@@ -92,7 +97,7 @@ def report(finished):
     return write_report(finished)
 
 
-EXPORTS = ("served", "vino", "said")
+EXPORTS = ("served", "vino", "said", "four", "aware-served")
 
 
 def test_each_step_stays_below_the_size_that_check_told(finished):
@@ -114,10 +119,36 @@ def test_check_says_what_an_export_will_be(finished, monkeypatch):
     print_plan(finished)
     assert "served: export of student" in said
     (line,) = (line for line in said if line.startswith("int8 for openvino"))
-    assert re.fullmatch(
-        r"int8 for openvino, as many of 6 layers as keep its predictions: 0\.\d MB with all", line
-    )
+    assert re.fullmatch(r"int8 for openvino, as many of 6 layers as keep its predictions: 0\.\d MB with all", line)
     assert "int8 for onnxruntime, 5 of 6 layers in int8" in said
+
+
+def test_an_engine_aware_model_is_exported_on_the_scales_that_it_was_trained_with(finished, capsys):
+    kept, grids = (read_export(finished.steps["aware-served"].folder), simulated_grids(finished.steps["aware"].folder))
+    assert kept.trained_for == "onnxruntime"
+    assert set(kept.quantized_layers) == set(grids.of_layers())
+    assert read_export(finished.steps["served"].folder).trained_for is None
+    chosen = {**vars(finished.steps["aware-served"].step.options), "float_layers": [LAYER]}
+    planned = replace(finished.steps["aware-served"], folder=finished.steps["aware"].folder)
+    folder = finished.recipe.output_dir / "chosen"
+    EXPORT.run(ExportOptions(**chosen), planned.plan, finished.data, folder, profile=False)
+    assert "float_layers: given, so the scales that the model was trained with are left" in capsys.readouterr().err
+    assert (read_export(folder).trained_for, read_export(folder).float_layers) == (None, [LAYER])
+
+
+def test_predict_takes_an_export_as_any_model(finished, tmp_path):
+    rows = [{"sentence": row["sentence"]} for row in sentences(6, seed=2)]
+    (tmp_path / "new.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    predicted = {}
+    for name in ("student", "served", "vino", "four"):
+        output = tmp_path / f"{name}.jsonl"
+        given = ["--data.path", str(tmp_path / "new.jsonl"), "--output", str(output)]
+        assert main(["predict", str(finished.steps[name].folder), *given]) == 0
+        predicted[name] = [json.loads(line)["probabilities"]["positive"] for line in output.read_text().splitlines()]
+    assert len(predicted["student"]) == 6
+    for name in ("served", "vino", "four"):
+        assert predicted[name] == pytest.approx(predicted["student"], abs=0.1)
+        assert predicted[name] != predicted["student"]
 
 
 def test_what_is_decided_is_recorded_and_said_again_gives_the_same_model(finished, tmp_path, sst2_folder, monkeypatch):
@@ -187,7 +218,7 @@ def test_exports_are_entries_of_the_report_like_any_model(finished, report):
     text = (finished.recipe.output_dir / "report.md").read_text()
     threads = torch.get_num_threads()
     given = f"{threads} thread{'s' * (threads != 1)}"
-    assert f"computed: teacher, trimmed, pruned, student by torch with {given}; " in text
+    assert f"computed: teacher, trimmed, pruned, student, aware by torch with {given}; " in text
     assert f"served, said by onnxruntime with {given}; vino by openvino with {given}." in text
 
 
@@ -329,7 +360,7 @@ def test_wrong_options_are_told(tmp_path, model, sst2_folder, capsys):
         (["--it.format", "int2"], "--it.format: should be 'fp32', 'fp16', 'int8' or 'int4'"),
         (["--it.calibrate", "true", "--it.format", "fp16"], "calibrate: a head rounded to 16 bit can't be scaled"),
         (["--it.calibrate", "true"], "calibrate: half of the validation rows (20) are too few to fit a temperature on"),
-        (["--it.web", "true", "--it.engine", "openvino"], "web: browsers run exports for onnxruntime, not for openvino"),
+        (["--it.web", "true", "--it.engine", "openvino"], "web: browsers run exports for onnxruntime"),
         (["--it.embeddings", "same"], "embeddings: has no effect without format: int8 or int4; leave it out"),
         (["--it.calibration_rows", "8"], "calibration_rows: has no effect without format: int8"),
         (["--it.float_layers", "[]"], "float_layers: has no effect without format: int8"),
