@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from distill.compression.pruning.prune import prune_model
     from distill.compression.quantization.formats import QuantizationSettings
     from distill.compression.quantization.quantize import quantize_model
+    from distill.compression.share import share_layers
     from distill.compression.student import build_student
     from distill.compression.vocabulary import trim_vocabulary
     from distill.data.load import DataOptions, load_data
@@ -37,6 +38,7 @@ __all__ = [
     "load_exported",
     "prune_model",
     "quantize_model",
+    "share_layers",
     "trim_vocabulary",
 ]
 
@@ -53,6 +55,7 @@ _MODULES = {
     "load_exported": "distill.export.runtime",
     "prune_model": "distill.compression.pruning.prune",
     "quantize_model": "distill.compression.quantization.quantize",
+    "share_layers": "distill.compression.share",
     "trim_vocabulary": "distill.compression.vocabulary",
 }
 """Where each public name is defined."""

@@ -19,6 +19,7 @@ _WITH_OPTIONS = (
     "trim_vocabulary",
     "prune",
     "factorize",
+    "share",
     "quantize",
     "export",
     "data",

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from distill.common.private_names import draw_weights
 from distill.errors import InputError
 from distill.models.description import Entry, describe, entries_of, grouped
-from distill.models.factorized import Factorized, factors_of
+from distill.models.modules import SharedLayer, empty_factors, factors_of, store_bytes
 
 if TYPE_CHECKING:  # the quantizer is registered while they are being imported
     from transformers import PretrainedConfig, PreTrainedModel
@@ -91,9 +91,64 @@ class Removed:
         model.set_submodule(name, RemovedModule(model.get_submodule(name), self.attention, self.bias))
 
 
-Structural: TypeAlias = Resized | Removed | Factorized
+@dataclass(frozen=True)
+class Factorized:
+    """A linear layer (or `Conv1D`) or embedding whose weight is a product of two.
 
-STRUCTURAL: dict[str, type[Structural]] = {each.kind: each for each in (Resized, Removed, Factorized)}
+    Args:
+        rank: how many columns the first factor has, and rows the second.
+    """
+
+    kind: ClassVar[str] = "factorized"
+
+    rank: int
+
+    def put(self, model: PreTrainedModel, name: str) -> None:
+        """Put two empty factors into a model, beside the bias if there was one.
+
+        Args:
+            model: is changed.
+            name: of the layer or embedding that they take the place of.
+        """
+        before: Any = model.get_submodule(name)
+        model.set_submodule(name, empty_factors(before, self.rank).to(before.weight.dtype))
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A block, or a layer, that computes with the weights of another one.
+
+    Args:
+        of: full name of the other one, as in the class that the model was saved as.
+    """
+
+    kind: ClassVar[str] = "shared"
+
+    of: str
+
+    def put(self, model: PreTrainedModel, name: str) -> None:
+        """Let every layer with weights that the other one has too compute with those.
+
+        Args:
+            model: is changed.
+            name: of the block or layer.
+        """
+        source = resolve_name(self.of, model)
+        assert source is not None  # the same family
+        module = model.get_submodule(name)
+        holders = [inside for inside, each in module.named_modules() if any(True for _ in each.parameters(False))]
+        layers = [each for each in holders if not any(each.startswith(f"{other}.") for other in holders)]
+        for inside in layers:
+            path, _, last = f"{source}.{inside}".rstrip(".").rpartition(".")
+            parent = model.get_submodule(path)
+            if last in parent._modules and any(True for _ in parent.get_submodule(last).parameters()):
+                target = f"{name}.{inside}".rstrip(".")
+                model.set_submodule(target, SharedLayer(parent, last, model.get_submodule(target)))
+
+
+Structural: TypeAlias = Resized | Removed | Factorized | Shared
+
+STRUCTURAL: dict[str, type[Structural]] = {each.kind: each for each in (Resized, Removed, Factorized, Shared)}
 """Kinds whose weights are floats: models that hold no others train, cast and take adapters as plain ones do."""
 
 
@@ -114,13 +169,12 @@ class RemovedModule(nn.Module):
         self.bias_name = bias
         self.layer_idx = getattr(before, "layer_idx", None)
         self.out_features = before.nf if isinstance(before, Conv1D) else getattr(before, "out_features", None)
-        for name, weight in before.state_dict().items():
-            path, _, last = name.rpartition(".")
-            parent = _submodule(self, path)
-            if name == bias:
-                parent.register_parameter(last, nn.Parameter(torch.zeros(weight.shape, dtype=weight.dtype)))
-            else:
-                parent.register_buffer(last, torch.zeros((), dtype=torch.uint8))
+        state = before.state_dict()
+        store_bytes(self, [name for name in state if name != bias])
+        if bias is not None:
+            path, _, last = bias.rpartition(".")
+            zeros = torch.zeros(state[bias].shape, dtype=state[bias].dtype)
+            self.get_submodule(path).register_parameter(last, nn.Parameter(zeros))
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """…×in to …×out, zeros or the bias; beside them None where weights of an attention are expected."""
@@ -163,10 +217,10 @@ def restructure(
     if problems:
         raise InputError(*problems)
     for name, replacement in replacements.items():
-        before = model.get_submodule(name)
+        old, training = dict(model.get_submodule(name).named_parameters()), model.get_submodule(name).training
         with torch.device("meta"):
             replacement.put(model, name)
-        _fill(model.get_submodule(name), before, name, weights)
+        _fill(model.get_submodule(name).train(training), old, name, weights)
     _note(model.config, replacements)
     return model
 
@@ -251,6 +305,9 @@ def _problem(model: PreTrainedModel, name: str, replacement: Structural, weights
         return None
     if isinstance(replacement, Factorized):
         return _problem_of_factors(model, name, replacement.rank, weights)
+    if isinstance(replacement, Shared):
+        missing = resolve_name(replacement.of, model) is None
+        return f"{name}: {type(model).__name__} has no {replacement.of}, which it would share" if missing else None
     if any("Norm" in type(module).__name__ for module in before.modules()):
         return f"{name}: holds a norm, so more than what is added to the residual would be lost; name what is before it"
     if replacement.bias is not None and replacement.bias not in before.state_dict():
@@ -276,9 +333,8 @@ def _problem_of_factors(model: PreTrainedModel, name: str, rank: int, weights: M
     return None
 
 
-def _fill(module: nn.Module, before: nn.Module, name: str, weights: Mapping[str, Tensor]) -> None:
-    """Give an empty module its weights, on the device and in the dtype of the ones before, and as trainable."""
-    old = dict(before.named_parameters())
+def _fill(module: nn.Module, old: Mapping[str, Tensor], name: str, weights: Mapping[str, Tensor]) -> None:
+    """Give an empty module its weights, on the device and in the dtype of the old ones, and as trainable."""
     like = next(iter(old.values()))
     state = {}
     for key, empty in module.state_dict().items():
@@ -288,7 +344,7 @@ def _fill(module: nn.Module, before: nn.Module, name: str, weights: Mapping[str,
             given = weights[f"{name}.{key}"] if f"{name}.{key}" in weights else old[key]
             state[key] = given.detach().to(like.device, like.dtype, copy=True)
     module.load_state_dict(state, assign=True)
-    module.train(before.training).requires_grad_(like.requires_grad)
+    module.requires_grad_(like.requires_grad)
 
 
 def _note(config: PretrainedConfig, replacements: Mapping[str, Structural]) -> None:
@@ -320,12 +376,3 @@ def count_heads(attention: nn.Module) -> None:
     for name, number in counted.items():
         if name in vars(attention):
             setattr(attention, name, number)
-
-
-def _submodule(root: nn.Module, path: str) -> nn.Module:
-    """A module inside another, made where it isn't there."""
-    for name in path.split(".") if path else ():
-        if name not in root._modules:
-            root.add_module(name, nn.Module())
-        root = root.get_submodule(name)
-    return root

@@ -275,8 +275,8 @@ def _matches(plan: Plan, cache: Path) -> Matches | None:
 def _recoveries(plan: Plan, evaluations: dict[str, Evaluation], benchmarks: dict[str, Measurement]) -> list[Recovery]:
     """Measure what GPTQ, training or mixing formats won back of a plain quantization's divergence from the baseline.
 
-    Each such model made from the baseline is held against the plainly quantized baseline that has the same parameters in
-    the same bytes, adapters aside.
+    Each such model made from the baseline is held against the plainly quantized baseline that has as many parameters in
+    as many bytes, adapters aside.
     """
     if plan.baseline not in evaluations:
         return []

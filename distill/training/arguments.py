@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel, TrainingArguments
 from distill.common.console import log
 from distill.data.batches import row_lengths
 from distill.errors import InputError
-from distill.models.replacements import Factorized, structure_of
+from distill.models.replacements import Removed, Resized, structure_of
 from distill.models.structure import LayerPairs, depth_of, width_of
 from distill.tasks.base import is_better_lower
 from distill.tasks.kinds import targets_of
@@ -257,7 +257,7 @@ def comparable(config: DistillationConfig, models: Sequence[PretrainedConfig], *
         for model in models
         for entry in structure_of(model)
         for name in entry.names
-        if entry.kind != Factorized.kind
+        if entry.kind in (Resized.kind, Removed.kind)
     ):
         problems.append(
             f"{', '.join(of_heads)}: compares heads, and a model lacks some of those that its config says; set it to 0 "

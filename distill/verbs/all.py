@@ -9,8 +9,9 @@ from distill.verbs.factorize import FACTORIZE
 from distill.verbs.finetune import FINETUNE
 from distill.verbs.prune import PRUNE
 from distill.verbs.quantize import QUANTIZE
+from distill.verbs.share import SHARE
 from distill.verbs.trim_vocabulary import TRIM_VOCABULARY
 
 VERBS: dict[str, Verb[Any, Any]] = {
-    verb.name: verb for verb in (FINETUNE, DISTILL, TRIM_VOCABULARY, PRUNE, FACTORIZE, QUANTIZE, EXPORT)
+    verb.name: verb for verb in (FINETUNE, DISTILL, TRIM_VOCABULARY, PRUNE, FACTORIZE, SHARE, QUANTIZE, EXPORT)
 }

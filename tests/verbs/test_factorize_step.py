@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import distill  # noqa: F401  (registers what plain transformers can't describe)
 from distill.errors import InputError
-from distill.models.factorized import FactorizedEmbedding, FactorizedLinear
+from distill.models.modules import FactorizedEmbedding, FactorizedLinear
 from distill.models.replacements import structure_of
 from distill.recipes.check import estimate_step
 from distill.recipes.dry_run import runnable_plan
@@ -130,7 +130,7 @@ def test_wrong_options_are_told_before_anything_runs(tmp_path, model, sst2_folde
 
 @pytest.mark.parametrize(("step", "problem"), [
     ("{run: distill, model: low, teacher: MODEL, num_layers: 2}", "its layers have other sizes"),
-    ("{run: prune, model: low, neurons: 0.5}", "its layers are factorized, and heads and neurons can't be cut"),
+    ("{run: prune, model: low, neurons: 0.5}", "its layers are factorized or shared, and heads"),
     ("{run: factorize, model: low, modules: linear, rank: 4}", "has no linear left to factorize"),
     ("{run: finetune, model: low, lora: {target_modules: [query]}}", "lora: "),
 ])  # fmt: skip

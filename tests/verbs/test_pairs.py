@@ -31,6 +31,7 @@ STEPS = {
     "pruned": "{run: prune, model: FROM, heads: [HEADS], neurons: [NEURONS], calibration_rows: 20}",
     "narrow-words": "{run: factorize, model: FROM, rank: 16, calibration_rows: 20}",
     "factorized": "{run: factorize, model: FROM, modules: all, energy: 0.7, method: fisher, calibration_rows: 20}",
+    "shared": "{run: share, model: FROM, groups: 1, calibration_rows: 20}",
     "int8": "{run: quantize, model: FROM, format: int8}",
     "nf4": "{run: quantize, model: FROM, format: nf4, embeddings: nf4, gptq: true, calibration_rows: 20}",
     "mixed": "{run: quantize, model: FROM, bits_budget: 7, calibration_rows: 20}",
@@ -47,10 +48,14 @@ REASONS = {
     **{("served", second): "is an export, the end of a chain" for second in STEPS},
     **{(first, "cut"): "its layers have other sizes than its config says"
        for first in ("pruned", "narrow-words", "factorized")},
-    **{("factorized", second): "its layers are factorized" for second in ("narrow", "pruned")},
+    **{("factorized", second): "its layers are factorized or shared" for second in ("narrow", "pruned")},
     ("narrow-words", "narrow-words"): "has no embeddings left to factorize",
     ("factorized", "narrow-words"): "has no embeddings left to factorize",
     ("factorized", "factorized"): "left to factorize",
+    ("shared", "cut"): "its layers have other sizes than its config says",
+    **{("shared", second): "its layers are factorized or shared" for second in ("narrow", "pruned")},
+    **{(first, "shared"): "its layers are factorized or shared already" for first in ("factorized", "shared")},
+    ("pruned", "shared"): "has layers of other sizes than",
 }  # fmt: skip
 """Of the pairs that are refused."""
 

@@ -21,7 +21,7 @@ from distill.compression.factorization.spectra import Method, factors_at, matrix
 from distill.compression.quantization.mixed import size_in_bytes
 from distill.errors import InputError
 from distill.models.adapters import has_adapters, merged_copy
-from distill.models.factorized import factors_of
+from distill.models.modules import factors_of
 from distill.models.replacements import Factorized, restructure
 from distill.models.weights import refuse_not_finite
 

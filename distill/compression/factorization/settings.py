@@ -15,7 +15,7 @@ from distill.compression.factorization.spectra import Method, matrix_of
 from distill.compression.quantization.formats import matching, quantizable_modules
 from distill.compression.quantization.mixed import size_in_bytes
 from distill.errors import InputError, nearest_name
-from distill.models.factorized import FactorizedEmbedding, FactorizedLinear, factors_of
+from distill.models.modules import FactorizedEmbedding, FactorizedLinear, factors_of
 from distill.models.replacements import is_quantized
 
 Rank = Annotated[int, Field(ge=1)]

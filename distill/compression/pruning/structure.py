@@ -13,7 +13,7 @@ from distill.common.private_names import model_from_config
 from distill.compression.pruning.layouts import LAYOUTS, Layout
 from distill.errors import InputError
 from distill.models.description import describe, grouped
-from distill.models.factorized import FactorizedLinear
+from distill.models.modules import FactorizedLinear, SharedLayer
 from distill.models.replacements import (
     Removed,
     RemovedModule,
@@ -26,7 +26,7 @@ from distill.models.replacements import (
 
 Kind = Literal["heads", "neurons"]
 
-_POSITIONS = ("attention.self.pos_key_proj", "attention.self.pos_query_proj")
+POSITIONS = ("attention.self.pos_key_proj", "attention.self.pos_query_proj")
 """More that DeBERTa makes for each head, unless positions share the keys of words."""
 
 
@@ -90,10 +90,10 @@ def prunable_sublayers(model: PreTrainedModel, kinds: Sequence[Kind] = ("heads",
     for name, block in model.named_modules():
         names = {inside for inside, _ in block.named_modules()}
         if {layout.attention_output, layout.feed_forward_output} <= names:
-            if any(isinstance(module, FactorizedLinear) for module in block.modules()):
+            if any(isinstance(module, FactorizedLinear | SharedLayer) for module in block.modules()):
                 raise InputError(
-                    "model: its layers are factorized, and heads and neurons can't be cut from them; prune before "
-                    "factorizing"
+                    "model: its layers are factorized or shared, and heads and neurons can't be cut from them; prune "
+                    "the model before that"
                 )
             found += [_attention(name, block, layout, config), _feed_forward(name, block, layout)]
     return found
@@ -242,7 +242,7 @@ def _attention(name: str, block: nn.Module, layout: Layout, config: Any) -> Subl
     key_value_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = head_size * (config.num_attention_heads // key_value_heads)
     names = {inside for inside, _ in block.named_modules()}
-    inputs = (*layout.attention, *(position for position in _POSITIONS if position in names))
+    inputs = (*layout.attention, *(position for position in POSITIONS if position in names))
     parts = 3 if len(layout.attention) == 1 else 1
     units = _features(block.get_submodule(output))[0] // width
     return Sublayer(name, "heads", inputs, parts, output, units, width, removable, place)

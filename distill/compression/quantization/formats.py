@@ -15,7 +15,7 @@ from distill.compression.quantization.layers import scales_size
 from distill.compression.quantization.modules import DTYPES
 from distill.compression.replacements import Format
 from distill.errors import InputError, near_name
-from distill.models.factorized import FactorizedEmbedding
+from distill.models.modules import FactorizedEmbedding
 from distill.models.structure import depth_of, find_blocks
 
 FormatOrBf16 = Literal["int8", "nf4", "fp4", "bf16"]

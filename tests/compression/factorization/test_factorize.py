@@ -13,7 +13,7 @@ from distill.compression.factorization.factorize import factorize_with
 from distill.compression.factorization.settings import FactorizationSettings
 from distill.compression.quantization.layers import FourBitLinear
 from distill.models.description import entries_of
-from distill.models.factorized import FactorizedEmbedding, FactorizedLinear
+from distill.models.modules import FactorizedEmbedding, FactorizedLinear
 from distill.models.replacements import is_quantized, structure_of
 from tests.architectures import IDS, MASK, small_model
 from tests.models.restructured import LAYOUTS, cut_heads_and_neurons, family_model, outputs, remove
@@ -199,7 +199,7 @@ def test_neurons_are_cut_from_a_model_of_factorized_embeddings_and_not_from_fact
     prune_model(model, BATCHES, heads=[3, 0], neurons=[64, 0], importance="magnitude", reconstruct=False)
     assert isinstance(model.get_input_embeddings(), FactorizedEmbedding)
     assert torch.equal(outputs(reloaded(model, tmp_path)), outputs(model))
-    with pytest.raises(InputError, match="its layers are factorized, and heads and neurons can't be cut from them"):
+    with pytest.raises(InputError, match="its layers are factorized or shared, and heads and neurons can't"):
         prune_model(factorized(), BATCHES, neurons=0.5)
 
 

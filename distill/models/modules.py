@@ -1,39 +1,13 @@
-"""Linear layers and embeddings whose weight is the product of two smaller matrices."""
+"""Modules whose weights are products of two smaller matrices, or those of another block."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
-
-if TYPE_CHECKING:  # the quantizer is registered while they are being imported
-    from transformers import PreTrainedModel
-
-
-@dataclass(frozen=True)
-class Factorized:
-    """A linear layer (or `Conv1D`) or embedding whose weight is a product of two.
-
-    Args:
-        rank: how many columns the first factor has, and rows the second.
-    """
-
-    kind: ClassVar[str] = "factorized"
-
-    rank: int
-
-    def put(self, model: PreTrainedModel, name: str) -> None:
-        """Put two empty factors into a model, beside the bias if there was one.
-
-        Args:
-            model: is changed.
-            name: of the layer or embedding that they take the place of.
-        """
-        before: Any = model.get_submodule(name)
-        model.set_submodule(name, _factors(before, self.rank).to(before.weight.dtype))
 
 
 class FactorizedLinear(nn.Module):
@@ -50,7 +24,7 @@ class FactorizedLinear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, rank: int, *, bias: bool):
         super().__init__()
-        self.register_buffer("weight", torch.zeros((), dtype=torch.uint8))
+        store_bytes(self, ["weight"])
         self.down = nn.Linear(in_features, rank, bias=False)
         self.up = nn.Linear(rank, out_features, bias=False)
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
@@ -85,7 +59,7 @@ class FactorizedEmbedding(nn.Module):
 
     def __init__(self, num_embeddings: int, embedding_dim: int, rank: int, *, padding_idx: int | None = None):
         super().__init__()
-        self.register_buffer("weight", torch.zeros((), dtype=torch.uint8))
+        store_bytes(self, ["weight"])
         self.table = nn.Embedding(num_embeddings, rank, padding_idx=padding_idx)
         self.projection = nn.Linear(rank, embedding_dim, bias=False)
         self.padding_idx = padding_idx
@@ -105,13 +79,56 @@ class FactorizedEmbedding(nn.Module):
         return self.projection(self.table(ids))
 
 
+class SharedLayer(nn.Module):
+    """In place of a layer that computes with the weights of another one, which stores them.
+
+    The other is looked up at each call, so whatever takes its place there (a quantized layer, one with an adapter)
+    does so here too.
+
+    Args:
+        parent: of the other layer.
+        name: of the other layer inside of its parent.
+        before: the layer that is left out; its weights may lie on meta.
+    """
+
+    def __init__(self, parent: nn.Module, name: str, before: nn.Module):
+        super().__init__()
+        self._source = (parent, name)  # in a tuple, so that it is no submodule and is saved once
+        store_bytes(self, list(before.state_dict()))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the other layer's."""
+        parent, name = self._source
+        return parent.get_submodule(name)(*args, **kwargs)
+
+
+def store_bytes(module: nn.Module, names: Sequence[str]) -> None:
+    """Store a byte without dimensions under each name, a shape that plain transformers refuses to load.
+
+    Where a name is merely missing, it draws random weights.
+
+    Args:
+        module: is changed.
+        names: of weights that it does not have; modules inside of it are made where they aren't there.
+    """
+    for name in names:
+        parent = module
+        *path, last = name.split(".")
+        for part in path:
+            if part not in parent._modules:
+                parent.add_module(part, nn.Module())
+            parent = parent.get_submodule(part)
+        parent.register_buffer(last, torch.zeros((), dtype=torch.uint8))
+
+
 def factors_of(module: nn.Module, rank: int) -> dict[str, Tensor]:
     """The factors of a linear layer or embedding, empty and on meta, by their names inside of what holds them."""
     with torch.device("meta"):
-        return {name: each for name, each in _factors(module, rank).named_parameters() if name != "bias"}
+        return {name: each for name, each in empty_factors(module, rank).named_parameters() if name != "bias"}
 
 
-def _factors(module: Any, rank: int) -> FactorizedLinear | FactorizedEmbedding:
+def empty_factors(module: Any, rank: int) -> FactorizedLinear | FactorizedEmbedding:
+    """The module that holds two empty factors in place of a linear layer or embedding, with a bias if there was one."""
     if isinstance(module, nn.Embedding):
         shape = module.num_embeddings, module.embedding_dim
         return FactorizedEmbedding(*shape, rank, padding_idx=module.padding_idx)
