@@ -65,6 +65,7 @@ def float_graph(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> onnx.Mo
     graph: onnx.ModelProto = program.model_proto  # type: ignore[union-attr]
     _name_nodes(graph)
     _soften_masks(graph)
+    _merge_weights(graph)
     return graph
 
 
@@ -103,6 +104,23 @@ def _name_nodes(graph: onnx.ModelProto) -> None:
     del graph.metadata_props[:]
     del graph.graph.value_info[:]  # their shapes are of the graph as it was before it was simplified
     graph.graph.name = "model"
+
+
+def _merge_weights(graph: onnx.ModelProto) -> None:
+    """Store a matrix once that several blocks share; the exporter turns it round anew for each of them."""
+    from onnx import numpy_helper  # of an extra
+
+    first: dict[tuple[Any, ...], str] = {}
+    merged: dict[str, str] = {}
+    for tensor in [each for each in graph.graph.initializer if len(each.dims) > 1]:
+        content = (tensor.data_type, tuple(tensor.dims), numpy_helper.to_array(tensor).tobytes())
+        merged[tensor.name] = first.setdefault(content, tensor.name)
+    for node in graph.graph.node:
+        for place, name in enumerate(node.input):
+            node.input[place] = merged.get(name, name)
+    kept = [each for each in graph.graph.initializer if merged.get(each.name, each.name) == each.name]
+    del graph.graph.initializer[:]
+    graph.graph.initializer.extend(kept)
 
 
 def _soften_masks(graph: onnx.ModelProto) -> None:

@@ -16,6 +16,7 @@ from distill import (
     load_exported,
     prune_model,
     quantize_model,
+    share_layers,
     trim_vocabulary,
 )
 from distill.export.graph import float_graph
@@ -94,6 +95,25 @@ def test_factorized_models_are_exported_with_both_factors(tmp_path, format):
         stored = {each.name: each.data_type for each in onnx.load(tmp_path / record.file).graph.initializer}
         whole = [name for name, kind in stored.items() if kind == onnx.TensorProto.FLOAT and "layer" in name]
         assert not [name for name in whole if name.endswith(("down.weight", "up.weight"))]
+
+
+@pytest.mark.parametrize("format", ["fp32", "int8"])
+def test_shared_blocks_are_exported_and_stored_once(tmp_path, format):
+    tokenizer, model = make_tokenizer(), tiny_bert(num_hidden_layers=3, initializer_range=0.1)
+    inputs = text_inputs(tokenizer, "the film was great", "the plot was dull")
+    share_layers(model, groups=1, start="mean")
+    given = {"batches": [inputs], "agreement": 0, "divergence": 1} if format == "int8" else {}
+    record = export_model(model, tokenizer, tmp_path, format=format, **given)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+    tolerance = 1e-5 if format == "fp32" else 0.05
+    torch.testing.assert_close(load_exported(tmp_path)(**inputs).logits, expected, rtol=1e-4, atol=tolerance)
+    if format == "fp32":
+        stored = onnx.load(tmp_path / record.file).graph.initializer
+        blocks = [each for each in stored if len(each.dims) == 2 and max(each.dims) == 128 and min(each.dims) == 64]
+        assert len(blocks) == 2  # a block's intermediate and output layer, and not those of three
+    else:
+        assert "bert.encoder.layer.0.output.dense" in record.quantized_layers
 
 
 @pytest.fixture(scope="module")
