@@ -97,7 +97,7 @@ def factorize_with(
             chosen = spread(choices, energy=settings.energy or 1.0)
         ranks = {name: each for name, each in chosen.items() if each is not None}
     whole = [name for name in factorizable_modules(model, settings) if name not in ranks]
-    if whole:
+    if whole and planned is not None:
         logger.warning("%d modules stay whole, since their factors would be no smaller: %s", len(whole), whole[0])
     if not ranks:
         return model, ranks
