@@ -1,4 +1,4 @@
-"""The words of the command line, `distill check | run | search | eval | …`; `commands` has what they do.
+"""The words of the command line, `distill check | run | search | compress | eval | …`; `commands` has what they do.
 
 Nothing slow is imported before a command runs: help and what is wrong with the words or the YAML come at once.
 """
@@ -88,7 +88,9 @@ def _parser() -> argparse.ArgumentParser:
         "distill", description="Distil, quantize and measure Hugging Face encoders.", allow_abbrev=False
     )
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="check | run | search | eval | predict | bench | report | push"
+        dest="command",
+        required=True,
+        metavar="check | run | search | compress | eval | predict | bench | report | push",
     )
 
     check = commands.add_parser(
@@ -117,6 +119,24 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_OVERRIDES,
     )
     search.add_argument("recipe", type=_path)
+
+    compress = commands.add_parser(
+        "compress",
+        allow_abbrev=False,
+        help="make a model smaller within limits and a time, and pick the cheapest that is about as good as the best",
+        epilog=_COMPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    compress.add_argument("model", help="a model folder or a Hub id; one without a head is fine-tuned first")
+    compress.add_argument("--task", help="a GLUE task; own rows by --data.kind, --data.path, …")
+    compress.add_argument("--max_mb", metavar="X", help="10⁶ bytes of weight files, at most")
+    compress.add_argument("--max_ms", metavar="X", help="median milliseconds of a call, at most")
+    compress.add_argument("--min_retention", metavar="R", help="of the model's metric, at the interval's lower end")
+    compress.add_argument(
+        "--engine", default="auto", help="auto (all that are installed), torch, onnxruntime, openvino"
+    )
+    compress.add_argument("--budget", default="30min", help="30min, 90s, 2h (default 30min)")
+    compress.add_argument("--tolerance", default="0.01", help="share of the best metric that may go (default 0.01)")
 
     evaluate = commands.add_parser(
         "eval",
@@ -197,6 +217,12 @@ a GLUE task, from the Hub or (with --data.path) from a folder:
   distill eval MODEL --task sst2 --data.path glue/sst2
 every --data.<option>: distill check --help-options data"""
 
+_COMPRESS = """\
+what is asked for beside the options is where it goes, and how the rows are read:
+  distill compress runs/teacher --task sst2 --max_mb 12 --max_ms 8 --output_dir runs/small
+  distill compress MODEL --data.kind classification --data.path reviews.csv --budget 10min --output_dir runs/small
+the same command goes on where it was cut off"""
+
 _NEW_ROWS = """\
 rows with the text columns of the model's run; labels, if there are any, are not read:
   distill predict runs/quickstart/student --data.path new.csv --output predicted.jsonl
@@ -211,6 +237,8 @@ def _hint(command: str, flag: str) -> str:
         return f"--{name} belongs to distill run; check goes over every step"
     if command in ("run", "check", "report", "search") and flag.startswith("--"):
         return f"a step's option is --STEP.{name}, the data's --data.{name}; for all others: distill {command} --help"
+    if command == "compress":
+        return "compress takes --data.<option>, --benchmark.<option> and what distill compress --help lists"
     if command == "predict":
         return "predict takes --data.<option>, --task, --output, --keep and --overwrite"
     return EVAL_OPTIONS if command == "eval" else f"for all options: distill {command} --help"
@@ -224,7 +252,7 @@ def _split_overrides(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
     for word in words:
         name, equals, value = word.removeprefix("--").partition("=")
         of_recipe = name in ("output_dir", "baseline", "base_model", "license", "language", "seeds") or (
-            name == "task" and arguments[0] not in ("eval", "predict")
+            name == "task" and arguments[0] not in ("eval", "predict", "compress")
         )
         if not word.startswith("--") or not ("." in name or of_recipe):
             plain.append(word)

@@ -11,7 +11,7 @@ import transformers
 from huggingface_hub import constants
 
 from distill.commands.on_models import bench, evaluate, predict
-from distill.commands.on_recipes import check, report, run, search_values
+from distill.commands.on_recipes import check, compress_model, report, run, search_values
 from distill.commands.publishing import push
 from distill.common.console import log_handler
 from distill.common.folders import told_of_a_full_disk
@@ -43,6 +43,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, dict[str, str]], int | None]] 
     "check": check,
     "run": run,
     "search": search_values,
+    "compress": compress_model,
     "eval": evaluate,
     "predict": predict,
     "bench": bench,

@@ -1,22 +1,28 @@
-"""What the commands on recipes and runs do: check, run, search, report."""
+"""What the commands on recipes and runs do: check, run, search, compress, report."""
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
 from distill.commands.help_options import print_options
 from distill.commands.publishing import push_all
-from distill.common.console import results
+from distill.common.console import log_errors, results
 from distill.common.distributed import check_launch, on_main_process
 from distill.common.folders import locked, told_of_a_full_disk
+from distill.data.load import DataOptions
 from distill.errors import InputError
+from distill.evaluation.options import BenchmarkOptions
+from distill.experiments.asked import Asked, read_budget
+from distill.experiments.compress import PICK, compress
 from distill.experiments.found import rows_of, sentences
 from distill.experiments.search import search, space_problems
 from distill.recipes.check import print_plan
 from distill.recipes.dry_run import push_problems, runnable_plan
 from distill.recipes.plan import Plan, make_plan
-from distill.recipes.recipe import load_recipe
+from distill.recipes.recipe import load_recipe, parse_options
+from distill.recipes.yaml12 import parse_value
 from distill.reports.presentation import print_report
 from distill.reports.report import write_report
 from distill.reports.side_by_side import write_side_by_side
@@ -118,6 +124,64 @@ def search_values(arguments: argparse.Namespace, overrides: dict[str, str]) -> i
         return 1
     results.print(f"→ {load_recipe(arguments.recipe, overrides).output_dir / 'best.yaml'}")
     return 0
+
+
+def compress_model(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
+    """Make a model smaller within limits and a time."""
+    found = compress(_asked(arguments, overrides))
+    if not found.picked or found.report is None:
+        log_errors([found.said])
+        return 1
+    print_report(found.report)
+    results.print(found.said)
+    for name in (PICK, "recipe.yaml", "report.html"):
+        results.print(f"→ {Path(parse_value(overrides['output_dir'], '--output_dir')) / name}")
+    return 0
+
+
+def _asked(arguments: argparse.Namespace, overrides: dict[str, str]) -> Asked:
+    """What a compression is asked for, from the words of the command line."""
+    problems: list[str] = []
+    blocks: dict[str, dict[str, Any]] = {"data": {}, "benchmark": {}}
+    for path, text in overrides.items():
+        block, _, key = path.partition(".")
+        if block in blocks and key:
+            blocks[block][key] = parse_value(text, f"--{path}")
+        elif path != "output_dir":
+            problems.append(
+                f"--{path}: no such option; compress takes --data.<option>, --benchmark.<option> and --output_dir"
+            )
+    parse_options(DataOptions, blocks["data"], "--data", problems)
+    parse_options(BenchmarkOptions, blocks["benchmark"], "--benchmark", problems)
+    output_dir = parse_value(overrides.get("output_dir", "null"), "--output_dir")
+    if not isinstance(output_dir, str):
+        problems.append("--output_dir: missing; say where the picked model goes, like runs/small")
+    if arguments.task is None and not blocks["data"].keys() & {"kind", "path"}:
+        problems.append("--task: missing; say which rows, with --task, or with --data.kind and --data.path")
+    given = {name: getattr(arguments, name) for name in ("max_mb", "max_ms", "min_retention")}
+    limits = {name: parse_value(text, f"--{name}") for name, text in given.items() if text is not None}
+    budget = 1.0
+    try:
+        budget = read_budget(arguments.budget)
+    except InputError as error:
+        problems += error.problems
+    try:
+        asked = Asked(
+            model=arguments.model,
+            output_dir=Path(str(output_dir)).expanduser(),
+            task=arguments.task,
+            data=blocks["data"],
+            benchmark=blocks["benchmark"],
+            limits=limits,
+            engine=arguments.engine,
+            budget=budget,
+            tolerance=parse_value(arguments.tolerance, "--tolerance"),
+        )
+    except InputError as error:
+        raise InputError(*problems, *error.problems) from None
+    if problems:
+        raise InputError(*problems)
+    return asked
 
 
 def report(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:

@@ -265,6 +265,19 @@ class Recovery:
     interval: list[float]
 
 
+@dataclass(frozen=True)
+class Pick:
+    """What `distill compress` has picked."""
+
+    model: str
+    reason: str
+    """A paragraph of plain words."""
+    limits: dict[str, float]
+    """`max_mb`, `max_ms`, `min_retention`, as far as they were given."""
+    runner_up: str | None
+    """The model with the best metric of the others that satisfied the limits."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """What report.json holds. For a key that an older report lacks, the default stands."""
@@ -290,6 +303,8 @@ class Report:
     """Devices that a model is sent to."""
     seeds: dict[str, dict[str, Any]] | None = None
     """Of each step that is there once per seed: its `models`, and by metric `mean`, `std`, `min`, `max`, `interval`."""
+    pick: Pick | None = None
+    """Of `distill compress`."""
 
     def entry(self, name: str) -> ModelEntry | None:
         """The model of this name, if the report holds it."""

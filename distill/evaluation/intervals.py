@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from distill.tasks import scorers
-from distill.tasks.base import Task
+from distill.tasks.base import Task, is_better_lower
 from distill.tasks.kinds import KINDS
 from distill.tasks.scorers import Scorer
 
@@ -65,6 +65,29 @@ def paired_difference(
     """
     one, other = (KINDS[task.kind].scorer(task, predictions, labels) for predictions in (first, second))
     return bootstrap(lambda weights: one(weights) - other(weights), len(first), resamples=_resamples(task))
+
+
+def paired_retention(
+    task: Task, model: Sequence, baseline: Sequence, labels: Sequence
+) -> tuple[float, tuple[float, float]]:
+    """Compute a model's primary metric over its baseline's, and the 95 % interval of that on the same resampled rows.
+
+    Where lower is better it is the other way round. Resamples in which what is divided by is not above 0 are left out.
+
+    Args:
+        task: whose primary metric is compared.
+        model: the model's predictions as in `Evaluation`, one a row.
+        baseline: the baseline's.
+        labels: of the same rows.
+    """
+    pair = (baseline, model) if is_better_lower(task.primary_metric) else (model, baseline)
+    over, under = (KINDS[task.kind].scorer(task, predictions, labels) for predictions in pair)
+
+    def quotient(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        divisor = np.asarray(under(weights))
+        return np.divide(over(weights), divisor, out=np.full(divisor.shape, np.nan), where=divisor > 0)
+
+    return bootstrap(quotient, len(model), resamples=_resamples(task))
 
 
 def difference_over_seeds(

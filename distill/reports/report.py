@@ -9,7 +9,17 @@ from typing import Any
 
 from distill.common.console import log, remark
 from distill.common.folders import write_atomically
-from distill.common.records import Comparison, Measurement, ModelEntry, Recovery, Report, StepRecord, read_step
+from distill.common.records import (
+    Comparison,
+    Measurement,
+    ModelEntry,
+    Pick,
+    Recovery,
+    Report,
+    StepRecord,
+    read_report,
+    read_step,
+)
 from distill.common.serialized import as_json, finite, from_json
 from distill.data.fingerprints import token_fingerprint, tokenizer_fingerprint
 from distill.data.load import Truncated
@@ -46,10 +56,14 @@ _SAME_SIZE = 0.1
 """Models within this share of another's bytes and parameters are as large; adapters of rank 8 add less than that."""
 
 
-def write_report(plan: Plan) -> Report:
+def write_report(plan: Plan, *, pick: Pick | None = None) -> Report:
     """Score and measure the run's finished models and its baseline, and write report.json, report.md, plot and page.
 
     What was measured before stays valid while models, rows and code are the same: a second report measures nothing.
+
+    Args:
+        plan: of the run.
+        pick: which of the models `distill compress` has picked; by default what the report that is there says.
 
     Returns:
         What report.json holds.
@@ -96,6 +110,7 @@ def write_report(plan: Plan) -> Report:
         price_per_hour=plan.recipe.report.price_per_hour,
         fleet=plan.recipe.report.fleet,
         seeds=spread_over_seeds(plan, evaluations),
+        pick=pick or _picked_before(plan),
     )
     report = from_json(Report, finite(asdict(found)))  # a correlation with constant predictions is no number
     recipe = plan.recipe.output_dir / "recipe.yaml"
@@ -105,6 +120,11 @@ def write_report(plan: Plan) -> Report:
         if record is not None:
             write_model_card(plan.steps[entry.name].folder, record, report)
     return report
+
+
+def _picked_before(plan: Plan) -> Pick | None:
+    before = read_report(plan.recipe.output_dir)
+    return before.pick if before is not None and before.pick and before.pick.model in plan.steps else None
 
 
 def write_files(plan: Plan, report: Report, *, recipe: str) -> None:
