@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from distill.common.records import (
     Measurement,
     ModelEntry,
     Pick,
-    Recovery,
     Report,
     StepRecord,
     read_report,
@@ -32,28 +30,23 @@ from distill.evaluation.intervals import (
     agreement,
     divergence_from,
     paired_difference,
-    won_back,
 )
 from distill.evaluation.loading import engine_versions, load_scored
 from distill.models.load import fetch_weights, load_processor
-from distill.models.replacements import is_quantized
 from distill.recipes.fingerprint import code_fingerprint
 from distill.recipes.finished import is_finished
-from distill.recipes.plan import Plan, PlannedStep
+from distill.recipes.plan import Plan
 from distill.reports.fidelity import Fidelity, measure_contamination, measure_fidelity
 from distill.reports.page import as_html
 from distill.reports.presentation import as_markdown, draw
+from distill.reports.recoveries import find_recoveries
 from distill.reports.seeds import further_copies, paired_over_seeds, spread_over_seeds
 from distill.runs.card import write_model_card
-from distill.runs.run import lineage
 from distill.tasks.base import is_better_lower
 from distill.tasks.kinds import KINDS
 from distill.verbs.all import VERBS
 
 FILES = ("report.json", "report.md", "report.png", "report.html")
-
-_SAME_SIZE = 0.1
-"""Models within this share of another's bytes and parameters are as large; adapters of rank 8 add less than that."""
 
 
 def write_report(plan: Plan, *, pick: Pick | None = None) -> Report:
@@ -102,7 +95,7 @@ def write_report(plan: Plan, *, pick: Pick | None = None) -> Report:
         models=models,
         variants=[each for name, each in benchmarks.items() if name not in names],
         comparisons=_comparisons(plan, evaluations, fingerprints, tokens, cache),
-        recoveries=_recoveries(plan, evaluations, benchmarks),
+        recoveries=find_recoveries(plan, evaluations, benchmarks),
         truncated=_truncated(models),
         slices=fidelity.slices,
         worst_rows=fidelity.worst_rows,
@@ -290,43 +283,6 @@ def _matches(plan: Plan, cache: Path) -> Matches | None:
     if found is not None:
         _write_cache(cache / "contamination.json", key, asdict(found))
     return found
-
-
-def _recoveries(plan: Plan, evaluations: dict[str, Evaluation], benchmarks: dict[str, Measurement]) -> list[Recovery]:
-    """Measure what GPTQ, training or mixing formats won back of a plain quantization's divergence from the baseline.
-
-    Each such model made from the baseline is held against the plainly quantized baseline that has as many parameters in
-    as many bytes, adapters aside.
-    """
-    if plan.baseline not in evaluations:
-        return []
-    quantized = [
-        name for name, planned in plan.steps.items() if name in evaluations and is_quantized(planned.plan.config)
-    ]
-    sizes = {name: benchmarks[name].size_on_disk_bytes or 0 for name in quantized}
-    counts = {name: benchmarks[name].num_parameters for name in quantized}
-    plain = [name for name in quantized if _is_plain(plan.steps[name], plan.baseline)]
-    found = []
-    for name in quantized:
-        alike = [
-            other
-            for other in plain
-            if math.isclose(sizes[other], sizes[name], rel_tol=_SAME_SIZE)
-            and math.isclose(counts[other], counts[name], rel_tol=_SAME_SIZE)
-        ]
-        if name in plain or not alike or plan.baseline not in lineage(plan, plan.steps[name]):
-            continue
-        over = min(alike, key=lambda other: abs(sizes[other] - sizes[name]))
-        logits = [evaluations[each].logits for each in (plan.baseline, over, name)]
-        won = won_back(plan.data.task, *(each for each in logits if each is not None)) if all(logits) else None
-        if won is not None:
-            found.append(Recovery(name, over, won[0], list(won[1])))
-    return found
-
-
-def _is_plain(planned: PlannedStep, baseline: str) -> bool:
-    """Whether a step does nothing but quantize the baseline to one format."""
-    return planned.parents == (baseline,) and VERBS[planned.step.run].is_plain(planned.step.options)
 
 
 def _key(*parts: Any) -> str:
