@@ -71,7 +71,7 @@ def test_an_int4_export_computes_with_the_rounded_weights(traced, model, tmp_pat
     assert (record.format, record.embeddings, record.calibration_rows) == ("int4", embeddings, 64)
     assert sorted(record.quantized_layers) == sorted(LAYERS)
     rounded = tiny_bert(num_hidden_layers=2)
-    for name, blocks in int4_weights(model, LAYERS, batches).items():
+    for name, blocks in int4_weights(model, LAYERS, batches[::2]).items():  # the others judge
         rounded.get_submodule(name).weight.data = torch.from_numpy(blocks.values())
     for name in quantizable_embeddings(model):
         table = rounded.get_submodule(name).weight
