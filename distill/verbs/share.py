@@ -26,7 +26,7 @@ from distill.verbs.calibration import calibration_batches
 
 _SETTINGS = {field.name for field in fields(SharingSettings)}
 _ROWS = 256
-_WORDS = {"all": "blocks", "attention": "attentions", "feed_forward": "feed-forward networks"}
+_WORDS = {"all": "blocks", "attention": "attention layers", "feed_forward": "feed-forward networks"}
 
 
 @dataclass(kw_only=True)

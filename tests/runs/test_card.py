@@ -192,6 +192,20 @@ def test_each_metric_stands_under_the_split_that_it_was_measured_on(card):
             "- Left: 12, 9 heads; 768 neurons in every block",
         ),
         (
+            "factorize",
+            "`a` and `b` with matrices that are products of two smaller ones",
+            "finetune",
+            ["low-rank", "distill", "factorize"],
+            "- Factorized (embeddings, rank 128) by an SVD that keeps the layers' outputs on training rows (DRONE)",
+        ),
+        (
+            "share",
+            "`a` and `b` with attention layers that share their weights",
+            "finetune",
+            ["weight-sharing", "distill", "share"],
+            "- Distinct attention layers: 2, started from the middle of the blocks that share",
+        ),
+        (
             "quantize",
             "`a` and `b` quantized with bitsandbytes: linear layers in int8, embeddings in int8",
             "quantized",
@@ -213,10 +227,22 @@ def test_every_verb_has_its_words_tags_and_relation(card, verb, sentence, relati
     trimmed = {"vocab_size": 12000, "coverage": None, "min_count": None}
     pruned = {"heads": None, "neurons": None, "intermediate_size": None, "speedup": 1.5}
     pruned |= {"importance": "fisher", "rounds": 1, "reconstruct": True}
-    options = {**record()["options"], **quantized, **trimmed, **pruned, "model": "b", "engine": "openvino"}
+    factorized = {"modules": None, "rank": 128, "energy": None, "size": None, "method": "activation"}
+    shared = {"groups": 2, "what": "attention", "start": None}
+    options = {
+        **record()["options"],
+        **factorized,
+        **shared,
+        **quantized,
+        **trimmed,
+        **pruned,
+        "model": "b",
+        "engine": "openvino",
+    }
     decided = {"vocab_size_before": 30522, "vocab_size": 12000, "tokens": 9, "touched": {}}
     decided |= {"heads": [12, 9], "neurons": [768, 768], "speedup": 1.52, "threads": 1}
     decided |= {"float_layers": [], "calibration_rows": 256, "agreement": 0.9912, "divergence": 0.00067}
+    decided |= {"start": "middle"}
     found = card({"base_model": "org/root"}, run=verb, parents=["a", "b"], options=options, decided=decided)
     assert f"(no, yes), {sentence}." in found.text
     assert found.data.base_model_relation == relation

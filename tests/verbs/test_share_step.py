@@ -75,7 +75,7 @@ def test_check_knows_the_sizes(finished):
         counted = sum(each.numel() for each in weights.values() if each.ndim and each.is_floating_point())
         assert estimate_step(finished, planned).num_parameters == counted, name
     planned = finished.steps["half"]
-    assert VERBS["share"].lines(planned.step.options, planned.plan) == ["2 distinct attentions for 3 blocks"]
+    assert VERBS["share"].lines(planned.step.options, planned.plan) == ["2 distinct attention layers for 3 blocks"]
 
 
 @pytest.mark.parametrize(("steps", "problem"), [
