@@ -231,8 +231,13 @@ def _train(work: Workplace, fit: Sequence[Candidate], footprints: dict[str, Foot
         work.add_round(Round(steps, [asdict(chosen[0])]))
     number = 0
     while number < len(work.state.rounds):
-        for shape in work.state.rounds[number].parsed():
-            _train_once(work, shape, number)
+        shapes = work.state.rounds[number].parsed()
+        steps: Steps = {}
+        for shape in shapes:
+            steps |= steps_of_shape(shape, work.teacher, work.lengths(shape, number + 1))
+        plan = work.plan(steps)
+        for shape in shapes:
+            _train_once(work, plan, shape, number)
         number += 1
         if number == len(work.state.rounds):
             following = _next_round(work, chosen)
@@ -241,13 +246,12 @@ def _train(work: Workplace, fit: Sequence[Candidate], footprints: dict[str, Foot
     return work.ranked(shape for shape in [*chosen, Shape()] if shape in cheapest)
 
 
-def _train_once(work: Workplace, shape: Shape, number: int) -> None:
+def _train_once(work: Workplace, plan: Plan, shape: Shape, number: int) -> None:
     """A shape's training of one round, and its score."""
     lengths = work.lengths(shape, number + 1)
-    plan = work.plan(steps_of_shape(shape, work.teacher, lengths))
     name = trained_name(shape, len(lengths))
     try:
-        work.run(plan, *plan.steps)
+        work.run(plan, *work.teacher_steps(), *steps_of_shape(shape, work.teacher, lengths))
     except TrainingDiverged as error:
         log.print(remark(f"{name}: given up; {error}"))
         work.values.pop(shape, None)
@@ -289,13 +293,23 @@ def _with_formats(
     """The candidates of trained shapes that fit, made and scored, the best shape's first, as far as time allows."""
     found = []
     state = work.state
-    for each in [work.candidates[name] for shape in shapes for name in fit if work.candidates[name].shape == shape]:
+    todo = [work.candidates[name] for shape in shapes for name in fit if work.candidates[name].shape == shape]
+    steps: Steps = {}
+    for each in todo:
+        lengths = work.lengths(each.shape)
+        steps |= {
+            **steps_of_shape(each.shape, work.teacher, lengths),
+            **final_step(each, work.teacher, len(lengths))[1],
+        }
+    if not todo:
+        return []
+    plan = work.plan(steps)
+    for each in todo:
         if each.name not in state.made and (state.done or (state.made and work.left() <= 0)):
             continue
-        trainings = len(work.lengths(each.shape))
-        name, last = final_step(each, work.teacher, trainings)
-        plan = work.plan({**steps_of_shape(each.shape, work.teacher, work.lengths(each.shape)), **last})
-        work.run(plan, *plan.steps)
+        name, _ = final_step(each, work.teacher, len(work.lengths(each.shape)))
+        if name in plan.steps:
+            work.run(plan, name)
         again = each.format.endswith("-int8")  # of an export, which may keep layers in float
         after = work.footprint(plan, name, timed=again)
         footprint = Footprint(after.mb, after.ms if again else footprints[each.name].ms)
@@ -303,7 +317,7 @@ def _with_formats(
             state.made.append(each.name)
             work.save()
         if fitting({each.name: footprint}, work.limits, MARGIN):
-            found.append((each, Scored(each.name, work.predictions(plan, name), footprint)))
+            found.append((each, Scored(name, work.predictions(plan, name), footprint)))
             work.say(f"{name}: {footprint.mb:.2f} MB, {footprint.ms:.1f} ms")
         else:
             footprints[each.name] = footprint

@@ -52,8 +52,8 @@ def reason_of(
     kept = "" if math.isnan(retention) else f", {retention:.1%} ({worst:.1%} to {most:.1%}) of the original's"
     if choice.pick == choice.best:
         why = (
-            f"It has the best {metric} of the {among} models that were made and keep the limits, and the rows could "
-            "not show that a cheaper one is about as good."
+            f"It has the best {metric} of the {among} models that were made and keep the limits, and of no cheaper one "
+            "the rows could show that it is about as good."
             if among > 1
             else "It is the only model that was made and keeps the limits."
         )

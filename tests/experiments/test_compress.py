@@ -238,7 +238,9 @@ def test_limits_that_nothing_keeps_end_before_anything_is_trained(tmp_path, teac
 def finished(tmp_path_factory, teacher, rows):
     folder = tmp_path_factory.mktemp("compressed") / "out"
     ask = asked(teacher, rows, folder, limits={"max_mb": 0.4})
-    return ask, compress(ask)
+    with pytest.MonkeyPatch.context() as patch:  # as for each test
+        patch.setattr("distill.training.config.has_bf16", lambda device: False)
+        return ask, compress(ask)
 
 
 def test_a_compression_leaves_a_pick_a_recipe_and_a_report(finished, rows, tmp_path):
