@@ -82,7 +82,7 @@ def test_help_and_what_is_wrong_with_words_or_yaml_come_without_torch(tmp_path, 
 
 
 def test_the_static_words_of_the_command_line_are_the_real_ones():
-    assert (*VERBS, "data", "benchmark", "report") == cli._WITH_OPTIONS
+    assert (*VERBS, "data", "benchmark", "report", "search") == cli._WITH_OPTIONS
     (parsers,) = (action for action in cli._parser()._actions if action.dest == "command")
     assert list(parsers.choices) == list(commands.COMMANDS)
 
