@@ -227,8 +227,8 @@ def _train(work: Workplace, fit: Sequence[Candidate], footprints: dict[str, Foot
     rounds = work.state.rounds
     if chosen and not rounds:
         most = min(_MOST_FIRST_STEPS, _MOST_EPOCHS * work.steps_an_epoch)
-        steps = int(min(max(work.asked.budget / 6, _LEAST_STEPS), most))
-        work.add_round(Round(steps, [asdict(chosen[0])]))
+        first = int(min(max(work.asked.budget / 6, _LEAST_STEPS), most))
+        work.add_round(Round(first, [asdict(chosen[0])]))
     number = 0
     while number < len(work.state.rounds):
         shapes = work.state.rounds[number].parsed()
