@@ -66,7 +66,7 @@ def energy_counter(device: torch.device, powercap: Path = _POWERCAP) -> Callable
         powercap: the folder of Linux's power capping framework.
     """
     if device.type == "cuda":
-        return _nvml_counter(torch.cuda.get_device_properties(device).uuid)
+        return _nvml_counter(torch.get_device_module(device).get_device_properties(device).uuid)
     return _rapl_counter(powercap) if device.type == "cpu" else None
 
 

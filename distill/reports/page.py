@@ -275,7 +275,7 @@ def _worst_rows(report: Report) -> dict[str, list[dict[str, Any]]]:
             divergence = each["divergence"]
             row = {
                 "row": each["row"],
-                "text": [_cut(text, _TEXT) for text in each["text"][:4]],
+                "text": [_cut(text, _TEXT) for text in (each["text"] or ())[:4]],
                 "label": _shown(each["label"]),
                 "baseline": _shown(each["baseline"]),
                 "prediction": _shown(each["prediction"]),

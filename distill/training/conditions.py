@@ -157,6 +157,7 @@ class QuantizationAwareness:
             check_simulated(student, args.qat_engine)
         elif args.quantization is not None:
             check_quantizable(student, args.quantization)
+        self.is_on = args.qat_engine is not None or args.quantization is not None
         self._student, self._args, self._rows = student, args, rows
         self._fake: FakeQuantization | None = None
         self._simulation: EngineSimulation | None = None

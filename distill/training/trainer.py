@@ -44,8 +44,7 @@ class DistillationTrainer(transformers.Trainer):
     """Trains `model` against `teacher`; everything else is `transformers.Trainer`.
 
     Loss and gradients depend only on the rows of an optimizer step, not on how accumulation, processes or padding
-    split them: each loss is summed and divided by the whole step's count of rows, tokens or labels. The same holds for
-    the losses of an evaluation.
+    split them: each loss is summed and divided by the whole step's count of rows, tokens or labels, in evaluations too.
 
     What the task is follows from the model: a sequence classifier with one output learns scores, one whose problem type
     is multi-label learns sets of labels, any other learns classes. Rows without a label (−100, or NaN) count in every
@@ -218,7 +217,8 @@ class DistillationTrainer(transformers.Trainer):
 
     def begin_quantized_step(self) -> None:
         """Quantize weights anew from here on; with `qat_delay` only once it is over."""
-        self.quantization.begin_step(self.state, self.accelerator.gather)
+        if self.quantization.is_on:
+            self.quantization.begin_step(self.state, self.accelerator.gather)
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches of like length (see `LengthBatches`), with what is cached of the teachers."""

@@ -47,7 +47,7 @@ def test_a_folder_of_version_1_loads_bit_for_bit_and_is_saved_anew_with_the_same
 
 
 def test_every_kind_has_a_dataclass_of_its_name():
-    assert list(REPLACEMENTS) == ["resized", "removed", "int8", "nf4", "fp4", "tied"]
+    assert list(REPLACEMENTS) == ["resized", "removed", "factorized", "shared", "int8", "nf4", "fp4", "tied"]
     for kind, replacement in REPLACEMENTS.items():
         assert replacement.kind == kind
 

@@ -219,7 +219,7 @@ def test_exports_are_entries_of_the_report_like_any_model(finished, report):
     threads = torch.get_num_threads()
     given = f"{threads} thread{'s' * (threads != 1)}"
     assert f"computed: teacher, trimmed, pruned, student, aware by torch with {given}; " in text
-    assert f"served, said by onnxruntime with {given}; vino by openvino with {given}." in text
+    assert f"served, said, four, aware-served by onnxruntime with {given}; vino by openvino with {given}." in text
 
 
 def test_a_second_run_measures_and_makes_nothing(finished, report, capsys, monkeypatch):
@@ -227,7 +227,7 @@ def test_a_second_run_measures_and_makes_nothing(finished, report, capsys, monke
     monkeypatch.setattr("distill.reports.report.benchmark_models", None)
     assert write_report(finished) == report
     assert run_plan(finished) == []
-    assert capsys.readouterr().err.count("finished already") == 7
+    assert capsys.readouterr().err.count("finished already") == 10
 
 
 def test_eval_and_bench_take_the_folder(finished, report, tmp_path, capsys):

@@ -11,7 +11,16 @@ from distill.verbs.base import Verb
 
 
 def test_every_verb_is_found_by_its_name():
-    assert list(VERBS) == ["finetune", "distill", "trim_vocabulary", "prune", "factorize", "share", "quantize", "export"]
+    assert list(VERBS) == [
+        "finetune",
+        "distill",
+        "trim_vocabulary",
+        "prune",
+        "factorize",
+        "share",
+        "quantize",
+        "export",
+    ]
     assert all(verb.name == name for name, verb in VERBS.items())
 
 
