@@ -11,6 +11,9 @@ from distill.experiments.choice import Choice, score
 from distill.experiments.footprint import Footprint
 from distill.tasks.base import Task
 
+_LITTLE = 0.9
+"""Share of the original's metric: where a pick may have less, its reader is told what would help."""
+
 
 @dataclass(frozen=True)
 class Compared:
@@ -63,10 +66,15 @@ def reason_of(
             f"one is the cheapest that lies, with 95 % certainty, no more than {choice.behind:.1%} below it, where "
             f"{asked.tolerance:.1%} were allowed."
         )
+    little = (
+        ""
+        if not worst < _LITTLE
+        else " That may be too little: more --budget trains more models for longer, looser limits leave larger ones."
+    )
     return (
         f"{picked.name} was picked. It takes {_takes(picked.footprint)}, where the original takes "
         f"{_takes(teacher.footprint)}. On {len(stating)} validation rows that had no part in the choice its {metric} "
-        f"is {score(task, its, by):.4f} (95 % interval {low:.3f} to {high:.3f}){kept}. {why} "
+        f"is {score(task, its, by):.4f} (95 % interval {low:.3f} to {high:.3f}){kept}.{little} {why} "
         f"Limits: {_limits(asked.limits)}."
     )
 

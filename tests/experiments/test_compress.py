@@ -24,9 +24,10 @@ from distill.experiments.candidates import (
     spread,
     steps_of_shape,
 )
-from distill.experiments.choice import Scored, choose, halves, least_retention
+from distill.experiments.choice import Choice, Scored, choose, halves, least_retention
 from distill.experiments.compress import compress
 from distill.experiments.footprint import Footprint
+from distill.experiments.reason import Compared, reason_of
 from distill.recipes.plan import make_plan
 from distill.recipes.recipe import load_recipe
 from distill.runs.run import run_plan
@@ -78,6 +79,20 @@ def predictions(right, count=400):
 
 
 LABELS = [1] * 400
+
+
+@pytest.mark.parametrize(("right", "told"), [(360, False), (80, True)])
+def test_a_pick_that_lost_much_is_said_with_what_would_help(teacher, rows, tmp_path, right, told):
+    whole, picked = (
+        Compared(name, predictions(each), Footprint(9.0, 5.0)) for name, each in (("t", 380), ("s", right))
+    )
+    choice = Choice(pick="s", best="s", runner_up=None, behind=0.0)
+    said = reason_of(
+        GLUE["sst2"], choice, picked, whole, labels=LABELS, stating=range(400), among=1,
+        asked=asked(teacher, rows, tmp_path),
+    )  # fmt: skip
+    assert f"its accuracy is {right / 400:.4f}" in said
+    assert ("more --budget trains more models for longer" in said) == told
 
 
 def scored(name, right, mb, ms):
