@@ -7,12 +7,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 from pydantic import Field
 
 from distill.common.console import log, remark
 from distill.common.distributed import on_main_process
-from distill.common.hardware import compute_device
 from distill.common.records import StepRecord
 from distill.compression.factorization.factorize import factorize_with, put_ranks
 from distill.compression.factorization.settings import (
@@ -26,11 +24,11 @@ from distill.compression.quantization.mixed import size_in_bytes
 from distill.data.load import Data
 from distill.errors import InputError
 from distill.models.labels import set_labels
-from distill.models.load import from_config, load_classifier, load_processor
+from distill.models.load import from_config
 from distill.models.replacements import is_quantized
 from distill.models.weights import on_meta
 from distill.verbs.base import Estimate, Memory, ModelInput, StepPlan, StepResult, Verb
-from distill.verbs.calibration import calibration_batches
+from distill.verbs.calibration import loaded_with_rows, rows_measured_on
 
 _SETTINGS = {field.name for field in fields(FactorizationSettings)}
 _ROWS = 512
@@ -120,14 +118,8 @@ def factorize(
     decided: dict[str, Any] = {}
 
     def work() -> None:
-        location, settings = plan.source.location, options.settings
-        model = load_classifier(location, data.task, label_map=options.label_map, dtype=torch.float32)
-        processor = load_processor(location, data.task.kind, data.max_length)
-        model.to(compute_device() if settings.reads_rows else "cpu")
-        batches = []
-        if settings.reads_rows:
-            batches = calibration_batches(data, processor, rows=options.calibration_rows or _ROWS)
-        model, ranks = factorize_with(model, batches, settings)
+        model, processor, batches = loaded_with_rows(options, plan, data, rows=_ROWS)
+        model, ranks = factorize_with(model, batches, options.settings)
         if plan.ranks is None:
             decided.update(ranks=ranks)
             log.print(f"      {_in_words(ranks)}")
@@ -171,10 +163,6 @@ def _matrices(count: int) -> str:
     return "1 matrix" if count == 1 else f"{count} matrices"
 
 
-def _rows(options: FactorizeOptions, data: Data) -> list[Any]:
-    return [data.task.label_names, data.max_length, *([data.train_fingerprint] if options.reads_rows else [])]
-
-
 def _summary(options: Mapping[str, Any], parents: Sequence[str]) -> str:
     return f"{' and '.join(parents)} with matrices that are products of two smaller ones"
 
@@ -208,7 +196,7 @@ FACTORIZE = Verb(
     problems=lambda options, plan, data: [],
     estimate=_estimate,
     lines=_lines,
-    rows=_rows,
+    rows=rows_measured_on,
     splits=lambda options, _: {"train"} if options.reads_rows else set(),
     resolved=asdict,
     is_smaller=lambda _, of_parent: True,

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 from distill.common.console import log, remark
 from distill.common.distributed import on_main_process
-from distill.common.hardware import compute_device
 from distill.common.records import StepRecord
 from distill.compression.pruning.prune import Measured, decide_sizes, is_close, prune_to_sizes
 from distill.compression.pruning.settings import STEP, PruningSettings, planned_sizes
@@ -26,11 +25,11 @@ from distill.compression.pruning.structure import (
 from distill.data.load import Data
 from distill.errors import InputError
 from distill.models.labels import set_labels
-from distill.models.load import from_config, load_classifier, load_processor
+from distill.models.load import from_config
 from distill.models.replacements import is_quantized
 from distill.models.weights import on_meta
 from distill.verbs.base import Estimate, Memory, ModelInput, StepPlan, StepResult, Verb
-from distill.verbs.calibration import calibration_batches
+from distill.verbs.calibration import loaded_with_rows, rows_measured_on
 
 _SETTINGS = {field.name for field in fields(PruningSettings)}
 _ROWS = 512
@@ -149,14 +148,8 @@ def prune(options: PruneOptions, plan: PrunePlan, data: Data, folder: Path, *, p
     decided: dict[str, Any] = {}
 
     def work() -> None:
-        location, settings = plan.source.location, options.settings
-        model = load_classifier(location, data.task, label_map=options.label_map, dtype=torch.float32)
-        processor = load_processor(location, data.task.kind, data.max_length)
-        model.to(compute_device() if settings.reads_rows or settings.speedup else "cpu")
-        batches = []
-        if settings.reads_rows:
-            found = calibration_batches(data, processor, rows=options.calibration_rows or _ROWS)
-            batches = [{name: values.to(model.device) for name, values in batch.items()} for batch in found]
+        settings, computes = options.settings, options.speedup is not None
+        model, processor, batches = loaded_with_rows(options, plan, data, rows=_ROWS, computes=computes)
         sizes = plan.sizes
         if sizes is None:
             sizes, speedup = decide_sizes(model, batches, settings, measured=_measured(options, data))
@@ -202,10 +195,6 @@ def _in_words(sizes: Mapping[str, Sequence[int]]) -> str:
     return "; ".join(parts)
 
 
-def _rows(options: PruneOptions, data: Data) -> list[Any]:
-    return [data.task.label_names, data.max_length, *([data.train_fingerprint] if options.reads_rows else [])]
-
-
 def _summary(options: Mapping[str, Any], parents: Sequence[str]) -> str:
     return f"{' and '.join(parents)} without some of its attention heads or feed-forward neurons"
 
@@ -236,7 +225,7 @@ PRUNE = Verb(
     problems=lambda options, plan, data: [],
     estimate=_estimate,
     lines=_lines,
-    rows=_rows,
+    rows=rows_measured_on,
     splits=lambda options, _: {"train"} if options.reads_rows else set(),
     resolved=asdict,
     is_smaller=lambda _, of_parent: True,

@@ -6,23 +6,21 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 from pydantic import Field
 
 from distill.common.console import log
 from distill.common.distributed import on_main_process
-from distill.common.hardware import compute_device
 from distill.common.records import StepRecord
 from distill.compression.share import SharingSettings, put_shared, share_with, shared_modules
 from distill.data.load import Data
 from distill.errors import InputError
 from distill.models.labels import set_labels
-from distill.models.load import from_config, load_classifier, load_processor
+from distill.models.load import from_config
 from distill.models.replacements import is_quantized
 from distill.models.structure import depth_of
 from distill.models.weights import on_meta
 from distill.verbs.base import Estimate, Memory, ModelInput, StepPlan, StepResult, Verb
-from distill.verbs.calibration import calibration_batches
+from distill.verbs.calibration import loaded_with_rows, rows_measured_on
 
 _SETTINGS = {field.name for field in fields(SharingSettings)}
 _ROWS = 256
@@ -97,14 +95,8 @@ def share(options: ShareOptions, plan: SharePlan, data: Data, folder: Path, *, p
     decided: dict[str, Any] = {}
 
     def work() -> None:
-        location, settings = plan.source.location, options.settings
-        model = load_classifier(location, data.task, label_map=options.label_map, dtype=torch.float32)
-        processor = load_processor(location, data.task.kind, data.max_length)
-        model.to(compute_device() if settings.reads_rows else "cpu")
-        batches = []
-        if settings.reads_rows:
-            batches = calibration_batches(data, processor, rows=options.calibration_rows or _ROWS)
-        shared, divergences = share_with(model, batches, settings)
+        model, processor, batches = loaded_with_rows(options, plan, data, rows=_ROWS)
+        shared, divergences = share_with(model, batches, options.settings)
         if divergences:
             decided.update(start=next(iter(divergences)), divergences=divergences)
             log.print("      " + ", ".join(f"{start}: divergence {each:.3g}" for start, each in divergences.items()))
@@ -122,10 +114,6 @@ def _estimate(options: ShareOptions, plan: SharePlan, data: Data) -> Estimate:
 
 def _lines(options: ShareOptions, plan: SharePlan) -> list[str]:
     return [f"{options.groups} distinct {_WORDS[options.what]} for {plan.blocks} blocks"]
-
-
-def _rows(options: ShareOptions, data: Data) -> list[Any]:
-    return [data.task.label_names, data.max_length, *([data.train_fingerprint] if options.reads_rows else [])]
 
 
 def _summary(options: Mapping[str, Any], parents: Sequence[str]) -> str:
@@ -150,7 +138,7 @@ SHARE = Verb(
     problems=lambda options, plan, data: [],
     estimate=_estimate,
     lines=_lines,
-    rows=_rows,
+    rows=rows_measured_on,
     splits=lambda options, _: {"train"} if options.reads_rows else set(),
     resolved=asdict,
     is_smaller=lambda _, of_parent: False,  # on disk it is; it computes as much as before
