@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from distill.common.console import log
 from distill.common.folders import write_atomically
 from distill.evaluation.benchmark import benchmark_models, environment
@@ -102,10 +104,12 @@ def _is_described(planned: PlannedStep) -> bool:
 
 
 def _sooner(options: Any) -> Any:
-    """Options that make a model of the same shape without what only its weights need, as GPTQ."""
+    """Options that make a model of the same shape without what only its weights need: GPTQ, choices, a temperature."""
+    if getattr(options, "calibrate", False):
+        options = replace(options, calibrate=False)
     if getattr(options, "gptq", False):
         return replace(options, gptq=False, calibration_rows=options.calibration_rows if options.bits_budget else None)
-    if getattr(options, "format", None) == "int8" and hasattr(options, "float_layers"):
+    if hasattr(options, "float_layers") and options.format in ("int8", "int4"):
         layers = options.float_layers or []
         return replace(options, float_layers=layers, agreement=None, divergence=None, calibration_rows=8)
     return options
@@ -117,7 +121,11 @@ def _untrained(plan: Plan, planned: PlannedStep, scratch: Path) -> Path:
     if folder.exists():
         return folder
     if _is_described(planned):
-        from_config(planned.plan.config, kind).save_pretrained(folder)
+        model = from_config(planned.plan.config, kind)
+        with torch.no_grad():
+            for parameter in model.parameters():  # norms and biases begin equal, and an export would store them once
+                parameter.add_(1e-3 * torch.randn_like(parameter))
+        model.save_pretrained(folder)
         load_processor(planned.plan.tokenizer_location, kind, plan.data.max_length).save_pretrained(folder)
         return folder
     parents = {parent.step.name: parent for parent in planned.made_from}

@@ -102,12 +102,26 @@ def test_what_exceeds_a_limit_is_refused_before_anything_is_trained(tmp_path, pr
     assert main(["search", str(path)]) == 1  # nothing is left to try
 
 
-@pytest.mark.parametrize("step", ["student", "small"])
-def test_bytes_are_known_before_the_training(tmp_path, pretrained, sst2_folder, step):
+LAST = """
+  gptq: {run: quantize, model: student, format: nf4, embeddings: nf4, gptq: true, rest_dtype: fp32, calibrate: true}
+  int8: {run: export, model: student, format: int8, calibrate: true}
+  int4: {run: export, model: student, format: int4, embeddings: int4, float_layers: []}
+"""
+
+
+@pytest.mark.parametrize("step", ["student", "small", "gptq", "int8", "int4"])
+def test_bytes_are_known_before_the_training(tmp_path, pretrained, sst2_folder, step, monkeypatch):
+    """Nothing that only weights need is done for it: no temperature, no GPTQ, no choice of layers."""
     path = write(tmp_path, pretrained, sst2_folder, space="{student.num_layers: [1, 2]}")
+    path.write_text(path.read_text().rstrip() + LAST)
     plan = make_plan(load_recipe(path))
-    ahead = footprint_of(plan, step, tmp_path / "cache", timed=True)
-    run_plan(plan)
+    with monkeypatch.context() as patch:
+        for name in ("quantize.calibrate", "export.calibrate", "quantize.compensate"):
+            patch.setattr(f"distill.verbs.{name}", lambda *_, **__: pytest.fail("it was done"))
+        patch.setattr("distill.export.export.choose_layers", lambda *_: pytest.fail("layers were chosen"))
+        ahead = footprint_of(plan, step, tmp_path / "cache", timed=True)
+    monkeypatch.setattr("distill.verbs.temperature.FEWEST", 1)
+    run_plan(plan, only=["teacher", "warm", "student", *([step] if step != "student" else [])])
     assert ahead.mb * 1e6 == pytest.approx(size_on_disk(plan.steps[step].folder), rel=0.002)
     assert ahead.ms > 0
     assert footprint_of(plan, step, tmp_path / "cache", timed=True) == ahead  # from the cache
