@@ -95,7 +95,7 @@ def calibration_of(logits: ArrayLike, truth: ArrayLike) -> Calibration:
 
 
 def halves(count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Draw the numbers of the rows that a temperature is fitted on, and of those that it is judged on: always the same.
+    """Draw the numbers of the rows that something is fitted or chosen on, and of those that judge it: always the same.
 
     Args:
         count: of all rows.

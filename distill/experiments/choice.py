@@ -3,9 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
 from distill.evaluation.intervals import paired_difference, paired_retention
 from distill.experiments.candidates import cost
 from distill.experiments.footprint import Footprint
@@ -84,9 +81,3 @@ def least_retention(task: Task, scored: Scored, teacher: Sequence, labels: Seque
 def score(task: Task, predictions: Sequence, labels: Sequence) -> float:
     """Compute the primary metric of some rows."""
     return scorers.whole(KINDS[task.kind].scorer(task, predictions, labels), len(predictions))
-
-
-def halves(num_rows: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Split row numbers by chance (seeded) into those that choose, and those that state the metric of the pick."""
-    order = np.random.default_rng(0).permutation(num_rows)
-    return np.sort(order[: num_rows // 2]), np.sort(order[num_rows // 2 :])

@@ -10,6 +10,7 @@ from distill.common.distributed import process_state
 from distill.common.folders import locked, write_atomically
 from distill.common.records import Pick, Report, StepRecord, read_step
 from distill.errors import InputError, TrainingDiverged
+from distill.evaluation.fidelity import halves
 from distill.experiments.asked import Asked
 from distill.experiments.candidates import (
     Candidate,
@@ -25,7 +26,7 @@ from distill.experiments.candidates import (
     steps_of_shape,
     trained_name,
 )
-from distill.experiments.choice import Scored, choose, halves, least_retention
+from distill.experiments.choice import Scored, choose, least_retention
 from distill.experiments.footprint import Footprint, footprint_of
 from distill.experiments.reason import Compared, nothing_fits, nothing_retains, reason_of
 from distill.experiments.trials import linked

@@ -14,10 +14,11 @@ from distill.common.serialized import as_json, from_json
 from distill.data.load import Data
 from distill.errors import InputError
 from distill.evaluation.evaluate import evaluate_model
+from distill.evaluation.fidelity import halves
 from distill.evaluation.loading import load_scored
 from distill.experiments.asked import Asked
 from distill.experiments.candidates import TEACHER, Candidate, Shape, Steps, trained_name
-from distill.experiments.choice import halves, score
+from distill.experiments.choice import score
 from distill.experiments.footprint import Footprint, measured
 from distill.models.load import fetch_weights, find_model, load_processor
 from distill.recipes.dry_run import runnable_plan

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from distill.cli import main
 from distill.errors import InputError
+from distill.evaluation.fidelity import halves
 from distill.evaluation.intervals import paired_retention
 from distill.experiments.asked import Asked, read_budget
 from distill.experiments.candidates import (
@@ -24,7 +25,7 @@ from distill.experiments.candidates import (
     spread,
     steps_of_shape,
 )
-from distill.experiments.choice import Choice, Scored, choose, halves, least_retention
+from distill.experiments.choice import Choice, Scored, choose, least_retention
 from distill.experiments.compress import compress
 from distill.experiments.footprint import Footprint
 from distill.experiments.reason import Compared, reason_of
