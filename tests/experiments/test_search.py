@@ -22,7 +22,7 @@ from distill.models.load import size_on_disk
 from distill.recipes.plan import make_plan
 from distill.recipes.recipe import load_recipe
 from distill.recipes.search_options import Choice, Range, SearchOptions
-from distill.runs.run import run_plan
+from distill.runs.run import run_plan, save_recipe
 
 TEXT = """
 task: sst2
@@ -278,6 +278,17 @@ def test_what_is_wrong_is_told_before_anything_runs(tmp_path, pretrained, sst2_f
     assert main([command, str(path)]) == 2
     assert re.search(problem, " ".join(capsys.readouterr().err.split()))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_keeps_the_block_and_makes_the_recipe_as_it_stands(tmp_path, pretrained, sst2_folder):
+    space, limits = "{student.num_layers: [1, 3], warm: [present, absent]}", "{max_mb: 12, max_ms: 5}"
+    path = write(tmp_path, pretrained, sst2_folder, space=space, limits=limits)
+    recipe = load_recipe(path)
+    save_recipe(recipe)
+    again = load_recipe(tmp_path / "run" / "recipe.yaml")
+    assert again.search == recipe.search
+    assert again.search.limits == {"max_mb": 12, "max_ms": 5}
+    assert again.steps["student"].options.num_layers == 2
 
 
 def test_a_recipe_without_a_block_is_told(tmp_path, pretrained, sst2_folder):
